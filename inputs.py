@@ -1,0 +1,200 @@
+"""What the stages are given: problems and models, from the hub or from disk, and how a problem becomes a prompt.
+
+There is one prompt template, one rule for the ids that end a response, and one way to tell two tokenizers apart; all of them are here.
+"""
+import hashlib
+import json
+import os
+import urllib.error
+import urllib.request
+
+import torch
+
+from artifacts import read_jsonl, refuse
+
+# The hub data sets of the field: alias -> (hub id, configuration, split).
+ALIASES = {
+    "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", None, "train"),
+    "gsm8k_train": ("openai/gsm8k", "main", "train"),
+    "gsm8k": ("openai/gsm8k", "main", "test"),
+    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
+    "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
+    "amc23": ("math-ai/amc23", None, "test"),
+}
+DATA_HELP = f"problems: {', '.join(ALIASES)}, a hub id as name[:configuration[:split]], or a local .jsonl file"
+
+
+def add_problem_flags(p, required=True):
+    p.add_argument("--data", required=required, help=DATA_HELP)
+    p.add_argument("--limit", type=int, default=0, help="use only the first N problems (0: all)")
+    p.add_argument("--prompt_suffix", default="", help="text put after every problem, inside the user turn")
+
+
+def default_dtype():
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+def hub_reachable():
+    """Whether the hub answers within seconds. Where it does not, its clients are told to look in their cache only."""
+    from huggingface_hub import constants
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            urllib.request.urlopen(constants.ENDPOINT, timeout=5)
+        except urllib.error.HTTPError:
+            pass  # it answered
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    return not constants.HF_HUB_OFFLINE
+
+
+def load_problems(data, limit=0):
+    """Problems of an alias, a hub id or a local .jsonl -> list of {"id", "problem", "answer"}, all strings.
+
+    The id is the row's own `id` or `unique_id` where it has one, else its index, behind the data set's name and split."""
+    if os.path.isfile(data) or data.endswith(".jsonl"):
+        name, rows = os.path.splitext(os.path.basename(data))[0], read_jsonl(data)
+    else:
+        name, rows = load_from_hub(data)
+    problems, seen = [], {}
+    for index, (where, row) in enumerate(rows):
+        key = row.get("id", row.get("unique_id", index))
+        problem = {"id": f"{name}/{key}", "problem": row.get("problem", row.get("question")), "answer": gold_answer(row.get("answer"))}
+        for column in ("problem", "answer"):
+            if not isinstance(problem[column], str) or not problem[column].strip():
+                refuse(f"{where}: no `{column}`" + (" (or `question`)" if column == "problem" else "") + f"; it has {sorted(row)}")
+        if problem["id"] in seen:
+            refuse(f"{where}: the id {key!r} was already used at {seen[problem['id']]}; ids must differ")
+        seen[problem["id"]] = where
+        problems.append(problem)
+        if limit and len(problems) == limit:
+            break
+    if not problems:
+        refuse(f"--data {data}: no problems in it")
+    return problems
+
+
+def load_from_hub(data):
+    """(name, iterator of (where, row)) of an alias or of a hub id written as name[:configuration[:split]]."""
+    if data in ALIASES:
+        repo, config, split = ALIASES[data]
+    elif "/" in data:
+        repo, config, split = (data.split(":") + [None, None])[:3]
+        split = split or "train"
+    else:
+        refuse(f"--data {data}: neither a file nor an alias ({', '.join(ALIASES)}) nor a hub id (owner/name)")
+    reachable = hub_reachable()
+    from datasets import load_dataset
+    try:
+        rows = load_dataset(repo, config or None, split=split)
+    except (OSError, ValueError) as error:  # not found, no network, no such configuration or split
+        why = error if reachable else "the hub cannot be reached and the data set is not in the local cache"
+        refuse(f"--data {data}: {repo} could not be loaded: {why}\n"
+               f"To go on without the hub, pass a local file: --data path/to/problems.jsonl with `problem` and `answer` in each line")
+    return f"{repo}/{split}", ((f"{repo} split {split} row {i}", row) for i, row in enumerate(rows))
+
+
+def gold_answer(answer):
+    """The final answer as text: GSM8K's after its ####, whole floats without the .0 ("#### 1,234" -> "1234", 27.0 -> "27")."""
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = str(answer)
+    if isinstance(answer, str) and "####" in answer:
+        answer = answer.rsplit("####", 1)[1].strip().replace(",", "")
+    return answer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models' directories, prompts, stop ids
+
+
+def model_dir(name, flag):
+    """The local directory of a model given as a directory or as a hub id; only safetensors weights are fetched."""
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            refuse(f"{flag} {name}: no config.json in this directory, so it is not a model")
+        return name
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        refuse(f"{flag} {name}: no such directory")
+    reachable = hub_reachable()
+    from huggingface_hub import snapshot_download
+    try:
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
+    except (OSError, ValueError) as error:
+        refuse(f"{flag} {name}: no such directory, and the hub " + (f"does not give it: {error}" if reachable else "cannot be reached"))
+
+
+def load_tokenizer(directory, flag):
+    from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        refuse(f"{flag} {directory}: its tokenizer cannot be loaded: {error}")
+    if not tokenizer.chat_template:
+        refuse(f"{flag} {directory}: its tokenizer has no chat template, so there is no prompt to render")
+    return tokenizer
+
+
+def load_model(directory, flag, dtype):
+    """The causal language model of a local directory, on the GPU if there is one. Only safetensors are read."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        refuse(f"{flag} {directory}: the model cannot be loaded: {error}")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def render_prompt(tokenizer, problem, suffix=""):
+    """Token ids of the prompt: one user turn, the generation prompt, thinking off. The project's only template code.
+
+    A problem that spells a special token (say "<|im_end|>") has it encoded as plain text and cannot end its own turn."""
+    def render(content):
+        return tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                             enable_thinking=False, tokenize=False)
+    if not any(token in problem for token in tokenizer.get_added_vocab()):
+        return tokenizer(render(problem + suffix), add_special_tokens=False).input_ids
+    head, tail = render("\0" + suffix).split("\0")
+    parts = [(head, False), (problem, True), (tail, False)]
+    return [i for text, plain in parts for i in tokenizer(text, add_special_tokens=False, split_special_tokens=plain).input_ids]
+
+
+def encode_problems(args, problems, tokenizer, context):
+    """Prompt ids of every problem; refused where prompt and response together do not fit into the model's context."""
+    prompts = [render_prompt(tokenizer, problem["problem"], args.prompt_suffix) for problem in problems]
+    for problem, prompt in zip(problems, prompts):
+        if len(prompt) + args.max_response_tokens > context:
+            refuse(f"problem {problem['id']}: its prompt has {len(prompt)} tokens; with --max_response_tokens "
+                   f"{args.max_response_tokens} that exceeds the model's context of {context}")
+    return prompts
+
+
+def context_of(directory):
+    """Tokens that a model's positions are made for."""
+    from transformers import AutoConfig
+    return AutoConfig.from_pretrained(directory).max_position_embeddings
+
+
+def tokenizer_sha256(tokenizer):
+    """Hash of the map from tokens to ids: equal maps mean that ids have equal meanings."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+
+def template_sha256(tokenizer, suffix=""):
+    """Hash of what the model is shown around a problem (template, suffix and thinking switch, as token ids)."""
+    return hashlib.sha256(json.dumps(render_prompt(tokenizer, "1+1=?", suffix)).encode()).hexdigest()
+
+
+def stop_ids(tokenizer, *directories):
+    """Every id that ends a response, sorted: the tokenizer's end token and each model's generation_config (or config)."""
+    ids = {tokenizer.eos_token_id}
+    for directory in directories:
+        for name in ("generation_config.json", "config.json"):
+            path = os.path.join(directory, name)
+            eos = json.load(open(path)).get("eos_token_id") if os.path.isfile(path) else None
+            ids.update(eos if isinstance(eos, list) else [eos])
+    return sorted(ids - {None})

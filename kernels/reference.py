@@ -1,0 +1,128 @@
+"""The divergences and their gradients in plain PyTorch: the readable twin of triton_kl.py, used on CPU.
+
+With u = (z - m_s) / T and v = (y - m_t) / T, where z, y are a row of student and teacher logits, m their maxima, T the temperature:
+
+    d_s = sum e^u              d_t = sum e^v              p = e^u / d_s                 q = e^v / d_t
+    a_s = sum p (u - v)        a_t = sum q (v - u)        log p - log q = (u - v) - log(d_s / d_t)
+    FKL = KL(q||p) = a_t + log(d_s / d_t)                 dFKL/dz = (p - q) / T
+    RKL = KL(p||q) = a_s - log(d_s / d_t)                 dRKL/dz = p (u - v - a_s) / T
+    H_s = log d_s - sum p u                               H_t = log d_t - sum q v
+
+Subtracting the maxima first removes what the logits have in common, so a KL of 1e-4 keeps its digits under any offset. A logit of
+-inf is a probability of zero, and so is a probability that underflows; zero times an infinite log ratio counts as zero.
+
+Three functions, the same three in triton_kl.py, which needs no memory beyond their outputs; here a chunk of rows is in float32 at a time.
+    statistics  logits -> (9, N), the rows that Stats names
+    gradient    logits, statistics and a coefficient c per token -> the gradient of sum_i c_i loss_i, written to `out`
+    fused       both, the gradient written over the student logits
+A token whose weight or coefficient is 0 is never read: its statistics and gradient are exactly 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+CHUNK_BYTES = 32 * 2**20  # of logits in float32 at a time; about six temporaries of this size live at once
+
+
+class Stats(NamedTuple):
+    """Names for the rows of the (9, N) statistics: float32, or float64 where either input is."""
+
+    fkl: torch.Tensor  # KL(teacher||student), nats
+    rkl: torch.Tensor  # KL(student||teacher), nats
+    student_entropy: torch.Tensor  # nats
+    teacher_entropy: torch.Tensor  # nats
+    m_s: torch.Tensor  # from here on what the gradient needs, in units of the implementation's own
+    d_s: torch.Tensor
+    m_t: torch.Tensor
+    d_t: torch.Tensor
+    a_s: torch.Tensor
+
+
+def statistics_dtype(student_logits, teacher_logits):
+    return torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+
+
+def _row_chunks(select, student_logits):
+    """Indices of the rows with a non-zero entry in `select` (N,), in chunks; slices over all N rows when it is None."""
+    n, v = student_logits.shape
+    step = max(1, CHUNK_BYTES // (4 * v))
+    if select is None:
+        return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+    return select.nonzero().squeeze(1).split(step)
+
+
+def _shift(logits, dtype, temperature, m=None):
+    logits = logits.to(dtype)
+    if m is None:
+        m = logits.amax(-1)
+    u = logits - m.unsqueeze(-1)
+    return (u if temperature == 1 else u / temperature), m
+
+
+def _statistics_chunk(student_logits, teacher_logits, temperature):
+    """Stats of a chunk of n rows, and (e^u, e^v, u - v), each (n, V), for its gradient."""
+    dtype = statistics_dtype(student_logits, teacher_logits)
+    u, m_s = _shift(student_logits, dtype, temperature)
+    v, m_t = _shift(teacher_logits, dtype, temperature)
+    e_u, e_v, difference = u.exp(), v.exp(), u - v
+    d_s, d_t = e_u.sum(-1), e_v.sum(-1)
+
+    def mean(e, x, d):  # sum_v e x / d
+        total = (e * x).sum(-1)
+        if total.isnan().any():  # a 0 * inf, which counts as 0, or a NaN in the logits, which stays
+            total = (e * x).masked_fill_(e == 0, 0).sum(-1)
+        return total / d
+
+    a_s, a_t = mean(e_u, difference, d_s), mean(e_v, -difference, d_t)
+    log_ratio = torch.log(d_s / d_t)  # log d_s - log d_t would round at the size of log V
+    stats = Stats(
+        fkl=a_t + log_ratio,
+        rkl=a_s - log_ratio,
+        student_entropy=d_s.log() - mean(e_u, u, d_s),
+        teacher_entropy=d_t.log() - mean(e_v, v, d_t),
+        m_s=m_s, d_s=d_s, m_t=m_t, d_t=d_t, a_s=a_s,
+    )  # fmt: skip
+    return stats, (e_u, e_v, difference)
+
+
+def _gradient_chunk(e_u, e_v, difference, stats, coefficient, fkl_weight, temperature):
+    p, q = e_u / stats.d_s.unsqueeze(-1), e_v / stats.d_t.unsqueeze(-1)
+    if fkl_weight == 1:  # not a mixture at the ends: the other direction may be infinite
+        g = p - q
+    else:
+        g = (difference - stats.a_s.unsqueeze(-1)).mul_(p).masked_fill_(e_u == 0, 0)
+        if fkl_weight != 0:
+            g = g.mul_(1 - fkl_weight).add_(p - q, alpha=fkl_weight)
+    return g.mul_((coefficient / temperature).unsqueeze(-1))
+
+
+def statistics(student_logits, teacher_logits, weight, temperature):
+    dtype = statistics_dtype(student_logits, teacher_logits)
+    result = torch.zeros(len(Stats._fields), len(student_logits), dtype=dtype, device=student_logits.device)
+    for rows in _row_chunks(weight, student_logits):
+        stats, _ = _statistics_chunk(student_logits[rows], teacher_logits[rows], temperature)
+        result[:, rows] = torch.stack(stats)
+    return result
+
+
+def gradient(student_logits, teacher_logits, statistics, coefficient, fkl_weight, temperature, out):
+    """out (N, V) may be student_logits itself."""
+    for rows in _row_chunks(coefficient, student_logits):
+        stats = Stats(*statistics[:, rows])
+        u, _ = _shift(student_logits[rows], statistics.dtype, temperature, stats.m_s)
+        v, _ = _shift(teacher_logits[rows], statistics.dtype, temperature, stats.m_t)
+        out[rows] = _gradient_chunk(u.exp(), v.exp(), u - v, stats, coefficient[rows], fkl_weight, temperature).to(out.dtype)
+    out.masked_fill_((coefficient == 0).unsqueeze(-1), 0)
+
+
+def fused(student_logits, teacher_logits, coefficient, fkl_weight, temperature):
+    """All coefficients must be non-zero."""
+    dtype = statistics_dtype(student_logits, teacher_logits)
+    result = torch.empty(len(Stats._fields), len(student_logits), dtype=dtype, device=student_logits.device)
+    for rows in _row_chunks(None, student_logits):
+        stats, terms = _statistics_chunk(student_logits[rows], teacher_logits[rows], temperature)
+        result[:, rows] = torch.stack(stats)
+        g = _gradient_chunk(*terms, stats, coefficient[rows], fkl_weight, temperature)
+        student_logits[rows] = g.to(student_logits.dtype)
+    return result

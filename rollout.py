@@ -1,0 +1,234 @@
+"""Sample responses to problems from a teacher or a student, with vLLM or transformers.
+
+    problems  ->  rollouts/rollouts.jsonl, rollouts/tokenizer/, rollouts/meta.json
+
+    python rollout.py --model Qwen/Qwen3-4B --data deepscaler --n 1 --max_response_tokens 4096 --out out/rollouts
+
+One row a response: id, sample, prompt_ids, response_ids, response, finish_reason, answer. The token ids are the truth: no
+later stage tokenises text again. response_ids ends with the stop token when finish_reason is "stop"; "length" means cut off.
+
+This file also owns sample(), the one way in which any stage samples, on either engine, and how a live vLLM engine gets new weights.
+"""
+import argparse
+import hashlib
+import json
+import os
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from artifacts import add_output_flags, check_out, finish_artifact, read_jsonl, refuse, start_artifact
+from inputs import (add_problem_flags, context_of, default_dtype, encode_problems, load_model, load_problems, load_tokenizer, model_dir,
+                    stop_ids, template_sha256, tokenizer_sha256)
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # what goes in
+    p.add_argument("--model", required=True, help="Hugging Face directory or hub id of the model that is sampled")
+    add_problem_flags(p)
+    # how it is sampled
+    add_sampling_flags(p, max_response_tokens=4096)
+    p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=default_dtype(), help="dtype of the model")
+    p.add_argument("--seed", type=int, default=42)
+    # what comes out
+    add_output_flags(p)
+    return p.parse_args(argv)
+
+
+def add_sampling_flags(p, n=1, temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=4096, gpu_memory_utilization=0.9):
+    """The one set of sampling flags; each stage passes its own defaults."""
+    p.add_argument("--engine", choices=["vllm", "hf"], default="vllm" if torch.cuda.is_available() else "hf",
+                   help="vLLM, or transformers' generate (default: vllm on a GPU, hf on a CPU)")
+    p.add_argument("--n", type=int, default=n, help="responses sampled for each problem")
+    p.add_argument("--temperature", type=float, default=temperature, help="0: greedy")
+    p.add_argument("--top_p", type=float, default=top_p)
+    p.add_argument("--top_k", type=int, default=top_k, help="0: off")
+    p.add_argument("--max_response_tokens", type=int, default=max_response_tokens)
+    p.add_argument("--sample_batch", type=int, default=256, help="responses sampled together")
+    p.add_argument("--gpu_memory_utilization", type=float, default=gpu_memory_utilization, help="vLLM's share of the GPU's memory")
+
+
+def derive_seed(*parts):
+    """A 63-bit seed that depends on every part: derive_seed(42, "sample", step)."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling: an engine is a transformers model (sampled as it is now) or a vLLM LLM
+
+
+class Sampling(NamedTuple):
+    """What sample() needs to know, the same for both engines. vocab_size: ids from here on are padding, never sampled."""
+    n: int
+    temperature: float
+    top_p: float
+    top_k: int
+    max_response_tokens: int
+    stop_ids: list
+    vocab_size: int
+    sample_batch: int = 256
+
+
+class Sample(NamedTuple):
+    response_ids: list   # with the stop token, when there is one
+    finish_reason: str   # "stop" or "length"
+
+
+def sampling_from(args, tokenizer, stops, **changes):
+    """Sampling of a stage's flags; `changes` replace single fields."""
+    fields = {name: getattr(args, name) for name in ("n", "temperature", "top_p", "top_k", "max_response_tokens", "sample_batch")}
+    sampling = Sampling(stop_ids=stops, vocab_size=len(tokenizer), **(fields | changes))
+    if sampling.n < 1 or sampling.max_response_tokens < 1 or sampling.sample_batch < 1:
+        refuse("--n, --max_response_tokens and --sample_batch must be at least 1")
+    if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
+        refuse("--temperature and --top_k must be at least 0, --top_p in (0, 1]")
+    return sampling
+
+
+def prepare(args):
+    """What a stage needs that samples --model on --data: (directory, tokenizer, stop ids, problems, prompts, Sampling)."""
+    check_out(args)
+    directory, problems = model_dir(args.model, "--model"), load_problems(args.data, args.limit)
+    tokenizer = load_tokenizer(directory, "--model")
+    stops = stop_ids(tokenizer, directory)
+    sampling = sampling_from(args, tokenizer, stops)
+    return directory, tokenizer, stops, problems, encode_problems(args, problems, tokenizer, context_of(directory)), sampling
+
+
+def load_vllm(args, directory):
+    """A vLLM engine in this process, on the GPU or, with the CPU build, on the CPU."""
+    settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    if not torch.cuda.is_available():  # the CPU build refuses to start without a cache size; the rest is speed
+        settings |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    try:
+        import vllm
+    except ImportError as error:
+        refuse(f"--engine vllm: vLLM cannot be imported ({error}); install it as the README says, or use --engine hf")
+    return vllm.LLM(directory, dtype=args.dtype, max_model_len=context_of(directory), gpu_memory_utilization=args.gpu_memory_utilization,
+                    enforce_eager=not torch.cuda.is_available(), generation_config="vllm")
+
+
+def push_weights(engine, model):
+    """Give a live vLLM engine the model's current weights; a transformers engine is the model itself and has them."""
+    if engine is model:
+        return
+    weights = ((name, tensor.detach()) for name, tensor in model.state_dict().items())
+    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    engine.reset_prefix_cache()  # cached keys and values belong to the old weights
+
+
+def sample(engine, prompts, sampling, seed):
+    """prompts: list of lists of token ids -> for each prompt a list of n Samples. Equal arguments give equal samples."""
+    requests = [prompt for prompt in prompts for _ in range(sampling.n)]
+    generate = sample_hf if isinstance(engine, torch.nn.Module) else sample_vllm
+    flat = generate(engine, requests, sampling, seed)
+    assert len(flat) == len(requests), (len(flat), len(requests))
+    return [flat[i:i + sampling.n] for i in range(0, len(flat), sampling.n)]
+
+
+def sample_vllm(llm, requests, sampling, seed):
+    import vllm
+    padded = range(sampling.vocab_size, llm.model_config.get_vocab_size())
+    params = [vllm.SamplingParams(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=derive_seed(seed, i),
+                                  max_tokens=sampling.max_response_tokens, stop_token_ids=sampling.stop_ids, ignore_eos=True,
+                                  logit_bias=dict.fromkeys(padded, -100.0) or None, detokenize=False) for i in range(len(requests))]
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in requests], params, use_tqdm=False)
+    samples = [Sample(list(output.outputs[0].token_ids), output.outputs[0].finish_reason) for output in outputs]
+    assert {one.finish_reason for one in samples} <= {"stop", "length"}, "vLLM gave up on a request"
+    return samples
+
+
+@torch.no_grad()
+def sample_hf(model, requests, sampling, seed):
+    from transformers import GenerationConfig
+    samples, order = [None] * len(requests), sorted(range(len(requests)), key=lambda i: len(requests[i]))
+    stops, pad, device = set(sampling.stop_ids), sampling.stop_ids[0], model.device
+    choice = dict(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k) if sampling.temperature else {}
+    config = GenerationConfig(max_new_tokens=sampling.max_response_tokens, eos_token_id=sampling.stop_ids, pad_token_id=pad,
+                              suppress_tokens=list(range(sampling.vocab_size, model.config.vocab_size)) or None, **choice)
+    own, model.generation_config = model.generation_config, GenerationConfig()  # generate() would mix in its top-k, penalties, ...
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for start in range(0, len(order), sampling.sample_batch):
+                rows = order[start:start + sampling.sample_batch]
+                width = max(len(requests[i]) for i in rows)
+                # left padding, as generate() needs it:  [pad pad p0 p1] [p0 p1 p2 p3] -> responses start in one column
+                ids = torch.tensor([[pad] * (width - len(requests[i])) + requests[i] for i in rows], device=device)
+                mask = torch.tensor([[0] * (width - len(requests[i])) + [1] * len(requests[i]) for i in rows], device=device)
+                output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+                for i, response in zip(rows, output):
+                    end = next((t + 1 for t, token in enumerate(response) if token in stops), None)
+                    samples[i] = Sample(response[:end], "stop" if end else "length")
+    finally:
+        model.generation_config = own
+        model.train(training)
+    return samples
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rollouts artifact
+
+
+def write_rollouts(file, tokenizer, problems, prompts, groups):
+    """Append one row a response to an open rollouts.jsonl."""
+    for problem, prompt, group in zip(problems, prompts, groups, strict=True):
+        for index, (response_ids, finish_reason) in enumerate(group):
+            row = {"id": problem["id"], "sample": index, "prompt_ids": prompt, "response_ids": response_ids,
+                   "response": tokenizer.decode(response_ids, skip_special_tokens=True), "finish_reason": finish_reason,
+                   "answer": problem["answer"]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def read_rollouts(path):
+    """Yields the rows of a rollouts artifact whose meta.json was checked."""
+    return (row for _, row in read_jsonl(os.path.join(path, "rollouts.jsonl")))
+
+
+def finish_rollouts(args, tokenizer, **facts):
+    """Complete a rollouts artifact: its tokenizer, its counts, meta.json."""
+    file = os.path.join(args.out, "rollouts.jsonl")
+    os.replace(file + ".tmp", file)
+    tokenizer.save_pretrained(os.path.join(args.out, "tokenizer"))
+    lengths, cut = [], 0
+    for row in read_rollouts(args.out):
+        lengths.append(len(row["response_ids"]))
+        cut += row["finish_reason"] == "length"
+    counts = {"responses": len(lengths), "response_tokens": sum(lengths), "longest_response": max(lengths), "truncated": cut}
+    files = ["rollouts.jsonl"] + [os.path.join("tokenizer", name) for name in sorted(os.listdir(os.path.join(args.out, "tokenizer")))]
+    suffix = getattr(args, "prompt_suffix", "")
+    finish_artifact(args, "rollout", files, counts=counts, tokenizer_sha256=tokenizer_sha256(tokenizer),
+                    template_sha256=template_sha256(tokenizer, suffix), prompt_suffix=suffix, **facts)
+    print(f"{args.out}: {len(lengths)} responses, {sum(lengths) / len(lengths):.1f} tokens on average, {cut} cut off")
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(args):
+    directory, tokenizer, stops, problems, prompts, sampling = prepare(args)
+    engine = load_vllm(args, directory) if args.engine == "vllm" else load_model(directory, "--model", args.dtype)
+    start_artifact(args)
+    print(f"rollout: {len(problems)} problems x {args.n}, engine {args.engine}, {args.dtype}, stop ids {stops}")
+
+    # Problems go through in chunks with a seed each, so that a resumed run repeats nothing and samples the same.
+    chunk = max(1, args.sample_batch // args.n)
+    path = os.path.join(args.out, "rollouts.jsonl.tmp")
+    lines = open(path, encoding="utf-8").readlines() if args.resume and os.path.isfile(path) else []
+    lines = [line for line in lines if line.endswith("\n")]  # the last one may have been cut by the kill
+    done = len(lines) // (chunk * args.n) * chunk
+    with open(path, "w", encoding="utf-8") as file, tqdm(total=len(problems), initial=done, unit="problem") as bar:
+        file.writelines(lines[:done * args.n])
+        for start in range(done, len(problems), chunk):
+            rows = slice(start, start + chunk)
+            groups = sample(engine, prompts[rows], sampling, derive_seed(args.seed, "rollout", start))
+            write_rollouts(file, tokenizer, problems[rows], prompts[rows], groups)
+            bar.update(len(prompts[rows]))
+    finish_rollouts(args, tokenizer, model=os.path.realpath(directory), stop_ids=stops)
+
+
+if __name__ == "__main__":
+    main(get_args())

@@ -32,7 +32,7 @@ def add_output_flags(p):
 def check_out(args):
     """Refuse --out where it must not be written. Nothing is changed on disk, so a stage calls this before it loads anything.
 
-    A non-empty directory needs --overwrite, which replaces only what this project wrote, or --resume with unchanged flags and inputs."""
+    A non-empty directory needs --overwrite, which replaces only what this project wrote, or --resume with equal flags and inputs."""
     finished, partial = (os.path.isfile(os.path.join(args.out, name)) for name in ("meta.json", "meta.partial.json"))
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         refuse(f"--out {args.out}: is a file")
@@ -54,28 +54,30 @@ def check_out(args):
         if not finished and not partial:
             refuse(f"--out {args.out}: holds files that are not this project's; choose another directory")
         if not args.overwrite:
-            refuse(f"--out {args.out}: holds " + ("a finished artifact; choose another directory, or give --overwrite" if finished else
-                                                  "an unfinished run; choose another directory, or give --resume or --overwrite"))
+            state, flags = ("a finished artifact", "--overwrite") if finished else ("an unfinished run", "--resume or --overwrite")
+            refuse(f"--out {args.out}: holds {state}; choose another directory, or give {flags}")
 
 
 def start_artifact(args):
-    """Make args.out ready to be written, once all inputs have proved good. Until the stage ends the directory holds meta.partial.json
-    with the flags and the inputs' fingerprints: the mark of an unfinished run."""
+    """Make args.out ready to be written, once all inputs have proved good.
+
+    Until the stage ends it holds meta.partial.json with the flags and the inputs' fingerprints: the mark of an unfinished run."""
     check_out(args)
     if not args.resume:
         shutil.rmtree(args.out, ignore_errors=True)
         os.makedirs(args.out)
-        write_json(os.path.join(args.out, "meta.partial.json"), {"args": vars(args), "inputs": fingerprints(args), "started": now_utc()})
+        partial = {"args": vars(args), "inputs": fingerprints(args), "started": now_utc()}
+        write_json(os.path.join(args.out, "meta.partial.json"), partial)
 
 
 def input_paths(args):
     """The inputs that are files or directories here: {flag: path}."""
-    flags = {name: getattr(args, name, None) for name in ("model", "teacher", "student", "rollouts", "scores", "data", "eval_data")}
-    return {name: path for name, path in flags.items() if path and os.path.exists(path)}
+    names = ("model", "teacher", "student", "rollouts", "scores", "data", "eval_data")
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) and os.path.exists(getattr(args, name))}
 
 
 def fingerprints(args):
-    """{flag: mark} that changes when the input does: the sha256 of an artifact's meta.json or of a file, else of a directory's listing."""
+    """{flag: mark that changes when the input does}: sha256 of an artifact's meta.json, of a file, or of a directory's listing."""
     marks = {}
     for name, path in input_paths(args).items():
         meta = os.path.join(path, "meta.json")
@@ -90,8 +92,9 @@ def fingerprints(args):
 def finish_artifact(args, stage, files, **facts):
     """Write meta.json, by rename and last: what was run, on what, and the sha256 of every file of the artifact."""
     partial = os.path.join(args.out, "meta.partial.json")
-    meta = {"schema": SCHEMA, "stage": stage, "argv": sys.argv, "args": vars(args), "started": json.load(open(partial))["started"],
-            "finished": now_utc(), **provenance(), **facts, "files": {name: file_sha256(os.path.join(args.out, name)) for name in files}}
+    hashes = {name: file_sha256(os.path.join(args.out, name)) for name in files}
+    meta = {"schema": SCHEMA, "stage": stage, "argv": sys.argv, **json.load(open(partial)), "args": vars(args), "finished": now_utc(),
+            **provenance(), **facts, "files": hashes}
     write_json(os.path.join(args.out, "meta.json"), meta)
     os.remove(partial)
     return meta
@@ -104,12 +107,12 @@ def read_artifact(path, flag, *stages):
         refuse(f"{flag} {path}: no meta.json in it: not an artifact of this project, or an unfinished one")
     try:
         meta = json.load(open(file, encoding="utf-8"))
-        found = (meta["schema"], meta["stage"], dict(meta["files"]))
+        schema, made_by, files = meta["schema"], meta["stage"], dict(meta["files"])
     except (ValueError, KeyError, TypeError) as error:
         refuse(f"{flag} {path}: its meta.json is damaged ({error!r})")
-    if found[0] != SCHEMA or found[1] not in stages:
-        refuse(f"{flag} {path}: made by stage {found[1]!r} with schema {found[0]!r}; needed is {' or '.join(stages)} with schema {SCHEMA}")
-    for name, digest in found[2].items():
+    if schema != SCHEMA or made_by not in stages:
+        refuse(f"{flag} {path}: made by {made_by!r} with schema {schema!r}; needed is {' or '.join(stages)} with schema {SCHEMA}")
+    for name, digest in files.items():
         if not os.path.isfile(os.path.join(path, name)):
             refuse(f"{flag} {path}: {name} is missing")
         if file_sha256(os.path.join(path, name)) != digest:

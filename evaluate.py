@@ -6,10 +6,10 @@
     python evaluate.py --table out/*/eval                       one Markdown table, a row a run
     python evaluate.py --figure out/cells.png --runs out/a out/b    accuracy, entropy and length against step
 
-Avg@n is the mean over problems of the share of correct responses among n. Pass@k is the unbiased estimate of the chance that at least
-one of k responses is correct, 1 - C(n-c, k) / C(n, k) with c correct of n (Chen et al. 2021, arXiv 2107.03374). Predictive entropy is
-the model's own full-softmax entropy at temperature 1, in nats, averaged over all response tokens it sampled. Defaults: temperature
-0.6, top-p 0.95, 8192 tokens, as the paper evaluates.
+Avg@n is the mean over problems of the share of correct responses among n. Pass@k is the unbiased estimate of the chance that one
+or more of k responses are correct, 1 - C(n-c, k) / C(n, k) with c correct of n (Chen et al. 2021, arXiv 2107.03374). Predictive
+entropy is the model's own full-softmax entropy at temperature 1, in nats, averaged over all response tokens it sampled. Defaults:
+temperature 0.6, top-p 0.95, 8192 tokens, as the paper evaluates.
 
 This file also owns grading: extract_answer() and is_correct(), which GRPO's reward uses too.
 """
@@ -113,7 +113,7 @@ def interval(values, draws=1000):
 
 @torch.no_grad()
 def predictive_entropy(model, prompts, responses, vocab_size, micro_batch_tokens):
-    """Mean over each response's tokens of the model's full-softmax entropy (nats, temperature 1): a list, one number a response."""
+    """A number for each response: the mean over its tokens of the model's full-softmax entropy (nats, temperature 1)."""
     head, entropies = output_head(model, "--model").detach(), [None] * len(prompts)
     for batch in batches_by_tokens([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], micro_batch_tokens):
         hidden = response_hidden(model, [prompts[i] for i in batch], [responses[i] for i in batch])
@@ -126,21 +126,20 @@ def predictive_entropy(model, prompts, responses, vocab_size, micro_batch_tokens
 
 def evaluate(model, engine, tokenizer, problems, prompts, sampling, seed, ks, micro_batch_tokens):
     """Sample, grade and measure: (results, rows). `engine` samples; `model` gives the entropies (they may be the same)."""
-    vocab_size, training = len(tokenizer), model.training
     chunk, rows = max(1, sampling.sample_batch // sampling.n), []
-    model.eval()
     for start in tqdm(range(0, len(problems), chunk), unit="batch", desc="evaluate", disable=len(problems) <= chunk, leave=False):
         part = slice(start, start + chunk)
-        for problem, prompt, group in zip(problems[part], prompts[part], sample(engine, prompts[part], sampling, derive_seed(seed, "evaluate", start))):
+        groups = sample(engine, prompts[part], sampling, derive_seed(seed, "evaluate", start))
+        for problem, prompt, group in zip(problems[part], prompts[part], groups, strict=True):
             for index, (ids, reason) in enumerate(group):
                 response = tokenizer.decode(ids, skip_special_tokens=True)
                 rows.append({"id": problem["id"], "sample": index, "prompt_ids": prompt, "response_ids": ids, "response": response,
                              "answer": problem["answer"], "extracted": extract_answer(response),
                              "correct": is_correct(response, problem["answer"]), "finish_reason": reason, "tokens": len(ids)})
-    entropies = predictive_entropy(model, [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows], vocab_size, micro_batch_tokens)
+    entropies = predictive_entropy(model, [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows],
+                                   len(tokenizer), micro_batch_tokens)
     for row, entropy in zip(rows, entropies):
         row["entropy"] = entropy
-    model.train(training)
     return summarise(rows, sampling.n, ks), rows
 
 
@@ -149,8 +148,9 @@ def summarise(rows, n, ks):
     correct = [sum(row["correct"] for row in rows[i:i + n]) for i in range(0, len(rows), n)]
     tokens = sum(row["tokens"] for row in rows)
     average = [c / n for c in correct]
-    results = {"problems": len(correct), "n": n, "avg": sum(average) / len(average), "avg_interval": interval(average), "pass": {}, "pass_interval": {},
-               "length": tokens / len(rows), "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+    results = {"problems": len(correct), "n": n, "avg": sum(average) / len(average), "avg_interval": interval(average),
+               "pass": {}, "pass_interval": {}, "length": tokens / len(rows),
+               "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
                "entropy": sum(row["entropy"] * row["tokens"] for row in rows) / tokens}
     for k in ks:
         chances = [pass_at_k(n, c, k) for c in correct]
@@ -175,12 +175,13 @@ def table(paths):
         if len({str(list(r[name]) if name == "pass" else r[name]) for r in results}) > 1:
             refuse(f"--table: the evaluations differ in {name}, so their numbers cannot be compared")
     n, ks = results[0]["n"], list(results[0]["pass"])
-    header = ["run", "prefix", "KL", f"Avg@{n} [95%]", *[f"Pass@{k}" for k in ks], "response length", "cut off", "entropy", "TFLOPs"]
+    header = ["run", "prefix", "KL", f"Avg@{n} [95%]", *[f"Pass@{k}" for k in ks], "length", "cut off", "entropy", "TFLOPs"]
     lines = [header, ["---"] * len(header)]
     for r in results:
         low, high = r["avg_interval"]
-        lines.append([r["run"], r["cell"]["prefix"], r["cell"]["kl"], f"{r['avg']:.3f} [{low:.3f}, {high:.3f}]", *[f"{r['pass'][k]:.3f}" for k in ks],
-                      f"{r['length']:.1f}", f"{r['truncated']:.1%}", f"{r['entropy']:.3f}", f"{r['tflops']:.4g}" if r["tflops"] else "-"])
+        lines.append([r["run"], r["cell"]["prefix"], r["cell"]["kl"], f"{r['avg']:.3f} [{low:.3f}, {high:.3f}]",
+                      *[f"{r['pass'][k]:.3f}" for k in ks], f"{r['length']:.1f}", f"{r['truncated']:.1%}", f"{r['entropy']:.3f}",
+                      f"{r['tflops']:.4g}" if r["tflops"] else "-"])
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
 
@@ -227,8 +228,10 @@ def main(args):
     results, rows = evaluate(model, engine, tokenizer, problems, prompts, sampling, args.seed, args.k, args.micro_batch_tokens)
 
     checkpoint = os.path.join(directory, "checkpoint.json")  # written by train.py and grpo.py
-    untrained = {"run": args.model, "cell": {"prefix": "-", "kl": "-"}, "step": None, "tflops": None}
-    results |= {"model": args.model, "data": args.data, **(json.load(open(checkpoint)) if os.path.isfile(checkpoint) else untrained)}
+    origin = {"run": args.model, "cell": {"prefix": "-", "kl": "-"}, "step": None, "tflops": None}
+    if os.path.isfile(checkpoint):
+        origin = json.load(open(checkpoint))
+    results |= {"model": args.model, "data": args.data, **origin}
     with open(os.path.join(args.out, "samples.jsonl"), "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_json(os.path.join(args.out, "results.json"), results)

@@ -1,13 +1,13 @@
 """Group relative policy optimisation (GRPO, arXiv 2402.03300) of a checkpoint on the correctness of its answers.
 
-For each problem the current model samples a group of responses; each is rewarded 1 if its answer is correct, else 0. With r_i the rewards
-of a group and y_it the tokens of response i,
+For each problem the current model samples a group of responses; each is rewarded 1 if its answer is correct, else 0. With r_i the
+rewards of a group and y_it the tokens of response i,
 
     A_i  = (r_i - mean(r)) / (std(r) + 1e-4)
     loss = - sum_i,t A_i  pi(y_it | x, y_i<t) / pi_old(y_it | x, y_i<t)  /  number of response tokens in the batch
 
-There is one update a group, so pi_old is the current model, the ratio is 1 and clipping never acts; there is no KL term (beta 0). A group
-whose rewards are all equal has no gradient; those groups are counted.
+There is one update a group, so pi_old is the current model, the ratio is 1 and clipping never acts; there is no KL term (beta 0).
+A group whose rewards are all equal has no gradient; those groups are counted.
 
     checkpoint, problems  ->  run/final/ (a Hugging Face directory), run/metrics.jsonl, run/evals.jsonl, run/meta.json
 
@@ -49,8 +49,9 @@ def get_args(argv=None):
 
 def rewards_of(tokenizer, problems, groups):
     """1.0 for a response with the correct answer, else 0.0: (problems, n)."""
-    return torch.tensor([[float(is_correct(tokenizer.decode(ids, skip_special_tokens=True), problem["answer"])) for ids, _ in group]
-                         for problem, group in zip(problems, groups, strict=True)])
+    def reward(problem, response_ids):
+        return float(is_correct(tokenizer.decode(response_ids, skip_special_tokens=True), problem["answer"]))
+    return torch.tensor([[reward(problem, ids) for ids, _ in group] for problem, group in zip(problems, groups, strict=True)])
 
 
 def advantages_of(rewards):
@@ -62,7 +63,7 @@ def advantages_of(rewards):
 
 
 def policy_loss(logps, old_logps, advantages, total_tokens):
-    """The GRPO loss over N tokens: logps (N,) with gradient, old_logps (N,) of the sampling policy, advantages (N,) of their responses."""
+    """The GRPO loss over N tokens: logps (N,) with gradient, old_logps (N,) of the sampling policy, advantages (N,)."""
     return -(advantages * torch.exp(logps - old_logps)).sum() / total_tokens
 
 
@@ -72,10 +73,10 @@ def accumulate_gradients(args, model, batch, vocab_size):
     batch = [item for item in batch if item[2] != 0]  # no advantage, no gradient
     for part in batches_by_tokens([len(prompt) + len(response) for prompt, response, _ in batch], args.micro_batch_tokens):
         micro = [batch[i] for i in part]
-        tokens = torch.tensor([token for _, response, _ in micro for token in response], device=model.device)                  # (N,)
-        advantages = torch.tensor([advantage for _, response, advantage in micro for _ in response], device=model.device)      # (N,)
+        tokens = torch.tensor([token for _, response, _ in micro for token in response], device=model.device)              # (N,)
+        advantages = torch.tensor([advantage for _, response, advantage in micro for _ in response], device=model.device)  # (N,)
         with autocast(args):
-            hidden = response_hidden(model, [prompt for prompt, _, _ in micro], [response for _, response, _ in micro])        # (N, H)
+            hidden = response_hidden(model, [prompt for prompt, _, _ in micro], [response for _, response, _ in micro])    # (N, H)
         logps = token_logps(hidden, output_head(model, "--model"), tokens, vocab_size)
         loss = policy_loss(logps, logps.detach(), advantages, total)
         loss.backward()
@@ -106,17 +107,18 @@ def main(args):
         done = clock()
 
         tokens = sum(len(ids) for _, ids, _ in batch)
-        spent = sum(tflops(run.config, len(prompt), len(ids), forwards=3 * (advantage != 0), generations=1) for prompt, ids, advantage in batch)
+        spent = sum(tflops(run.config, len(prompt), len(ids), forwards=3 * (advantage != 0), generations=1)
+                    for prompt, ids, advantage in batch)
         run.spent["tflops"] += spent
         run.spent["tflops_uncached"] += spent
         run.spent["response_tokens"] += tokens
-        run.end_step(step + 1, {"reward": rewards.mean().item(), "equal_groups": (advantages == 0).all(1).float().mean().item(), "loss": loss,
-                                "response_length": tokens / len(batch),
+        run.end_step(step + 1, {"reward": rewards.mean().item(), "equal_groups": (advantages == 0).all(1).float().mean().item(),
+                                "loss": loss, "response_length": tokens / len(batch),
                                 "truncated": sum(reason == "length" for group in groups for _, reason in group) / len(batch),
                                 "seconds": done - started},
                      {"grad_norm": grad_norm, "lr": lr, "seconds_sample": sampled - started, "seconds_grade": graded - sampled,
                       "seconds_train": done - graded, "tokens_per_second": tokens / (done - started)})
-    run.finish("grpo", {"model": args.model, "data": args.data})
+    run.finish("grpo")
 
 
 if __name__ == "__main__":

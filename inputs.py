@@ -1,6 +1,6 @@
 """What the stages are given: problems and models, from the hub or from disk, and how a problem becomes a prompt.
 
-There is one prompt template, one rule for the ids that end a response, and one way to tell two tokenizers apart; all of them are here.
+There is one prompt template, one rule for the ids that end a response, and one way to tell two tokenizers apart; all are here.
 """
 import hashlib
 import json
@@ -61,7 +61,8 @@ def load_problems(data, limit=0):
     problems, seen = [], {}
     for index, (where, row) in enumerate(rows):
         key = row.get("id", row.get("unique_id", index))
-        problem = {"id": f"{name}/{key}", "problem": row.get("problem", row.get("question")), "answer": gold_answer(row.get("answer"))}
+        text = row.get("problem", row.get("question"))
+        problem = {"id": f"{name}/{key}", "problem": text, "answer": gold_answer(row.get("answer"))}
         for column in ("problem", "answer"):
             if not isinstance(problem[column], str) or not problem[column].strip():
                 refuse(f"{where}: no `{column}`" + (" (or `question`)" if column == "problem" else "") + f"; it has {sorted(row)}")
@@ -92,7 +93,7 @@ def load_from_hub(data):
     except (OSError, ValueError) as error:  # not found, no network, no such configuration or split
         why = error if reachable else "the hub cannot be reached and the data set is not in the local cache"
         refuse(f"--data {data}: {repo} could not be loaded: {why}\n"
-               f"To go on without the hub, pass a local file: --data path/to/problems.jsonl with `problem` and `answer` in each line")
+               "To go on without the hub, pass a local file: --data problems.jsonl with `problem` and `answer` in each line")
     return f"{repo}/{split}", ((f"{repo} split {split} row {i}", row) for i, row in enumerate(rows))
 
 
@@ -123,7 +124,8 @@ def model_dir(name, flag):
     try:
         return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
     except (OSError, ValueError) as error:
-        refuse(f"{flag} {name}: no such directory, and the hub " + (f"does not give it: {error}" if reachable else "cannot be reached"))
+        why = f"does not give it: {error}" if reachable else "cannot be reached"
+        refuse(f"{flag} {name}: no such directory, and the hub {why}")
 
 
 def load_tokenizer(directory, flag):

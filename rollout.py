@@ -7,7 +7,7 @@
 One row a response: id, sample, prompt_ids, response_ids, response, finish_reason, answer. The token ids are the truth: no
 later stage tokenises text again. response_ids ends with the stop token when finish_reason is "stop"; "length" means cut off.
 
-This file also owns sample(), the one way in which any stage samples, on either engine, and how a live vLLM engine gets new weights.
+This file also owns sample(), the one way in which any stage samples, on either engine, and how a live vLLM gets new weights.
 """
 import argparse
 import hashlib
@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from artifacts import add_output_flags, check_out, finish_artifact, read_jsonl, refuse, start_artifact
-from inputs import (add_problem_flags, context_of, default_dtype, encode_problems, load_model, load_problems, load_tokenizer, model_dir,
-                    stop_ids, template_sha256, tokenizer_sha256)
+from inputs import (add_problem_flags, context_of, default_dtype, encode_problems, load_model, load_problems, load_tokenizer,
+                    model_dir, stop_ids, template_sha256, tokenizer_sha256)
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,7 +46,7 @@ def add_sampling_flags(p, n=1, temperature=1.0, top_p=1.0, top_k=0, max_response
     p.add_argument("--top_k", type=int, default=top_k, help="0: off")
     p.add_argument("--max_response_tokens", type=int, default=max_response_tokens)
     p.add_argument("--sample_batch", type=int, default=256, help="responses sampled together")
-    p.add_argument("--gpu_memory_utilization", type=float, default=gpu_memory_utilization, help="vLLM's share of the GPU's memory")
+    p.add_argument("--gpu_memory_utilization", type=float, default=gpu_memory_utilization, help="vLLM's share of the GPU memory")
 
 
 def derive_seed(*parts):
@@ -106,8 +106,8 @@ def load_vllm(args, directory):
         import vllm
     except ImportError as error:
         refuse(f"--engine vllm: vLLM cannot be imported ({error}); install it as the README says, or use --engine hf")
-    return vllm.LLM(directory, dtype=args.dtype, max_model_len=context_of(directory), gpu_memory_utilization=args.gpu_memory_utilization,
-                    enforce_eager=not torch.cuda.is_available(), generation_config="vllm")
+    return vllm.LLM(directory, dtype=args.dtype, max_model_len=context_of(directory), generation_config="vllm",
+                    gpu_memory_utilization=args.gpu_memory_utilization, enforce_eager=not torch.cuda.is_available())
 
 
 def push_weights(engine, model):
@@ -131,9 +131,10 @@ def sample(engine, prompts, sampling, seed):
 def sample_vllm(llm, requests, sampling, seed):
     import vllm
     padded = range(sampling.vocab_size, llm.model_config.get_vocab_size())
-    params = [vllm.SamplingParams(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, seed=derive_seed(seed, i),
-                                  max_tokens=sampling.max_response_tokens, stop_token_ids=sampling.stop_ids, ignore_eos=True,
-                                  logit_bias=dict.fromkeys(padded, -100.0) or None, detokenize=False) for i in range(len(requests))]
+    common = dict(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+                  max_tokens=sampling.max_response_tokens, stop_token_ids=sampling.stop_ids, ignore_eos=True,  # our stop ids alone
+                  logit_bias=dict.fromkeys(padded, -100.0) or None, detokenize=False)
+    params = [vllm.SamplingParams(seed=derive_seed(seed, i), **common) for i in range(len(requests))]
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in requests], params, use_tqdm=False)
     samples = [Sample(list(output.outputs[0].token_ids), output.outputs[0].finish_reason) for output in outputs]
     assert {one.finish_reason for one in samples} <= {"stop", "length"}, "vLLM gave up on a request"
@@ -145,12 +146,12 @@ def sample_hf(model, requests, sampling, seed):
     from transformers import GenerationConfig
     samples, order = [None] * len(requests), sorted(range(len(requests)), key=lambda i: len(requests[i]))
     stops, pad, device = set(sampling.stop_ids), sampling.stop_ids[0], model.device
-    choice = dict(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k) if sampling.temperature else {}
+    choice = {}  # greedy
+    if sampling.temperature:
+        choice = dict(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
     config = GenerationConfig(max_new_tokens=sampling.max_response_tokens, eos_token_id=sampling.stop_ids, pad_token_id=pad,
                               suppress_tokens=list(range(sampling.vocab_size, model.config.vocab_size)) or None, **choice)
-    own, model.generation_config = model.generation_config, GenerationConfig()  # generate() would mix in its top-k, penalties, ...
-    training = model.training
-    model.eval()
+    own, model.generation_config = model.generation_config, GenerationConfig()  # else generate() mixes in its top-k, penalties, ...
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -166,7 +167,6 @@ def sample_hf(model, requests, sampling, seed):
                     samples[i] = Sample(response[:end], "stop" if end else "length")
     finally:
         model.generation_config = own
-        model.train(training)
     return samples
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,14 +194,14 @@ def finish_rollouts(args, tokenizer, **facts):
     file = os.path.join(args.out, "rollouts.jsonl")
     os.replace(file + ".tmp", file)
     tokenizer.save_pretrained(os.path.join(args.out, "tokenizer"))
+    names = [os.path.join("tokenizer", name) for name in sorted(os.listdir(os.path.join(args.out, "tokenizer")))]
     lengths, cut = [], 0
     for row in read_rollouts(args.out):
         lengths.append(len(row["response_ids"]))
         cut += row["finish_reason"] == "length"
     counts = {"responses": len(lengths), "response_tokens": sum(lengths), "longest_response": max(lengths), "truncated": cut}
-    files = ["rollouts.jsonl"] + [os.path.join("tokenizer", name) for name in sorted(os.listdir(os.path.join(args.out, "tokenizer")))]
     suffix = getattr(args, "prompt_suffix", "")
-    finish_artifact(args, "rollout", files, counts=counts, tokenizer_sha256=tokenizer_sha256(tokenizer),
+    finish_artifact(args, "rollout", ["rollouts.jsonl", *names], counts=counts, tokenizer_sha256=tokenizer_sha256(tokenizer),
                     template_sha256=template_sha256(tokenizer, suffix), prompt_suffix=suffix, **facts)
     print(f"{args.out}: {len(lengths)} responses, {sum(lengths) / len(lengths):.1f} tokens on average, {cut} cut off")
 

@@ -5,8 +5,8 @@
     python score_teacher.py --teacher Qwen/Qwen3-4B --rollouts out/rollouts --out out/scores
 
 What is stored is the teacher's last hidden state at every position that predicts a response token, in the dtype the teacher
-computes in, and the output head once: hidden @ head.T are the teacher's logits, so training from the cache is exact over the whole
-vocabulary, in either KL direction, at 5 KB a token (hidden size 2560, bf16) where the logits themselves would take 304 KB.
+computes in, and the output head once: hidden @ head.T are the teacher's logits, so training from the cache is exact over the
+whole vocabulary, in either KL direction, at 5 KB a token (hidden size 2560, bf16) where the logits would take 304 KB.
 
 This file also owns everything about teacher and student as a pair: the check that their ids mean the same, and how hidden states
 and token log-probabilities of responses are computed.
@@ -55,8 +55,8 @@ def match_tokenizers(args, student, teacher, flag):
     check_tokenizers(student, "--student", tokenizer_sha256(teacher), flag)
     if template_sha256(student) != template_sha256(teacher):
         if not args.take_template:
-            refuse(f"--student and {flag} have different prompt templates: the teacher would score prompts that it was not trained on; "
-                   "--take_template gives the student the teacher's")
+            refuse(f"--student and {flag} have different prompt templates: the teacher would score prompts that it was not "
+                   "trained on; --take_template gives the student the teacher's")
         student.chat_template = teacher.chat_template
         print(f"--take_template: the student's prompt template is now that of {flag}")
 
@@ -106,7 +106,7 @@ def response_hidden(model, prompts, responses):
 
 
 def token_logps(hidden, head, tokens, vocab_size, chunk=4096):
-    """log p(token) (N,) fp32 at each position, from hidden states (N, H) and head (V, H); logits exist for `chunk` rows at a time."""
+    """log p(token) (N,) in fp32, from hidden states (N, H) and head (V, H); logits exist for `chunk` tokens at a time."""
     def logps(hidden, tokens):
         logits = (hidden @ head[:vocab_size].T.to(hidden.dtype)).float()
         return -torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
@@ -140,18 +140,21 @@ class Scores:
 
 
 def teacher_states(args, items):
-    """(function, teacher's config as a dict) of a training run. The function maps Responses to the teacher's hidden states (N, H) and
-    head (V, H): from the cache of --scores, else from the live --teacher, else (plain SFT) to (None, None)."""
+    """(function, teacher's config as a dict) of a training run. The function maps Responses to the teacher's hidden states (N, H)
+    and head (V, H): from the cache of --scores, else from the live --teacher, else (plain SFT) to (None, None)."""
     if args.scores:
         scores = Scores(args.scores, args.rollouts)
         for item in items:
             _, start, end = scores.rows[item.row]
             if end - start < len(item.tokens):
-                refuse(f"--scores {args.scores}: hold {end - start} tokens of a response of which {len(item.tokens)} are trained on; "
-                       "score with a larger --max_tokens, or give a smaller --max_response_tokens")
+                refuse(f"--scores {args.scores}: hold {end - start} tokens of a response of which {len(item.tokens)} are trained "
+                       "on; score with a larger --max_tokens, or give a smaller --max_response_tokens")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         head = scores.head.to(device)
-        return lambda batch: (torch.cat([scores.hidden(r.row)[:len(r.tokens)] for r in batch]).to(device), head), scores.meta["teacher_config"]
+
+        def cached(batch):
+            return torch.cat([scores.hidden(r.row)[:len(r.tokens)] for r in batch]).to(device), head
+        return cached, scores.meta["teacher_config"]
     if args.teacher:
         teacher = load_model(model_dir(args.teacher, "--teacher"), "--teacher", args.dtype).requires_grad_(False)
         head = output_head(teacher, "--teacher")
@@ -177,7 +180,7 @@ def shards_of(lengths, shard_tokens):
 
 @torch.no_grad()
 def score(model, prompts, responses, micro_batch_tokens):
-    """The teacher's hidden states of each response, a list of (T, H) tensors on the CPU, computed in batches of similar length."""
+    """The teacher's hidden states, a (T, H) tensor on the CPU for each response, computed in batches of similar length."""
     hidden = [None] * len(prompts)
     for batch in batches_by_tokens([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], micro_batch_tokens):
         states = response_hidden(model, [prompts[i] for i in batch], [responses[i] for i in batch]).cpu()
@@ -207,7 +210,7 @@ def main(args):
     total = sum(lengths) * token_bytes + len(tokenizer) * token_bytes
     parent = os.path.dirname(os.path.abspath(args.out))
     free = shutil.disk_usage(parent if os.path.isdir(parent) else ".").free
-    print(f"score_teacher: {len(lengths)} responses, {sum(lengths)} tokens, {token_bytes} bytes a token, {total / 1e9:.3g} GB in all")
+    print(f"score_teacher: {len(lengths)} responses, {sum(lengths)} tokens, {token_bytes} bytes a token, {total / 1e9:.3g} GB")
     if total > free:
         refuse(f"--out {args.out}: the scores need {total / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; "
                "give --max_tokens or another disk")

@@ -39,7 +39,7 @@ def get_args(argv=None):
     p.add_argument("--heldout", type=int, default=64, help="problems for evaluations in training")
     p.add_argument("--test", type=int, default=256, help="problems for the final evaluation")
     p.add_argument("--terms", type=int, nargs=2, default=[4, 8], help="fewest and most terms of a sum")
-    p.add_argument("--haste", type=float, default=0.25, help="chance, after each line, that a solution for the base student ends there")
+    p.add_argument("--haste", type=float, default=0.25, help="chance, after each line, that a hasty solution ends there")
     p.add_argument("--seed", type=int, default=42)
     add_output_flags(p)
     return p.parse_args(argv)
@@ -50,8 +50,8 @@ def make_tokenizer():
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r"user|assistant|\\boxed\{|[\s\S]"), "isolated")
     words.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE,
-                                   additional_special_tokens=SPECIAL, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   chat_template=TEMPLATE, additional_special_tokens=SPECIAL, clean_up_tokenization_spaces=False)
 
 
 def make_model(tokenizer, hidden, layers, heads):
@@ -109,7 +109,7 @@ def main(args):
             for problem, prompt in zip(problems, prompts):
                 ids = tokenizer(solve(problem["problem"], rng, haste), add_special_tokens=False).input_ids
                 write_rollouts(file, tokenizer, [problem], [prompt], [[Sample(ids, "stop")]])
-        finish_rollouts(rollouts, tokenizer, model="recipes/toy_world.py", stop_ids=stop_ids(tokenizer, os.path.join(args.out, "student_init")))
+        finish_rollouts(rollouts, tokenizer, model="recipes/toy_world.py", stop_ids=stop_ids(tokenizer))
     finish_artifact(args, "toy_world", files)
 
 

@@ -23,10 +23,12 @@ def refuse(message, code=2):
     raise SystemExit(code)
 
 
-def add_output_flags(p):
-    p.add_argument("--out", required=True, help="directory to write; a non-empty one is refused")
+def add_output_flags(p, required=True, resume=True):
+    p.add_argument("--out", required=required, help="directory to write; a non-empty one is refused")
     p.add_argument("--overwrite", action="store_true", help="replace what an earlier run of this project left in --out")
-    p.add_argument("--resume", action="store_true", help="continue the unfinished run in --out")
+    p.set_defaults(resume=False)
+    if resume:
+        p.add_argument("--resume", action="store_true", help="continue the unfinished run in --out")
 
 
 def check_out(args):
@@ -72,7 +74,7 @@ def start_artifact(args):
 
 def input_paths(args):
     """The inputs that are files or directories here: {flag: path}."""
-    names = ("model", "teacher", "student", "rollouts", "scores", "data", "eval_data")
+    names = ("model", "teacher", "student", "gguf", "rollouts", "scores", "data", "eval_data")
     return {name: getattr(args, name) for name in names if getattr(args, name, None) and os.path.exists(getattr(args, name))}
 
 

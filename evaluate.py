@@ -23,7 +23,7 @@ import re
 import torch
 from tqdm import tqdm
 
-from artifacts import finish_artifact, read_artifact, read_jsonl, refuse, start_artifact, write_json
+from artifacts import add_output_flags, finish_artifact, read_artifact, read_jsonl, refuse, start_artifact, write_json
 from inputs import add_problem_flags, default_dtype, load_model
 from kernels import linear_streaming_kl
 from rollout import add_sampling_flags, derive_seed, load_vllm, prepare, sample
@@ -47,8 +47,7 @@ def get_args(argv=None):
     p.add_argument("--micro_batch_tokens", type=int, default=16384, help="tokens in one forward pass, padding included")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=default_dtype(), help="dtype of the model")
     p.add_argument("--seed", type=int, default=42)
-    p.add_argument("--out", help="directory to write; a non-empty one is refused")
-    p.add_argument("--overwrite", action="store_true", help="replace what an earlier run of this project left in --out")
+    add_output_flags(p, required=False, resume=False)
     args = p.parse_args(argv)
     if args.figure and not args.runs:
         p.error("--figure needs --runs")
@@ -219,7 +218,6 @@ def main(args):
         figure(args.figure, args.runs)
     if args.table or args.figure:
         return
-    args.resume = False
     directory, tokenizer, stops, problems, prompts, sampling = prepare(args)
     model = load_model(directory, "--model", args.dtype)
     engine = load_vllm(args, directory) if args.engine == "vllm" else model

@@ -20,7 +20,7 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hugging Face directory or hub id")
     p.add_argument("--gguf", help="GGUF file to use in its place")
-    add_output_flags(p)
+    add_output_flags(p, resume=False)
     return p.parse_args(argv)
 
 

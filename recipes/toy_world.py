@@ -3,8 +3,9 @@
     python -m recipes.toy_world --out out/toy/world
 
 writes problems (train, heldout and test .jsonl, without overlap), an untrained teacher and an untrained smaller student (Qwen3
-architecture, random weights, their tokenizer with them), and gold solutions as a rollouts artifact. train.py makes the teacher and
-the base student out of them: --prefix teacher --kl forward --vocab sampled, which is supervised fine-tuning.
+architecture, random weights, their tokenizer with them), and two rollouts artifacts: gold solutions, and hasty ones that often stop
+before the sum is complete. train.py makes the teacher out of the gold ones and the base student, which reasons but not to the end,
+out of the hasty ones: --prefix teacher --kl forward --vocab sampled, which is supervised fine-tuning.
 
 A problem gives digits by name. A solution adds them up modulo 10, one a line, each line with the name, the digit and the running
 total, then boxes the last total. The order is free, so a perfect teacher has entropy wherever a name is chosen:
@@ -41,7 +42,7 @@ def get_args(argv=None):
     p.add_argument("--terms", type=int, nargs=2, default=[4, 8], help="fewest and most terms of a sum")
     p.add_argument("--haste", type=float, default=0.25, help="chance, after each line, that a hasty solution ends there")
     p.add_argument("--seed", type=int, default=42)
-    add_output_flags(p)
+    add_output_flags(p, resume=False)
     return p.parse_args(argv)
 
 

@@ -23,8 +23,8 @@ from artifacts import add_output_flags
 from evaluate import is_correct
 from inputs import add_problem_flags
 from rollout import add_sampling_flags, derive_seed, prepare
+from run import Run, add_training_flags, autocast, batch_indices, check_training_flags, clock, optimizer_step, tflops
 from score_teacher import batches_by_tokens, output_head, response_hidden, token_logps
-from train import Run, add_training_flags, autocast, batch_indices, check_training_flags, clock, optimizer_step, tflops
 
 
 def get_args(argv=None):
@@ -118,7 +118,7 @@ def main(args):
                                 "seconds": done - started},
                      {"grad_norm": grad_norm, "lr": lr, "seconds_sample": sampled - started, "seconds_grade": graded - sampled,
                       "seconds_train": done - graded, "tokens_per_second": tokens / (done - started)})
-    run.finish("grpo")
+    run.finish("grpo", args.steps)
 
 
 if __name__ == "__main__":

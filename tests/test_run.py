@@ -1,0 +1,63 @@
+"""run.py: the order of the data, the optimizer step, the cost ledger. Whole runs are in test_train and test_grpo."""
+import argparse
+import math
+
+import pytest
+import torch
+
+from run import batch_indices, optimizer_step, tflops
+
+
+def test_batch_indices_are_permutations_and_a_function_of_the_step():
+    steps = [batch_indices(5, 2, step, seed=3) for step in range(5)]
+    flat = [i for step in steps for i in step]
+    assert sorted(flat[:5]) == sorted(flat[5:]) == [0, 1, 2, 3, 4]
+    assert flat[:5] != flat[5:]
+    assert [batch_indices(5, 2, step, seed=3) for step in reversed(range(5))] == steps[::-1]
+    assert batch_indices(40, 40, 0, seed=3) != batch_indices(40, 40, 0, seed=4)
+
+
+def test_learning_rate_rises_then_stays_and_gradients_are_clipped():
+    args = argparse.Namespace(lr=0.5, warmup=0.4, steps=10, max_grad_norm=1.0, out="-")
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters())
+    rates = []
+    for step in range(6):
+        before = model.weight.detach().clone()
+        model.weight.grad = torch.tensor([[3.0, 4.0]])
+        norm, rate = optimizer_step(args, model, optimizer, step)
+        assert norm == pytest.approx(5.0)
+        torch.testing.assert_close(before - model.weight.detach(), rate * torch.tensor([[0.6, 0.8]]))
+        rates.append(rate)
+    assert rates == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(bad, refused):
+    args = argparse.Namespace(lr=0.5, warmup=0.0, steps=10, max_grad_norm=1.0, out="some/run")
+    model = torch.nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.tensor([[bad, 1.0]])
+    refused(lambda: optimizer_step(args, model, torch.optim.SGD(model.parameters()), 6), "step 7", "some/run", code=1)
+    assert torch.equal(model.weight, before)
+
+
+def test_tflops_are_those_the_paper_prints():
+    """Appendix H.1: prompts of 92, responses of 128, batch 32. Its formula takes the query width to be the hidden size."""
+    both = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+    student = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 8, **both}
+    teacher = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 20, **both}
+    step = {"F_s": 32 * tflops(student, 92, 128, forwards=1), "C_off": 32 * tflops(student, 92, 128, forwards=3),
+            "G_s": 32 * tflops(student, 92, 128, generations=1), "F_t": 32 * tflops(teacher, 92, 128, forwards=1),
+            "C_on": 32 * (tflops(student, 92, 128, forwards=3, generations=1) + tflops(teacher, 92, 128, forwards=1))}
+    step["B_s"] = step["C_off"] - step["F_s"]
+    printed = {"F_s": 7.73, "B_s": 15.46, "C_off": 23.19, "G_s": 7.66, "F_t": 53.13, "C_on": 83.98}
+    assert step == pytest.approx(printed, rel=0.005)
+    assert step["C_on"] / step["C_off"] == pytest.approx(3.62, rel=0.005)
+
+
+def test_tflops_without_head_dim_take_it_from_the_hidden_size():
+    config = {"hidden_size": 8, "intermediate_size": 3, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "vocab_size": 10}
+    per_token = 2 * (2 * 8 * (8 + 2 * 4) + 2 * 8 * 8 + 6 * 8 * 3) + 2 * 8 * 10 + 2 * 4 * 8 * 5
+    assert tflops(config, 2, 3, forwards=1) == pytest.approx(5 * per_token / 1e12)

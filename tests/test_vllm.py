@@ -1,0 +1,143 @@
+"""Both engines behind one sample(): vLLM (on a CPU its CPU build) gives what transformers gives, from the weights it got last."""
+import argparse
+import importlib.util
+import json
+
+import pytest
+import torch
+
+import rollout
+import train
+from artifacts import read_artifact
+from inputs import load_model
+from recipes.toy_world import make_model, make_tokenizer
+from rollout import Sampling, load_vllm, push_weights, sample
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make test installs it)")
+
+PROMPTS = [[1, 3, 20], [1, 9, 12, 13, 14, 15, 16], [1], [1, 22], [1, 3, 20, 11, 12, 13, 14, 15, 16, 17, 18, 19]]
+
+
+def sampling(**changes):
+    default = dict(n=1, temperature=0.0, top_p=1.0, top_k=0, max_response_tokens=16, stop_ids=[0, 2], vocab_size=29)
+    return Sampling(**(default | changes))
+
+
+def padded_model(seed):
+    """Eleven padding rows beside the tokenizer's 29 ids, some of which win every argmax."""
+    torch.manual_seed(seed)
+    model = make_model(make_tokenizer(), 64, 2, 2)
+    model.resize_token_embeddings(40, mean_resizing=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[29:] *= 20
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return padded_model(seed=1)
+
+
+@pytest.fixture(scope="module")
+def engine(model, tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("vllm"))
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return load_vllm(argparse.Namespace(dtype="float32", gpu_memory_utilization=0.3), path)
+
+
+@pytest.mark.parametrize("stops", [[0, 2], [5, 6, 7, 8, 9, 10], list(range(0, 29, 3)), [28]])
+def test_greedy_samples_are_equal(engine, model, stops):
+    """Five prompt lengths; the stop ids decide where responses end, so both reasons occur over the cases."""
+    found = sample(engine, PROMPTS, sampling(stop_ids=stops), seed=0)
+    assert found == sample(model, PROMPTS, sampling(stop_ids=stops), seed=0)
+    for [one] in found:
+        assert one.finish_reason == ("stop" if one.response_ids[-1] in stops else "length")
+
+
+def test_both_finish_reasons_occur(engine, model):
+    found = {one.finish_reason for group in sample(engine, PROMPTS, sampling(temperature=1.0, n=20), seed=0) for one in group}
+    assert found == {"stop", "length"}
+
+
+def test_padded_vocabulary_rows_are_never_sampled(engine, model):
+    with torch.no_grad():
+        assert model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].argmax() >= 29
+    for temperature in (0.0, 1.0, 2.0):
+        for group in sample(engine, PROMPTS, sampling(n=10, temperature=temperature), seed=0):
+            assert all(token < 29 for one in group for token in one.response_ids)
+
+
+def test_seed_decides_the_samples(engine):
+    first = sample(engine, PROMPTS, sampling(n=3, temperature=1.0), seed=7)
+    assert sample(engine, PROMPTS, sampling(n=3, temperature=1.0), seed=7) == first
+    assert sample(engine, PROMPTS, sampling(n=3, temperature=1.0), seed=8) != first
+    assert len({tuple(one.response_ids) for one in first[0]}) == 3
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=0.7), dict(temperature=1.5, top_k=5), dict(temperature=1.0, top_p=0.6)])
+def test_both_engines_sample_from_one_distribution(engine, model, settings):
+    """First tokens of 2000 responses each: a chi-square test of two samples, bound at 6 deviations; the padding is out of both."""
+    counts = []
+    for one in (engine, model):
+        [group] = sample(one, [PROMPTS[1]], sampling(n=2000, sample_batch=2000, max_response_tokens=1, **settings), seed=3)
+        counts.append(torch.bincount(torch.tensor([s.response_ids[0] for s in group]), minlength=29).double())
+    both = counts[0] + counts[1] > 0
+    chi_square = ((counts[0] - counts[1])[both] ** 2 / (counts[0] + counts[1])[both]).sum()
+    freedom = both.sum() - 1
+    assert freedom > 2 and chi_square < freedom + 6 * (2 * freedom) ** 0.5
+
+
+def test_after_a_push_the_engine_samples_from_the_new_weights(engine, model):
+    old = sample(engine, PROMPTS, sampling(), seed=0)
+    trained = padded_model(seed=1).train()
+    optimizer, ids = torch.optim.AdamW(trained.parameters(), lr=3e-2), torch.tensor([PROMPTS[1] + [20, 21, 22]])
+    for _ in range(2):
+        trained(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    new = sample(trained, PROMPTS, sampling(), seed=0)
+    assert new != old and sample(engine, PROMPTS, sampling(), seed=0) == old
+    push_weights(engine, trained)
+    assert sample(engine, PROMPTS, sampling(), seed=0) == new
+    push_weights(engine, model)
+    assert sample(engine, PROMPTS, sampling(), seed=0) == old
+
+
+def test_a_push_forgets_what_was_cached_with_the_old_weights(engine, model):
+    def cached():
+        """Tokens of a prompt of several cache blocks that vLLM did not compute again."""
+        return engine.generate([{"prompt_token_ids": [1, 3, 20] * 100}], use_tqdm=False)[0].num_cached_tokens
+    cached()
+    assert cached() > 0
+    push_weights(engine, model)
+    assert cached() == 0
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+
+
+def test_rollouts_are_equal_on_both_engines(world, tmp_path):
+    for name in ("hf", "vllm"):
+        rollout.main(rollout.get_args(["--model", str(world / "student_init"), "--data", str(world / "train.jsonl"),
+                                       "--engine", name, *"--temperature 0 --dtype float32 --max_response_tokens 12".split(),
+                                       "--out", str(tmp_path / name)]))
+        assert read_artifact(str(tmp_path / name), "-", "rollout")["args"]["engine"] == name
+    assert (tmp_path / "vllm/rollouts.jsonl").read_bytes() == (tmp_path / "hf/rollouts.jsonl").read_bytes()
+
+
+def test_on_policy_training_is_equal_on_both_engines(world, tmp_path):
+    """Greedy: the responses of the second step and the third show that the engine got the weights of the step before."""
+    rows = {}
+    for name in ("hf", "vllm"):
+        train.main(train.get_args(["--student", str(world / "student_init"), "--teacher", str(world / "teacher_init"),
+                                   "--data", str(world / "train.jsonl"), "--out", str(tmp_path / name), "--engine", name,
+                                   *"--prefix student --kl reverse --temperature 0 --steps 3 --batch_size 4 --lr 3e-2".split(),
+                                   *"--warmup 0 --max_response_tokens 12 --dtype float32".split()]))
+        lines = [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
+        rows[name] = [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+    for found, expected in zip(rows["vllm"], rows["hf"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
+    a, b = (load_model(str(tmp_path / name / "final"), "-", "float32").state_dict() for name in ("hf", "vllm"))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=1e-3)

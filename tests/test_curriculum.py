@@ -43,7 +43,7 @@ def test_sampling_is_cut_at_the_horizon_too(world, tmp_path, student_prefix, mon
     monkeypatch.setattr(train.Run, "sample", lambda self, prompts, sampling, seed: limits.append(sampling.max_response_tokens)
                         or sample(self, prompts, sampling, seed))
     run(world, tmp_path / "run", student_prefix, "--horizons", "2,5", "--entropy_floor", 0, "--gate_every", 2, steps=4)
-    assert limits == [2, 2, 5, 5]
+    assert limits[1:] == [2, 2, 5, 5]  # the first is the preflight's
 
 
 @pytest.mark.parametrize("fail", ["hold", "stop"])
@@ -54,6 +54,19 @@ def test_a_failed_gate_holds_for_good_or_ends_the_run(world, tmp_path, teacher_p
     assert [g["decision"] for g in gates] == [fail]  # it is not asked again
     state = json.load(open(tmp_path / "run/final/checkpoint.json"))
     assert state["step"] == len(rows) and state["curriculum"] == {"level": 0, "open": False}
+
+
+def test_a_run_that_was_stopped_stays_stopped_when_resumed(world, tmp_path, teacher_prefix, monkeypatch):
+    flags = ["--horizons", "2,4", "--entropy_floor", 99, "--gate_every", 2, "--on_gate_fail", "stop", "--save_every", 2, "--eval_every", 5]
+
+    def killed(*words, **facts):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("run.finish_artifact", killed)
+        run(world, tmp_path / "run", teacher_prefix, *flags)
+    run(world, tmp_path / "run", teacher_prefix, *flags, "--resume")
+    assert len(read_rows(tmp_path / "run/metrics.jsonl")) == 2
+    assert [row["step"] for row in read_rows(tmp_path / "run/evals.jsonl")] == [0, 2]  # its last step was evaluated
 
 
 @pytest.mark.parametrize("floor", [0.1, 99])

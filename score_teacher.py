@@ -162,15 +162,19 @@ def output_head(model, flag):
 
 
 def batches_by_tokens(lengths, budget):
-    """Indices grouped by similar length, so that rows x longest <= budget in each batch (a longer row goes alone).
+    """Indices grouped by similar length, so that rows x longest <= budget in each batch (a longer row goes alone), and a batch that has
+    a 32nd of the budget takes no row with which more than a tenth of it would be padding.
 
-    batches_by_tokens([3, 9, 4, 2], 9) -> [[3, 0], [2], [1]]"""
-    batches = []
+    batches_by_tokens([60, 90, 62, 2], 1024) -> [[3, 0], [2], [1]]"""
+    batches, tokens = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[i] <= budget:
+        padded = (len(batches[-1]) + 1) * lengths[i] if batches else 0
+        if batches and padded <= budget and (tokens < budget / 32 or tokens + lengths[i] >= 0.9 * padded):
             batches[-1].append(i)
+            tokens += lengths[i]
         else:
             batches.append([i])
+            tokens = lengths[i]
     return batches
 
 

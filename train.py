@@ -200,9 +200,11 @@ def token_weights(batch, normalize):
 def accumulate_gradients(args, student, teacher, batch, vocab_size):
     """Adds the gradient of the batch's loss to the student. Returns {metric: value} and {phase: seconds}."""
     weights, device = token_weights(batch, args.normalize), student.device
-    total, sums = sum(len(response.tokens) for response in batch), {"loss": 0.0}
+    total, lengths = sum(len(r.tokens) for r in batch), [len(r.prompt) + len(r.tokens) for r in batch]
+    parts = batches_by_tokens(lengths, args.micro_batch_tokens)
+    sums = {"loss": 0.0, "padding": 1 - sum(lengths) / sum(len(part) * max(lengths[i] for i in part) for part in parts)}
     seconds = {"seconds_score": 0.0, "seconds_diagnostics": 0.0}
-    for part in batches_by_tokens([len(r.prompt) + len(r.tokens) for r in batch], args.micro_batch_tokens):
+    for part in parts:
         micro = [batch[i] for i in part]
         tokens = torch.tensor([token for response in micro for token in response.tokens], device=device)          # (N,)
         weight = torch.tensor([weights[i] for i in part for _ in batch[i].tokens], device=device)                 # (N,)

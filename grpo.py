@@ -26,7 +26,7 @@ from rollout import add_sampling_flags, derive_seed, prepare
 from run import Run, add_training_flags, autocast, batch_indices, check_training_flags, clock, optimizer_step, tflops
 from score_teacher import batches_by_tokens, output_head, response_hidden, token_logps
 
-SHOWN = ("reward", "equal_groups", "loss", "response_length", "truncated", "seconds")
+SHOWN = ("reward", "equal_groups", "loss", "response_length", "truncated")
 
 
 def get_args(argv=None):
@@ -105,7 +105,7 @@ def main(args):
         batch = [(prompts[i], ids, advantage) for i, group, row in zip(picked, groups, advantages.tolist())
                  for (ids, _), advantage in zip(group, row)]
         loss = accumulate_gradients(args, run.model, batch, len(tokenizer))
-        grad_norm, lr = optimizer_step(args, run.model, run.optimizer, step)
+        grad_norm, lr = optimizer_step(args, run.model, run.optimizer, step, [problems[i]["id"] for i in picked])
         done = clock()
 
         tokens = sum(len(ids) for _, ids, _ in batch)

@@ -94,14 +94,17 @@ def permutation(count, seed):
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def optimizer_step(args, model, optimizer, step):
-    """Warm-up, clip, step: (gradient norm before clipping, learning rate). A gradient that is not finite ends the run."""
+def optimizer_step(args, model, optimizer, step, ids):
+    """Warm-up, clip, step: (gradient norm before clipping, learning rate). A gradient that is not finite ends the run, with the ids of
+    the step's problems in failed_step.json; a loss that is not finite has no finite gradient."""
     lr = args.lr * min(1.0, (step + 1) / max(1, round(args.warmup * args.steps)))
     for group in optimizer.param_groups:
         group["lr"] = lr
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
     if norm != norm or norm == float("inf"):
-        refuse(f"step {step + 1}: the gradient is {norm}; the run ends here, its checkpoints are in {args.out}", code=1)
+        write_json(os.path.join(args.out, "failed_step.json"), {"step": step + 1, "grad_norm": str(norm), "ids": ids})
+        refuse(f"step {step + 1}: the gradient is {norm}; the run ends here. Its checkpoints are kept in {args.out}, the ids of the "
+               "step's problems are in failed_step.json there", code=1)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, lr
@@ -170,7 +173,9 @@ class Run:
         self.append("metrics.jsonl", {"step": step, **row, **self.spent})
         if step % self.args.log_every == 0 or last:
             values = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
-            print(f"{self.name}: step {step}/{self.args.steps}  {values}", flush=True)
+            phases = ", ".join(f"{name[8:]} {value:.2f}" for name, value in row.items() if name.startswith("seconds_"))
+            print(f"{self.name}: step {step}/{self.args.steps}  {values}  {row['seconds']:.2f} s ({phases}), "
+                  f"{row['tokens_per_second']:.0f} tokens/s", flush=True)
         self.evaluate(step, last)
         if self.args.save_every and step % self.args.save_every == 0 and step < self.args.steps:
             self.save(f"step_{step:06d}", step)

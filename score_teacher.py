@@ -86,6 +86,9 @@ def check_pair(student, student_stops, teacher_stops, student_rows, teacher_rows
     """Lines of the preflight that need no forward pass: [(what, finding, warning or "")]. student: its tokenizer; rows: of the output
     heads. Different token maps are refused before, by match_tokenizers."""
     size = len(student)
+    if min(student_rows, teacher_rows) < size:
+        refuse(f"preflight: the output heads have {student_rows} (student) and {teacher_rows} (teacher) rows, the tokenizer {size} tokens; "
+               "a model does not go with its tokenizer")
     end = "" if student_stops == teacher_stops else (
         "they end differently: a student that is taught another end than it samples grows to the length limit; "
         "keep --stop_ids both, or choose one side")

@@ -31,8 +31,7 @@ from run import Run, add_training_flags, autocast, batch_indices, check_training
 from score_teacher import (batches_by_tokens, check_pair, check_signal, match_tokenizers, output_head, overlap, print_preflight,
                            response_hidden, teacher_signal, token_logps, top_tokens)
 
-SHOWN = ("loss", "fkl", "rkl", "nll", "student_entropy", "teacher_entropy", "overlap_ratio", "response_length", "truncated",
-         "seconds")  # on the screen; metrics.jsonl has them all
+SHOWN = ("loss", "fkl", "rkl", "nll", "student_entropy", "teacher_entropy", "overlap_ratio", "response_length", "truncated")
 
 
 def get_args(argv=None):
@@ -101,10 +100,12 @@ def get_args(argv=None):
 
 
 class Response(NamedTuple):
-    """One response to train on. tokens: its ids, with the stop token; cut: it was cut off; row: its place in the rollouts."""
+    """One response to train on. tokens: its ids, with the stop token; cut: it was cut off; id: the problem's; row: its place in the
+    rollouts."""
     prompt: list
     tokens: list
     cut: bool
+    id: str = ""
     row: int = -1
 
 
@@ -271,16 +272,17 @@ def stored_responses(args, context):
             refuse(f"--rollouts {args.rollouts}: {stored['id']} has {length} tokens, more than the student's context of {context}; "
                    "give a smaller --max_response_tokens")
         cut = stored["finish_reason"] == "length" or len(tokens) < len(stored["response_ids"])
-        responses.append(Response(stored["prompt_ids"], tokens, cut, row))
+        responses.append(Response(stored["prompt_ids"], tokens, cut, stored["id"], row))
     return responses
 
 
-def sampled_responses(args, run, prompts, sampling, step):
-    """Responses to the problems of the coming --refresh_every steps, sampled from the student as it is now."""
-    picked = [i for later in range(step, step + args.refresh_every)
-              for i in batch_indices(len(prompts), args.batch_size, later, args.seed)]
-    groups = run.sample([prompts[i] for i in picked], sampling, derive_seed(args.seed, "train", step))
-    return [Response(prompts[i], ids, reason == "length") for i, group in zip(picked, groups, strict=True) for ids, reason in group]
+def sampled_responses(args, run, items, sampling, step):
+    """Responses to the problems (items: (id, prompt)) of the coming --refresh_every steps, sampled from the student as it is now."""
+    picked = [items[i] for later in range(step, step + args.refresh_every)
+              for i in batch_indices(len(items), args.batch_size, later, args.seed)]
+    groups = run.sample([prompt for _, prompt in picked], sampling, derive_seed(args.seed, "train", step))
+    return [Response(prompt, tokens, reason == "length", id)
+            for (id, prompt), group in zip(picked, groups, strict=True) for tokens, reason in group]
 
 
 def first_look(args, run, teacher, responses, tokenizer, student_stops, teacher_stops):
@@ -315,7 +317,9 @@ def main(args):
     stops = {"student": student_stops, "teacher": teacher_stops, "both": sorted({*student_stops, *teacher_stops})}[args.stop_ids]
     sampling = sampling_from(args, tokenizer, stops)
     if on_policy:
-        items = encode_problems(args, load_problems(args.data, args.limit), tokenizer, context_of(student_dir))  # prompts
+        problems = load_problems(args.data, args.limit)
+        prompts = encode_problems(args, problems, tokenizer, context_of(student_dir))
+        items = [(problem["id"], prompt) for problem, prompt in zip(problems, prompts)]
     else:
         items = stored_responses(args, context_of(student_dir))
     teacher, teacher_config = teacher_signal(args, items)
@@ -323,8 +327,11 @@ def main(args):
     cell = {"name": f"{args.prefix} prefix, {kl} KL", "prefix": args.prefix, "kl": kl}
     run = Run(args, student_dir, tokenizer, stops, cell, samples=on_policy)
     if not run.first_step and teacher_config:
-        few = items[:8] if not on_policy else [Response(prompt, group[0].response_ids, False) for prompt, group in zip(
-            items, run.sample(items[:8], sampling._replace(n=1, max_response_tokens=min(256, args.max_response_tokens)), args.seed))]
+        few = items[:8]
+        if on_policy:
+            short = sampling._replace(n=1, max_response_tokens=min(256, args.max_response_tokens))
+            few = [Response(prompt, group[0].response_ids, False)
+                   for prompt, group in zip(prompts, run.sample(prompts[:8], short, args.seed))]
         first_look(args, run, teacher, few, tokenizer, student_stops, teacher_stops)
     if on_policy and truncates(args):
         print(f"{run.name}: WARNING: with --temperature {args.temperature} --top_p {args.top_p} --top_k {args.top_k} the student "
@@ -345,7 +352,7 @@ def main(args):
             batch = [r._replace(tokens=r.tokens[:horizon], cut=r.cut or len(r.tokens) > horizon) for r in picked]
         sampled = clock()
         metrics, seconds = accumulate_gradients(args, run.model, teacher, batch, len(tokenizer))
-        grad_norm, lr = optimizer_step(args, run.model, run.optimizer, step)
+        grad_norm, lr = optimizer_step(args, run.model, run.optimizer, step, [response.id for response in batch])
         seconds |= {"seconds_sample": sampled - started, "seconds_train": clock() - sampled - sum(seconds.values())}
         step += 1
 

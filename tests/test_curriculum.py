@@ -75,10 +75,10 @@ def test_a_resumed_run_decides_the_same(world, tmp_path, student_prefix, monkeyp
     run(world, tmp_path / "whole/run", student_prefix, *flags)
     optimizer_step = train.optimizer_step
 
-    def killed(args, model, optimizer, step):
+    def killed(args, model, optimizer, step, ids):
         if step == 3:
             raise KeyboardInterrupt
-        return optimizer_step(args, model, optimizer, step)
+        return optimizer_step(args, model, optimizer, step, ids)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "optimizer_step", killed)
         run(world, tmp_path / "again/run", student_prefix, *flags)

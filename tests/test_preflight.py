@@ -181,3 +181,62 @@ def test_truncated_sampling_is_announced_and_measured(world, tmp_path, capsys):
         assert ("are not samples of the student" in capsys.readouterr().out) == (name == "truncated")
         assert all(("sampler_kl" in row) == (name == "truncated") for row in rows)
     assert rows[0]["sampler_kl"] > 0.3 and [row["staleness"] for row in rows] == [0, 1]
+
+
+def test_a_head_smaller_than_the_vocabulary_is_refused(world, tmp_path, refused):
+    from transformers import AutoModelForCausalLM
+    teacher, student = pair(world, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    model.resize_token_embeddings(20)
+    model.save_pretrained(teacher)
+    refused(lambda: preflight(teacher, student), "20 (teacher)", "29 tokens")
+
+
+def test_thinking_is_off_in_the_prompt_and_a_prompt_that_thinks_is_warned_of(world, tmp_path, capsys):
+    teacher, student = pair(world, tmp_path)
+    for path in (teacher, student):
+        template = path / "chat_template.jinja"
+        template.write_text(template.read_text().replace("<|im_start|>assistant\n", "<|im_start|>assistant\n{% if enable_thinking %}a{% else %}b{% endif %}"))
+    preflight(teacher, student)
+    out = capsys.readouterr().out
+    assert "assistant\\nb'" in out and "<think>" not in out
+    assert "thinking is off" in score_teacher.check_pair(Thinker(), [2], [2], 29, 29)[3][2]
+
+
+class Thinker:
+    """A tokenizer whose template opens a thinking block whatever it is told."""
+    chat_template = "<think>"
+
+    def __len__(self):
+        return 29
+
+    def apply_chat_template(self, messages, **options):
+        assert options["enable_thinking"] is False
+        return messages[0]["content"] + "<think>"
+
+    def get_added_vocab(self):
+        return {}
+
+    def __call__(self, text, **options):
+        return type("Encoded", (), {"input_ids": list(text)})
+
+    def decode(self, ids):
+        return "".join(ids)
+
+    def convert_ids_to_tokens(self, ids):
+        return list(map(str, ids))
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_names_the_problems(world, rollouts, signals, tmp_path, refused, monkeypatch):
+    objective, calls = train.objective, []
+
+    def spoilt(*given):
+        calls.append(1)
+        loss, metrics = objective(*given)
+        return loss * (float("nan") if len(calls) > 2 else 1), metrics
+    monkeypatch.setattr(train, "objective", spoilt)
+    flags = ["--kl", "forward", "--micro_batch_tokens", 9999, "--save_every", 1, "--steps", 4, "--batch_size", 1]
+    refused(lambda: train_on(world, rollouts, signals["hidden"], tmp_path / "run", *flags), "step 3", "failed_step.json", code=1)
+    failed = json.load(open(tmp_path / "run/failed_step.json"))
+    assert failed["step"] == 3 and len(failed["ids"]) == 1 and failed["ids"][0].startswith("train/")
+    assert (tmp_path / "run/step_000002/model.safetensors").exists() and not (tmp_path / "run/step_000003").exists()

@@ -26,6 +26,8 @@ from rollout import add_sampling_flags, derive_seed, prepare
 from run import Run, add_training_flags, autocast, batch_indices, check_training_flags, clock, optimizer_step, tflops
 from score_teacher import batches_by_tokens, output_head, response_hidden, token_logps
 
+SHOWN = ("reward", "equal_groups", "loss", "response_length", "truncated")
+
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,7 +79,7 @@ def accumulate_gradients(args, model, batch, vocab_size):
         advantages = torch.tensor([advantage for _, response, advantage in micro for _ in response], device=model.device)  # (N,)
         with autocast(args):
             hidden = response_hidden(model, [prompt for prompt, _, _ in micro], [response for _, response, _ in micro])    # (N, H)
-        logps = token_logps(hidden, output_head(model, "--model"), tokens, vocab_size)
+        logps = token_logps(hidden, output_head(model, "--model")[:vocab_size], tokens)
         loss = policy_loss(logps, logps.detach(), advantages, total)
         loss.backward()
         value += loss.item()
@@ -103,7 +105,7 @@ def main(args):
         batch = [(prompts[i], ids, advantage) for i, group, row in zip(picked, groups, advantages.tolist())
                  for (ids, _), advantage in zip(group, row)]
         loss = accumulate_gradients(args, run.model, batch, len(tokenizer))
-        grad_norm, lr = optimizer_step(args, run.model, run.optimizer, step)
+        grad_norm, lr = optimizer_step(args, run.model, run.optimizer, step, [problems[i]["id"] for i in picked])
         done = clock()
 
         tokens = sum(len(ids) for _, ids, _ in batch)
@@ -112,12 +114,12 @@ def main(args):
         run.spent["tflops"] += spent
         run.spent["tflops_uncached"] += spent
         run.spent["response_tokens"] += tokens
-        run.end_step(step + 1, {"reward": rewards.mean().item(), "equal_groups": (advantages == 0).all(1).float().mean().item(),
-                                "loss": loss, "response_length": tokens / len(batch),
-                                "truncated": sum(reason == "length" for group in groups for _, reason in group) / len(batch),
-                                "seconds": done - started},
-                     {"grad_norm": grad_norm, "lr": lr, "seconds_sample": sampled - started, "seconds_grade": graded - sampled,
-                      "seconds_train": done - graded, "tokens_per_second": tokens / (done - started)})
+        row = {"reward": rewards.mean().item(), "equal_groups": (advantages == 0).all(1).float().mean().item(), "loss": loss,
+               "response_length": tokens / len(batch),
+               "truncated": sum(reason == "length" for group in groups for _, reason in group) / len(batch),
+               "grad_norm": grad_norm, "lr": lr, "seconds": done - started, "seconds_sample": sampled - started,
+               "seconds_grade": graded - sampled, "seconds_train": done - graded, "tokens_per_second": tokens / (done - started)}
+        run.end_step(step + 1, row, SHOWN, last=step + 1 == args.steps)
     run.finish("grpo", args.steps)
 
 

@@ -192,11 +192,12 @@ def template_sha256(tokenizer, suffix=""):
 
 
 def stop_ids(tokenizer, *directories):
-    """Every id that ends a response, sorted: the tokenizer's end token and each model's generation_config (or config)."""
+    """Every id that ends a response, sorted: the tokenizer's end token and those of each model's generation_config, or of its config
+    where it has none."""
     ids = {tokenizer.eos_token_id}
     for directory in directories:
-        for name in ("generation_config.json", "config.json"):
-            path = os.path.join(directory, name)
-            eos = json.load(open(path)).get("eos_token_id") if os.path.isfile(path) else None
-            ids.update(eos if isinstance(eos, list) else [eos])
+        paths = [os.path.join(directory, name) for name in ("generation_config.json", "config.json")]
+        found = [json.load(open(path)).get("eos_token_id") for path in paths if os.path.isfile(path)]
+        eos = next((eos for eos in found if eos is not None), [])
+        ids.update(eos if isinstance(eos, list) else [eos])
     return sorted(ids - {None})

@@ -13,12 +13,13 @@ import argparse
 import hashlib
 import json
 import os
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from artifacts import add_output_flags, check_out, finish_artifact, read_jsonl, refuse, start_artifact
+from artifacts import add_output_flags, check_out, finish_artifact, read_jsonl, refuse, start_artifact, write_json
 from inputs import (add_problem_flags, context_of, default_dtype, encode_problems, load_model, load_problems, load_tokenizer,
                     model_dir, stop_ids, template_sha256, tokenizer_sha256)
 
@@ -31,9 +32,16 @@ def get_args(argv=None):
     add_sampling_flags(p, max_response_tokens=4096)
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=default_dtype(), help="dtype of the model")
     p.add_argument("--seed", type=int, default=42)
+    # cold start: what is not worth learning from
+    p.add_argument("--drop", nargs="+", default=[], choices=["unboxed", "truncated", "degenerate"],
+                   help="sample again, and at last drop, responses without a boxed answer, cut off, or that repeat themselves")
+    p.add_argument("--attempts", type=int, default=3, help="times a response is sampled, with --drop, before it is dropped")
     # what comes out
     add_output_flags(p)
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.attempts < 1:
+        p.error("--attempts must be at least 1")
+    return args
 
 
 def add_sampling_flags(p, n=1, temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=4096, gpu_memory_utilization=0.9):
@@ -170,13 +178,56 @@ def sample_hf(model, requests, sampling, seed):
     return samples
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Filters of a cold start (arXiv 2604.13016 and its code)
+
+
+def is_degenerate(response):
+    """Whether a response repeats itself: a line of 20 characters or more five times, 100 characters three times (looked at every 10),
+    or, in a response of more than 5000, some 50 characters three times in a row."""
+    lines = [line.strip() for line in response.splitlines()]
+    windows = [response[i:i + 100] for i in range(0, len(response) - 99, 10)]
+    return (max(Counter(line for line in lines if len(line) >= 20).values(), default=0) >= 5
+            or max(Counter(windows).values(), default=0) >= 3
+            or len(response) > 5000 and any(response[i:i + 50] == response[i + 50:i + 100] == response[i + 100:i + 150]
+                                            for i in range(len(response) - 149)))
+
+
+def fault(response, finish_reason, drop):
+    """The first reason in `drop` that holds for a response, or None."""
+    holds = {"unboxed": lambda: "\\boxed" not in response, "truncated": lambda: finish_reason == "length",
+             "degenerate": lambda: is_degenerate(response)}
+    return next((reason for reason in drop if holds[reason]()), None)
+
+
+def sample_kept(args, engine, tokenizer, prompts, sampling, seed, counts):
+    """sample(), with faulty responses sampled again up to --attempts times in all; None where no attempt was good. Every faulty
+    response is counted by its reason in `counts`, and every slot that was given up as "dropped"."""
+    groups = [list(group) for group in sample(engine, prompts, sampling, seed)]
+    slots = [(i, j) for i in range(len(prompts)) for j in range(sampling.n)] if args.drop else []
+    for attempt in range(1, args.attempts + 1):
+        faults = {}
+        for i, j in slots:
+            response = tokenizer.decode(groups[i][j].response_ids, skip_special_tokens=True)
+            faults[i, j] = fault(response, groups[i][j].finish_reason, args.drop)
+        slots = [slot for slot in slots if faults[slot]]
+        counts.update(faults[slot] for slot in slots)
+        if slots and attempt < args.attempts:
+            again = sample(engine, [prompts[i] for i, _ in slots], sampling._replace(n=1), derive_seed(seed, "attempt", attempt))
+            for (i, j), (one,) in zip(slots, again, strict=True):
+                groups[i][j] = one
+    for i, j in slots:
+        groups[i][j] = None
+    counts["dropped"] += len(slots)
+    return groups
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The rollouts artifact
 
 
 def write_rollouts(file, tokenizer, problems, prompts, groups):
-    """Append one row a response to an open rollouts.jsonl."""
+    """Append one row a response to an open rollouts.jsonl; a None in a group is a dropped one."""
     for problem, prompt, group in zip(problems, prompts, groups, strict=True):
-        for index, (response_ids, finish_reason) in enumerate(group):
+        for index, (response_ids, finish_reason) in ((index, one) for index, one in enumerate(group) if one):
             row = {"id": problem["id"], "sample": index, "prompt_ids": prompt, "response_ids": response_ids,
                    "response": tokenizer.decode(response_ids, skip_special_tokens=True), "finish_reason": finish_reason,
                    "answer": problem["answer"]}
@@ -189,7 +240,7 @@ def read_rollouts(path):
     return (row for _, row in read_jsonl(os.path.join(path, "rollouts.jsonl")))
 
 
-def finish_rollouts(args, tokenizer, **facts):
+def finish_rollouts(args, tokenizer, faults=None, **facts):
     """Complete a rollouts artifact: its tokenizer, its counts, meta.json."""
     file = os.path.join(args.out, "rollouts.jsonl")
     os.replace(file + ".tmp", file)
@@ -199,11 +250,15 @@ def finish_rollouts(args, tokenizer, **facts):
     for row in read_rollouts(args.out):
         lengths.append(len(row["response_ids"]))
         cut += row["finish_reason"] == "length"
-    counts = {"responses": len(lengths), "response_tokens": sum(lengths), "longest_response": max(lengths), "truncated": cut}
+    if not lengths:
+        refuse(f"--drop {' '.join(args.drop)}: every response was dropped: {dict(faults)}", code=1)
+    counts = {"responses": len(lengths), "response_tokens": sum(lengths), "longest_response": max(lengths), "truncated": cut,
+              "faults": faults or {}}
     suffix = getattr(args, "prompt_suffix", "")
     finish_artifact(args, "rollout", ["rollouts.jsonl", *names], counts=counts, tokenizer_sha256=tokenizer_sha256(tokenizer),
                     template_sha256=template_sha256(tokenizer, suffix), prompt_suffix=suffix, **facts)
-    print(f"{args.out}: {len(lengths)} responses, {sum(lengths) / len(lengths):.1f} tokens on average, {cut} cut off")
+    print(f"{args.out}: {len(lengths)} responses, {sum(lengths) / len(lengths):.1f} tokens on average, {cut} cut off"
+          + "".join(f", {count} {reason}" for reason, count in (faults or {}).items()))
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -214,20 +269,26 @@ def main(args):
     start_artifact(args)
     print(f"rollout: {len(problems)} problems x {args.n}, engine {args.engine}, {args.dtype}, stop ids {stops}")
 
-    # Problems go through in chunks with a seed each, so that a resumed run repeats nothing and samples the same.
+    # Problems go through in chunks with a seed each, so that a resumed run repeats nothing and samples the same. After each chunk
+    # progress.json says how far the file is good.
     chunk = max(1, args.sample_batch // args.n)
-    path = os.path.join(args.out, "rollouts.jsonl.tmp")
-    lines = open(path, encoding="utf-8").readlines() if args.resume and os.path.isfile(path) else []
-    lines = [line for line in lines if line.endswith("\n")]  # the last one may have been cut by the kill
-    done = len(lines) // (chunk * args.n) * chunk
-    with open(path, "w", encoding="utf-8") as file, tqdm(total=len(problems), initial=done, unit="problem") as bar:
-        file.writelines(lines[:done * args.n])
-        for start in range(done, len(problems), chunk):
+    path, progress = os.path.join(args.out, "rollouts.jsonl.tmp"), os.path.join(args.out, "progress.json")
+    done = {"problems": 0, "bytes": 0, "faults": {}}
+    if args.resume and os.path.isfile(progress):
+        done = json.load(open(progress))
+    if os.path.isfile(path.removesuffix(".tmp")):  # killed while it was finishing
+        os.replace(path.removesuffix(".tmp"), path)
+    faults = Counter(done["faults"])
+    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(problems), initial=done["problems"], unit="problem") as bar:
+        file.truncate(done["bytes"])
+        for start in range(done["problems"], len(problems), chunk):
             rows = slice(start, start + chunk)
-            groups = sample(engine, prompts[rows], sampling, derive_seed(args.seed, "rollout", start))
+            groups = sample_kept(args, engine, tokenizer, prompts[rows], sampling, derive_seed(args.seed, "rollout", start), faults)
             write_rollouts(file, tokenizer, problems[rows], prompts[rows], groups)
+            write_json(progress, {"problems": start + len(prompts[rows]), "bytes": os.path.getsize(path), "faults": faults})
             bar.update(len(prompts[rows]))
-    finish_rollouts(args, tokenizer, model=os.path.realpath(directory), stop_ids=stops)
+    finish_rollouts(args, tokenizer, faults, model=os.path.realpath(directory), stop_ids=stops)
+    os.remove(progress)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 train.py and grpo.py are the loops; this file is what they do alike. A run directory grows as it goes:
 
-    metrics.jsonl    a row a step            evals.jsonl    a row an evaluation            gates.jsonl    a row a curriculum's decision
+    metrics.jsonl    a row a step     evals.jsonl    a row an evaluation     gates.jsonl    a row a decision of the curriculum
     step_000100/     a checkpoint to resume from (Hugging Face directory, optimizer.safetensors, checkpoint.json)
     final/           the result (Hugging Face directory, checkpoint.json)
 """
@@ -43,8 +43,8 @@ def add_training_flags(p, steps, batch_size, lr):
 
 
 def check_training_flags(p, args):
-    if args.eval_every and not args.eval_data:
-        p.error("--eval_every needs --eval_data")
+    if bool(args.eval_data) != bool(args.eval_every or getattr(args, "curriculum", None)):
+        p.error("--eval_every and --eval_data go together")
     for name in ("steps", "batch_size", "micro_batch_tokens", "log_every", "eval_n"):
         if getattr(args, name) < 1:
             p.error(f"--{name} must be at least 1")
@@ -94,14 +94,17 @@ def permutation(count, seed):
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def optimizer_step(args, model, optimizer, step):
-    """Warm-up, clip, step: (gradient norm before clipping, learning rate). A gradient that is not finite ends the run."""
+def optimizer_step(args, model, optimizer, step, ids):
+    """Warm-up, clip, step: (gradient norm before clipping, learning rate). A gradient that is not finite ends the run, with the ids of
+    the step's problems in failed_step.json; a loss that is not finite has no finite gradient."""
     lr = args.lr * min(1.0, (step + 1) / max(1, round(args.warmup * args.steps)))
     for group in optimizer.param_groups:
         group["lr"] = lr
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
     if norm != norm or norm == float("inf"):
-        refuse(f"step {step + 1}: the gradient is {norm}; the run ends here, its checkpoints are in {args.out}", code=1)
+        write_json(os.path.join(args.out, "failed_step.json"), {"step": step + 1, "grad_norm": str(norm), "ids": ids})
+        refuse(f"step {step + 1}: the gradient is {norm}; the run ends here. Its checkpoints are kept in {args.out}, the ids of the "
+               "step's problems are in failed_step.json there", code=1)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, lr
@@ -155,9 +158,9 @@ class Run:
                                   [self.args.eval_n], self.args.micro_batch_tokens)
         return results
 
-    def evaluate(self, step):
+    def evaluate(self, step, last=False):
         args = self.args
-        if not args.eval_every or step % args.eval_every and step != args.steps:
+        if not args.eval_every or step % args.eval_every and not last:
             return
         results = self.measure(args.max_response_tokens)
         self.append("evals.jsonl", {"step": step, **results, **self.spent})
@@ -165,13 +168,15 @@ class Run:
               f"{results['pass'][str(args.eval_n)]:.3f}, length {results['length']:.1f}, entropy {results['entropy']:.3f}",
               flush=True)
 
-    def end_step(self, step, shown, row):
-        """Log the step (`shown` goes to the screen too), evaluate and save when it is time. step counts from 1."""
-        self.append("metrics.jsonl", {"step": step, **shown, **row, **self.spent})
-        if step % self.args.log_every == 0 or step == self.args.steps:
-            values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            print(f"{self.name}: step {step}/{self.args.steps}  {values}", flush=True)
-        self.evaluate(step)
+    def end_step(self, step, row, shown, last):
+        """Log the step's row of metrics, those named in `shown` on the screen too; evaluate and save when it is time."""
+        self.append("metrics.jsonl", {"step": step, **row, **self.spent})
+        if step % self.args.log_every == 0 or last:
+            values = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
+            phases = ", ".join(f"{name[8:]} {value:.2f}" for name, value in row.items() if name.startswith("seconds_"))
+            print(f"{self.name}: step {step}/{self.args.steps}  {values}  {row['seconds']:.2f} s ({phases}), "
+                  f"{row['tokens_per_second']:.0f} tokens/s", flush=True)
+        self.evaluate(step, last)
         if self.args.save_every and step % self.args.save_every == 0 and step < self.args.steps:
             self.save(f"step_{step:06d}", step)
 
@@ -199,7 +204,8 @@ class Run:
         files += [os.path.join("final", name) for name in sorted(os.listdir(os.path.join(args.out, "final")))]
         finish_artifact(args, stage, files, cell=self.cell, tokenizer_sha256=tokenizer_sha256(self.tokenizer),
                         template_sha256=template_sha256(self.tokenizer, args.prompt_suffix), **self.spent)
-        print(f"{self.name}: {step} steps, {self.spent['tflops']:.4g} TFLOPs, {self.spent['response_tokens']} response tokens -> {args.out}/final")
+        print(f"{self.name}: {step} steps, {self.spent['tflops']:.4g} TFLOPs, {self.spent['response_tokens']} response tokens "
+              f"-> {args.out}/final")
 
 
 def save_optimizer(path, model, optimizer):

@@ -28,7 +28,10 @@ from inputs import add_problem_flags, context_of, encode_problems, load_problems
 from kernels import linear_streaming_kl
 from rollout import add_sampling_flags, derive_seed, read_rollouts, sampling_from
 from run import Run, add_training_flags, autocast, batch_indices, check_training_flags, clock, optimizer_step, tflops
-from score_teacher import batches_by_tokens, match_tokenizers, output_head, response_hidden, teacher_states, token_logps
+from score_teacher import (batches_by_tokens, check_pair, check_signal, match_tokenizers, output_head, overlap, print_preflight,
+                           response_hidden, teacher_signal, token_logps, top_tokens)
+
+SHOWN = ("loss", "fkl", "rkl", "nll", "student_entropy", "teacher_entropy", "overlap_ratio", "response_length", "truncated")
 
 
 def get_args(argv=None):
@@ -37,9 +40,13 @@ def get_args(argv=None):
     p.add_argument("--prefix", choices=["teacher", "student"], required=True, help="whose responses are trained on")
     p.add_argument("--kl", choices=["forward", "reverse", "mix"], required=True, help="the token-level KL")
     p.add_argument("--fkl_weight", type=float, help="weight of the forward KL, with --kl mix only")
-    p.add_argument("--vocab", choices=["full", "sampled"], default="full",
-                   help="the exact KL over the vocabulary, or its one-sample form at the response's own tokens: hard-label SFT "
-                        "(teacher prefix, forward) or REINFORCE with a log-ratio reward (student prefix, reverse)")
+    p.add_argument("--vocab", choices=["full", "topk", "sampled"], default="full",
+                   help="the exact KL over the vocabulary; the KL on the --k likeliest tokens, renormalised; or the one-sample "
+                        "form at the response's own tokens: hard-label SFT (teacher prefix, forward) or REINFORCE with the "
+                        "log-ratio as reward (student prefix, reverse)")
+    p.add_argument("--k", type=int, default=16, help="tokens of --vocab topk, and of the overlap metrics")
+    p.add_argument("--topk_set", choices=["student", "teacher", "union", "intersection"], default="student",
+                   help="whose likeliest tokens")
     # what goes in
     p.add_argument("--student", required=True, help="Hugging Face directory or hub id of the student to start from")
     p.add_argument("--teacher", help="Hugging Face directory or hub id of the teacher (student prefix)")
@@ -47,6 +54,7 @@ def get_args(argv=None):
     p.add_argument("--scores", help="directory written by score_teacher.py from --rollouts (teacher prefix, --vocab full)")
     add_problem_flags(p, required=False)
     p.add_argument("--take_template", action="store_true", help="give the student the teacher's prompt template where they differ")
+    p.add_argument("--stop_ids", choices=["both", "student", "teacher"], default="both", help="whose end tokens end a response")
     # sampling (student prefix)
     add_sampling_flags(p, gpu_memory_utilization=0.3)
     p.add_argument("--refresh_every", type=int, default=1, help="sample for N steps at once; 1: each from the current student")
@@ -69,13 +77,12 @@ def get_args(argv=None):
     if args.vocab == "sampled" and (args.prefix, args.kl) not in (("teacher", "forward"), ("student", "reverse")):
         p.error("--vocab sampled: a response's own tokens are samples of the KL's expectation only for --prefix teacher "
                 "--kl forward and for --prefix student --kl reverse")
-    needed = {"teacher": ["rollouts"] + ["scores"] * (args.vocab == "full"), "student": ["teacher", "data"]}
-    for prefix, names in needed.items():
+    for prefix, names in {"teacher": ["rollouts", "scores"], "student": ["teacher", "data"]}.items():
         for name in names:
-            if (getattr(args, name) is not None) != (args.prefix == prefix):
-                p.error(f"--prefix {args.prefix} " + ("needs" if args.prefix == prefix else "does not use") + f" --{name}")
-    if args.scores and args.vocab == "sampled":
-        p.error("--vocab sampled does not use --scores")
+            if args.prefix != prefix and getattr(args, name) is not None:
+                p.error(f"--prefix {args.prefix} does not use --{name}")
+            if args.prefix == prefix and getattr(args, name) is None and (name, args.vocab) != ("scores", "sampled"):
+                p.error(f"--prefix {args.prefix} needs --{name}")
     if args.refresh_every < 1 or args.save_every % args.refresh_every:
         p.error("--refresh_every must be at least 1 and divide --save_every")
     if args.curriculum:
@@ -93,27 +100,94 @@ def get_args(argv=None):
 
 
 class Response(NamedTuple):
-    """One response to train on. tokens: its ids, with the stop token; cut: it was cut off; row: its place in the rollouts."""
+    """One response to train on. tokens: its ids, with the stop token; cut: it was cut off; id: the problem's; row: its place in the
+    rollouts."""
     prompt: list
     tokens: list
     cut: bool
+    id: str = ""
     row: int = -1
 
 
-def objective(args, student_hidden, student_head, teacher_hidden, teacher_head, tokens, weight, vocab_size):
+def objective(args, student_hidden, student_head, teacher, tokens, weight):
     """The cell's loss over N response positions, sum_i weight_i loss_i, and its metrics {name: (N,) per token, detached}.
 
-    hidden: (N, H) states that predict the tokens (N,); head: (V, H); weight: (N,). A new objective is written here."""
+    student_hidden (N, H) predicts the tokens (N,); student_head (V, H); teacher: Signal; weight (N,). A new objective goes here."""
     if args.vocab == "full":
-        out = linear_streaming_kl(student_hidden, student_head, teacher_hidden, teacher_head, fkl_weight=args.fkl_weight,
-                                  weight=weight, vocab_size=vocab_size)
-        return out.loss, {name: getattr(out, name) for name in ("fkl", "rkl", "student_entropy", "teacher_entropy")}
-    logps = token_logps(student_hidden, student_head, tokens, vocab_size)  # (N,) log q(y)
+        out = linear_streaming_kl(student_hidden, student_head, teacher.hidden, teacher.head, fkl_weight=args.fkl_weight,
+                                  weight=weight)
+        return out.loss, exact_metrics(out)
+    if args.vocab == "topk":
+        return topk_objective(args, student_hidden, student_head, teacher, weight)
+    log_q = token_logps(student_hidden, student_head, tokens)  # (N,) of the response's own tokens
+    log_p = teacher.logps if teacher.hidden is None else token_logps(teacher.hidden, teacher.head, tokens)
+    metrics = {"nll": -log_q.detach()} | ({} if log_p is None else {"log_ratio": (log_q - log_p).detach()})
     if args.kl == "forward":  # y ~ teacher:  grad KL(p||q) = -E[grad log q(y)]   (Proposition 1, i)
-        return -(weight * logps).sum(), {"nll": -logps.detach()}
+        return -(weight * log_q).sum(), metrics
     # y ~ student:  grad KL(q||p) = E[(log q(y) - log p(y)) grad log q(y)]   (Proposition 1, ii); the log-ratio is a constant
-    log_ratio = (logps - token_logps(teacher_hidden, teacher_head, tokens, vocab_size)).detach()
-    return (weight * log_ratio * logps).sum(), {"sampled_rkl": log_ratio}
+    return (weight * metrics["log_ratio"] * log_q).sum(), metrics
+
+
+def topk_objective(args, student_hidden, student_head, teacher, weight):
+    """KL between both distributions renormalised on a set of tokens (arXiv 2604.13016): the k likeliest of the student, of the
+    teacher, those of either, or those of both. What the set leaves out of each distribution is its tail mass."""
+    student_ids = top_tokens(student_hidden.detach(), student_head.detach(), args.k)[1]
+    teacher_ids = teacher_top(args, teacher)[1]
+    shared = (student_ids[:, :, None] == teacher_ids[:, None]).any(2)             # (N, k): the student's that are the teacher's too
+    every = torch.ones_like(shared)
+    ids, keep = {"student": (student_ids, every), "teacher": (teacher_ids, every), "intersection": (student_ids, shared),
+                 "union": (torch.cat([student_ids, teacher_ids], 1), torch.cat([~shared, every], 1))}[args.topk_set]
+    log_q = token_logps(student_hidden, student_head, ids)                        # (N, m)
+    with torch.no_grad():
+        log_p = teacher.top_logps[:, :args.k] if teacher.hidden is None else token_logps(teacher.hidden, teacher.head, ids)
+    q_bar, p_bar = (log.masked_fill(~keep, -1e30).log_softmax(1) for log in (log_q, log_p))
+    fkl, rkl = (p_bar.exp() * (p_bar - q_bar)).sum(1), (q_bar.exp() * (q_bar - p_bar)).sum(1)
+    loss = args.fkl_weight * fkl + (1 - args.fkl_weight) * rkl
+    tails = {f"{name}_tail_mass": 1 - (log.exp() * keep).sum(1).detach() for name, log in (("student", log_q), ("teacher", log_p))}
+    return (weight * loss).sum(), {"topk_fkl": fkl.detach(), "topk_rkl": rkl.detach(), **tails}
+
+
+def teacher_top(args, teacher):
+    """(log-probabilities, ids), each (N, k), of the teacher's k likeliest tokens."""
+    if teacher.hidden is None:
+        return teacher.top_logps[:, :args.k], teacher.top_ids[:, :args.k]
+    return top_tokens(teacher.hidden, teacher.head, args.k)
+
+
+def exact_metrics(out):
+    """Metrics of a KLOutput; the entropy gap is |H(p) - H(q)|."""
+    metrics = {name: getattr(out, name) for name in ("fkl", "rkl", "student_entropy", "teacher_entropy")}
+    return metrics | {"entropy_gap": (out.teacher_entropy - out.student_entropy).abs()}
+
+
+@torch.no_grad()
+def diagnostics(args, metrics, student_hidden, student_head, teacher):
+    """Adds what the loss did not bring of both papers' metrics, as far as the teacher is known: exact KLs, entropies, overlap."""
+    if "fkl" not in metrics and teacher.hidden is not None:
+        out = linear_streaming_kl(student_hidden, student_head, teacher.hidden, teacher.head, fkl_weight=args.fkl_weight)
+        metrics |= exact_metrics(out)
+    if teacher.hidden is None and teacher.top_ids is None:
+        return metrics
+    return metrics | overlap(*top_tokens(student_hidden, student_head, args.k), *teacher_top(args, teacher))
+
+
+def truncates(args):
+    """Whether the sampling flags make the samples others than the student's."""
+    return (args.temperature, args.top_p, args.top_k) != (1.0, 1.0, 0)
+
+
+def sampler_kl(hidden, head, temperature, top_p, top_k, chunk=4096):
+    """(N,) KL(sampler || student), nats: how far temperature, then top-k, then top-p take the sampler from the student."""
+    pieces = []
+    for part in hidden.split(chunk):
+        log_q, order = (part @ head.T.to(part.dtype)).float().log_softmax(-1).sort(-1, descending=True)
+        log_s = (log_q / temperature).log_softmax(-1) if temperature else torch.where(order == order[:, :1], 0.0, -torch.inf)
+        if top_k:
+            log_s = log_s.masked_fill(torch.arange(log_s.shape[1], device=log_s.device) >= top_k, -torch.inf).log_softmax(-1)
+        s = log_s.exp()
+        log_s = log_s.masked_fill(s.cumsum(-1) - s >= top_p, -torch.inf).log_softmax(-1)  # the first token is always kept
+        pieces.append(torch.where(log_s > -torch.inf, log_s.exp() * (log_s - log_q), 0.0).sum(-1))
+    return torch.cat(pieces)
 
 
 def token_weights(batch, normalize):
@@ -125,22 +199,30 @@ def token_weights(batch, normalize):
 
 
 def accumulate_gradients(args, student, teacher, batch, vocab_size):
-    """Adds the gradient of the batch's loss to the student. Returns {metric: value} and the seconds that scoring took."""
+    """Adds the gradient of the batch's loss to the student. Returns {metric: value} and {phase: seconds}."""
     weights, device = token_weights(batch, args.normalize), student.device
-    total, seconds, sums = sum(len(response.tokens) for response in batch), 0.0, {"loss": 0.0}
-    for part in batches_by_tokens([len(r.prompt) + len(r.tokens) for r in batch], args.micro_batch_tokens):
+    total, lengths = sum(len(r.tokens) for r in batch), [len(r.prompt) + len(r.tokens) for r in batch]
+    parts = batches_by_tokens(lengths, args.micro_batch_tokens)
+    sums = {"loss": 0.0, "padding": 1 - sum(lengths) / sum(len(part) * max(lengths[i] for i in part) for part in parts)}
+    seconds = {"seconds_score": 0.0, "seconds_diagnostics": 0.0}
+    for part in parts:
         micro = [batch[i] for i in part]
         tokens = torch.tensor([token for response in micro for token in response.tokens], device=device)          # (N,)
         weight = torch.tensor([weights[i] for i in part for _ in batch[i].tokens], device=device)                 # (N,)
         started = clock()
-        teacher_hidden, teacher_head = teacher(micro)
-        seconds += clock() - started
+        signal = teacher(micro).cut(vocab_size)
+        seconds["seconds_score"] += clock() - started
         with autocast(args):
             hidden = response_hidden(student, [r.prompt for r in micro], [r.tokens for r in micro])               # (N, H)
-        head = output_head(student, "--student").to(hidden.dtype)
-        loss, metrics = objective(args, hidden, head, teacher_hidden, teacher_head, tokens, weight, vocab_size)
+        head = output_head(student, "--student")[:vocab_size].to(hidden.dtype)  # rows beyond the tokenizer's are padding
+        loss, metrics = objective(args, hidden, head, signal, tokens, weight)
         loss.backward()
         sums["loss"] += loss.item()
+        started = clock()
+        metrics = diagnostics(args, metrics, hidden.detach(), head.detach(), signal)
+        if args.prefix == "student" and truncates(args):
+            metrics["sampler_kl"] = sampler_kl(hidden.detach(), head.detach(), args.temperature, args.top_p, args.top_k)
+        seconds["seconds_diagnostics"] += clock() - started
         for name, values in metrics.items():
             sums[name] = sums.get(name, 0.0) + values.sum().item() / total
     return sums, seconds
@@ -156,22 +238,26 @@ def check_curriculum(p, args):
 
 
 def gate(args, run, step):
-    """The curriculum's decision after `step` steps (paper, section 5.2): move on to the next horizon if the mean predictive entropy of
-    the student's own samples on held-out problems, cut at the present horizon, is at least the floor; else never again.
+    """The curriculum's decision after `step` steps (paper, section 5.2): go on to the next horizon if the mean predictive entropy
+    of the student's own samples on held-out problems, cut at the present horizon, is at least the floor; else never again.
 
-    Changes run.curriculum = {"level", "open"}; returns whether the run goes on."""
+    Changes run.curriculum = {"level", "open"}."""
     state = run.curriculum
     if not state["open"] or state["level"] + 1 == len(args.horizons) or step % args.gate_every:
-        return True
+        return
     horizon, results = args.horizons[state["level"]], run.measure(args.horizons[state["level"]])
     passed = results["entropy"] >= args.entropy_floor
     run.curriculum = {"level": state["level"] + passed, "open": passed}
     decision = "advance" if passed else args.on_gate_fail
     run.append("gates.jsonl", {"step": step, "horizon": horizon, "entropy": results["entropy"], "entropy_floor": args.entropy_floor,
                                "length": results["length"], "avg": results["avg"], "decision": decision})
-    print(f"{run.name}: step {step} gate: entropy {results['entropy']:.4f} against a floor of {args.entropy_floor} at horizon {horizon}: "
+    print(f"{run.name}: step {step} gate: entropy {results['entropy']:.4f} at horizon {horizon}, floor {args.entropy_floor}: "
           f"{decision}", flush=True)
-    return decision != "stop"
+
+
+def ended(args, run):
+    """Whether a failed gate has ended the run."""
+    return bool(args.curriculum) and args.on_gate_fail == "stop" and not run.curriculum["open"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -186,71 +272,103 @@ def stored_responses(args, context):
             refuse(f"--rollouts {args.rollouts}: {stored['id']} has {length} tokens, more than the student's context of {context}; "
                    "give a smaller --max_response_tokens")
         cut = stored["finish_reason"] == "length" or len(tokens) < len(stored["response_ids"])
-        responses.append(Response(stored["prompt_ids"], tokens, cut, row))
+        responses.append(Response(stored["prompt_ids"], tokens, cut, stored["id"], row))
     return responses
+
+
+def sampled_responses(args, run, items, sampling, step):
+    """Responses to the problems (items: (id, prompt)) of the coming --refresh_every steps, sampled from the student as it is now."""
+    picked = [items[i] for later in range(step, step + args.refresh_every)
+              for i in batch_indices(len(items), args.batch_size, later, args.seed)]
+    groups = run.sample([prompt for _, prompt in picked], sampling, derive_seed(args.seed, "train", step))
+    return [Response(prompt, tokens, reason == "length", id)
+            for (id, prompt), group in zip(picked, groups, strict=True) for tokens, reason in group]
+
+
+def first_look(args, run, teacher, responses, tokenizer, student_stops, teacher_stops):
+    """The preflight on a few responses of the run itself."""
+    signal, size = teacher(responses), len(tokenizer)
+    with torch.no_grad(), autocast(args):
+        hidden = response_hidden(run.model, [r.prompt for r in responses], [r.tokens for r in responses])
+    head = output_head(run.model, "--student").detach()
+    teacher_rows = size if signal.head is None else len(signal.head)
+    lines = check_pair(tokenizer, student_stops, teacher_stops, len(head), teacher_rows)
+    print_preflight(lines + check_signal(hidden, head[:size].to(hidden.dtype), signal.cut(size), args.k))
 
 
 def main(args):
     check_out(args)
-    student_dir = model_dir(args.student, "--student")
+    student_dir, on_policy = model_dir(args.student, "--student"), args.prefix == "student"
     tokenizer = load_tokenizer(student_dir, "--student")
-    if args.prefix == "teacher":
+    if on_policy:
+        teacher_dir = model_dir(args.teacher, "--teacher")
+        teacher_tokenizer = load_tokenizer(teacher_dir, "--teacher")
+        teacher_stops = stop_ids(teacher_tokenizer, teacher_dir)
+    else:
         rollouts = read_artifact(args.rollouts, "--rollouts", "rollout")
-        match_tokenizers(args, tokenizer, load_tokenizer(os.path.join(args.rollouts, "tokenizer"), "--rollouts"), "--rollouts")
+        teacher_tokenizer = load_tokenizer(os.path.join(args.rollouts, "tokenizer"), "--rollouts")
+        teacher_stops = rollouts["stop_ids"]
         if rollouts["prompt_suffix"] != args.prompt_suffix:
             refuse(f"--prompt_suffix: is {args.prompt_suffix!r}, but --rollouts were made with {rollouts['prompt_suffix']!r}")
-        stops = sorted({*stop_ids(tokenizer, student_dir), *rollouts["stop_ids"]})
-        items = stored_responses(args, context_of(student_dir))
+    match_tokenizers(args, tokenizer, teacher_tokenizer, "--teacher" if on_policy else "--rollouts")
+    if not 1 <= args.k <= len(tokenizer):
+        refuse(f"--k {args.k}: must lie between 1 and the {len(tokenizer)} tokens of the vocabulary")
+    student_stops = stop_ids(tokenizer, student_dir)
+    stops = {"student": student_stops, "teacher": teacher_stops, "both": sorted({*student_stops, *teacher_stops})}[args.stop_ids]
+    sampling = sampling_from(args, tokenizer, stops)
+    if on_policy:
+        problems = load_problems(args.data, args.limit)
+        prompts = encode_problems(args, problems, tokenizer, context_of(student_dir))
+        items = [(problem["id"], prompt) for problem, prompt in zip(problems, prompts)]
     else:
-        teacher_dir = model_dir(args.teacher, "--teacher")
-        match_tokenizers(args, tokenizer, load_tokenizer(teacher_dir, "--teacher"), "--teacher")
-        stops = stop_ids(tokenizer, student_dir, teacher_dir)
-        items = load_problems(args.data, args.limit)
-        prompts = encode_problems(args, items, tokenizer, context_of(student_dir))
-        sampling = sampling_from(args, tokenizer, stops)
-    teacher, teacher_config = teacher_states(args, items)
-    kl = (f"mix {args.fkl_weight:g}" if args.kl == "mix" else args.kl) + (" (sampled)" if args.vocab == "sampled" else "")
+        items = stored_responses(args, context_of(student_dir))
+    teacher, teacher_config = teacher_signal(args, items)
+    kl = (f"mix {args.fkl_weight:g}" if args.kl == "mix" else args.kl) + ("" if args.vocab == "full" else f" ({args.vocab})")
     cell = {"name": f"{args.prefix} prefix, {kl} KL", "prefix": args.prefix, "kl": kl}
-    run = Run(args, student_dir, tokenizer, stops, cell, samples=args.prefix == "student")
-
+    run = Run(args, student_dir, tokenizer, stops, cell, samples=on_policy)
+    if not run.first_step and teacher_config:
+        few = items[:8]
+        if on_policy:
+            short = sampling._replace(n=1, max_response_tokens=min(256, args.max_response_tokens))
+            few = [Response(prompt, group[0].response_ids, False)
+                   for prompt, group in zip(prompts, run.sample(prompts[:8], short, args.seed))]
+        first_look(args, run, teacher, few, tokenizer, student_stops, teacher_stops)
+    if on_policy and truncates(args):
+        print(f"{run.name}: WARNING: with --temperature {args.temperature} --top_p {args.top_p} --top_k {args.top_k} the student "
+              "prefixes are not samples of the student; sampler_kl in the metrics says how far they are", flush=True)
     if args.curriculum:
         run.curriculum = run.curriculum or {"level": 0, "open": True}
-    queue, step = [], run.first_step
-    for step in range(run.first_step, args.steps):
+
+    queue, step = [], run.first_step  # steps done
+    while step < args.steps and not ended(args, run):
         started = clock()
         horizon = args.horizons[run.curriculum["level"]] if args.curriculum else args.max_response_tokens
-        if args.prefix == "teacher":
+        if on_policy:
+            if step % args.refresh_every == 0:
+                queue = sampled_responses(args, run, items, sampling._replace(max_response_tokens=horizon), step)
+            batch, queue = queue[:args.batch_size * args.n], queue[args.batch_size * args.n:]
+        else:
             picked = [items[i] for i in batch_indices(len(items), args.batch_size, step, args.seed)]
             batch = [r._replace(tokens=r.tokens[:horizon], cut=r.cut or len(r.tokens) > horizon) for r in picked]
-        else:
-            if step % args.refresh_every == 0:  # the responses of the coming steps, from the student as it is now
-                picked = [i for later in range(step, step + args.refresh_every)
-                          for i in batch_indices(len(items), args.batch_size, later, args.seed)]
-                groups = run.sample([prompts[i] for i in picked], sampling._replace(max_response_tokens=horizon),
-                                    derive_seed(args.seed, "train", step))
-                queue = [Response(prompts[i], ids, reason == "length")
-                         for i, group in zip(picked, groups, strict=True) for ids, reason in group]
-            batch, queue = queue[:args.batch_size * args.n], queue[args.batch_size * args.n:]
         sampled = clock()
-        metrics, score_seconds = accumulate_gradients(args, run.model, teacher, batch, len(tokenizer))
-        grad_norm, lr = optimizer_step(args, run.model, run.optimizer, step)
-        done = clock()
+        metrics, seconds = accumulate_gradients(args, run.model, teacher, batch, len(tokenizer))
+        grad_norm, lr = optimizer_step(args, run.model, run.optimizer, step, [response.id for response in batch])
+        seconds |= {"seconds_sample": sampled - started, "seconds_train": clock() - sampled - sum(seconds.values())}
+        step += 1
 
-        live = args.prefix == "student"
-        student_cost = sum(tflops(run.config, len(r.prompt), len(r.tokens), forwards=3, generations=int(live)) for r in batch)
+        tokens = sum(len(r.tokens) for r in batch)
+        student_cost = sum(tflops(run.config, len(r.prompt), len(r.tokens), forwards=3, generations=int(on_policy)) for r in batch)
         teacher_cost = sum(tflops(teacher_config, len(r.prompt), len(r.tokens), forwards=1) for r in batch) if teacher_config else 0
-        run.spent["tflops"] += student_cost + teacher_cost * live  # a stored score was paid for once, before
+        run.spent["tflops"] += student_cost + teacher_cost * on_policy  # a stored score was paid for once, before
         run.spent["tflops_uncached"] += student_cost + teacher_cost
-        run.spent["response_tokens"] += sum(len(r.tokens) for r in batch)
-        going_on = gate(args, run, step + 1) if args.curriculum else True
-        run.end_step(step + 1, {**metrics, "response_length": sum(len(r.tokens) for r in batch) / len(batch),
-                                "truncated": sum(r.cut for r in batch) / len(batch), "seconds": done - started},
-                     {"grad_norm": grad_norm, "lr": lr, "horizon": horizon, "seconds_sample": sampled - started, "seconds_score": score_seconds,
-                      "seconds_train": done - sampled - score_seconds,
-                      "tokens_per_second": sum(len(r.tokens) for r in batch) / (done - started)})
-        if not going_on:
-            break
-    run.finish("train", step + 1)
+        run.spent["response_tokens"] += tokens
+        if args.curriculum:
+            gate(args, run, step)
+        row = {**metrics, "response_length": tokens / len(batch), "truncated": sum(r.cut for r in batch) / len(batch),
+               "grad_norm": grad_norm, "lr": lr, "horizon": horizon, "staleness": (step - 1) % args.refresh_every,
+               "seconds": sum(seconds.values()), **seconds, "tokens_per_second": tokens / sum(seconds.values())}
+        run.end_step(step, row, SHOWN, last=step == args.steps or ended(args, run))
+    run.finish("train", step)
 
 
 if __name__ == "__main__":

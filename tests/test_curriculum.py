@@ -43,7 +43,7 @@ def test_sampling_is_cut_at_the_horizon_too(world, tmp_path, student_prefix, mon
     monkeypatch.setattr(train.Run, "sample", lambda self, prompts, sampling, seed: limits.append(sampling.max_response_tokens)
                         or sample(self, prompts, sampling, seed))
     run(world, tmp_path / "run", student_prefix, "--horizons", "2,5", "--entropy_floor", 0, "--gate_every", 2, steps=4)
-    assert limits == [2, 2, 5, 5]
+    assert limits[1:] == [2, 2, 5, 5]  # the first is the preflight's
 
 
 @pytest.mark.parametrize("fail", ["hold", "stop"])
@@ -56,16 +56,29 @@ def test_a_failed_gate_holds_for_good_or_ends_the_run(world, tmp_path, teacher_p
     assert state["step"] == len(rows) and state["curriculum"] == {"level": 0, "open": False}
 
 
+def test_a_run_that_was_stopped_stays_stopped_when_resumed(world, tmp_path, teacher_prefix, monkeypatch):
+    flags = ["--horizons", "2,4", "--entropy_floor", 99, "--gate_every", 2, "--on_gate_fail", "stop", "--save_every", 2, "--eval_every", 5]
+
+    def killed(*words, **facts):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("run.finish_artifact", killed)
+        run(world, tmp_path / "run", teacher_prefix, *flags)
+    run(world, tmp_path / "run", teacher_prefix, *flags, "--resume")
+    assert len(read_rows(tmp_path / "run/metrics.jsonl")) == 2
+    assert [row["step"] for row in read_rows(tmp_path / "run/evals.jsonl")] == [0, 2]  # its last step was evaluated
+
+
 @pytest.mark.parametrize("floor", [0.1, 99])
 def test_a_resumed_run_decides_the_same(world, tmp_path, student_prefix, monkeypatch, floor):
     flags = ["--horizons", "2,3,4", "--entropy_floor", floor, "--gate_every", 2, "--save_every", 2]
     run(world, tmp_path / "whole/run", student_prefix, *flags)
     optimizer_step = train.optimizer_step
 
-    def killed(args, model, optimizer, step):
+    def killed(args, model, optimizer, step, ids):
         if step == 3:
             raise KeyboardInterrupt
-        return optimizer_step(args, model, optimizer, step)
+        return optimizer_step(args, model, optimizer, step, ids)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "optimizer_step", killed)
         run(world, tmp_path / "again/run", student_prefix, *flags)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from artifacts import add_output_flags, check_out, finish_artifact, read_jsonl, refuse, start_artifact, write_json
+from artifacts import add_output_flags, check_out, finish_artifact, read_jsonl, refuse, start_artifact
 from inputs import (add_problem_flags, context_of, default_dtype, encode_problems, load_model, load_problems, load_tokenizer,
                     model_dir, stop_ids, template_sha256, tokenizer_sha256)
 
@@ -269,15 +269,15 @@ def main(args):
     start_artifact(args)
     print(f"rollout: {len(problems)} problems x {args.n}, engine {args.engine}, {args.dtype}, stop ids {stops}")
 
-    # Problems go through in chunks with a seed each, so that a resumed run repeats nothing and samples the same. After each chunk
-    # progress.json says how far the file is good.
+    # Problems go through in chunks with a seed each, so that a resumed run repeats nothing and samples the same. A line of
+    # progress.jsonl says up to where the file is good after each chunk.
     chunk = max(1, args.sample_batch // args.n)
-    path, progress = os.path.join(args.out, "rollouts.jsonl.tmp"), os.path.join(args.out, "progress.json")
-    done = {"problems": 0, "bytes": 0, "faults": {}}
-    if args.resume and os.path.isfile(progress):
-        done = json.load(open(progress))
+    path, progress = os.path.join(args.out, "rollouts.jsonl.tmp"), os.path.join(args.out, "progress.jsonl")
     if os.path.isfile(path.removesuffix(".tmp")):  # killed while it was finishing
         os.replace(path.removesuffix(".tmp"), path)
+    marks = [json.loads(line) for line in open(progress) if line.endswith("\n")] if os.path.isfile(progress) else []
+    marks = [mark for mark in marks if mark["bytes"] <= os.path.getsize(path)]
+    done = marks[-1] if marks else {"problems": 0, "bytes": 0, "faults": {}}
     faults = Counter(done["faults"])
     with open(path, "a", encoding="utf-8") as file, tqdm(total=len(problems), initial=done["problems"], unit="problem") as bar:
         file.truncate(done["bytes"])
@@ -285,7 +285,9 @@ def main(args):
             rows = slice(start, start + chunk)
             groups = sample_kept(args, engine, tokenizer, prompts[rows], sampling, derive_seed(args.seed, "rollout", start), faults)
             write_rollouts(file, tokenizer, problems[rows], prompts[rows], groups)
-            write_json(progress, {"problems": start + len(prompts[rows]), "bytes": os.path.getsize(path), "faults": faults})
+            mark = {"problems": start + len(prompts[rows]), "bytes": os.path.getsize(path), "faults": faults}
+            with open(progress, "a", encoding="utf-8") as marks_file:
+                marks_file.write(json.dumps(mark) + "\n")
             bar.update(len(prompts[rows]))
     finish_rollouts(args, tokenizer, faults, model=os.path.realpath(directory), stop_ids=stops)
     os.remove(progress)

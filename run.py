@@ -95,8 +95,8 @@ def permutation(count, seed):
 
 
 def optimizer_step(args, model, optimizer, step, ids):
-    """Warm-up, clip, step: (gradient norm before clipping, learning rate). A gradient that is not finite ends the run, with the ids of
-    the step's problems in failed_step.json; a loss that is not finite has no finite gradient."""
+    """Warm-up, clip, step: (gradient norm before clipping, learning rate). A gradient that is not finite ends the run, with the ids
+    of the step's problems in failed_step.json; a loss that is not finite has no finite gradient."""
     lr = args.lr * min(1.0, (step + 1) / max(1, round(args.warmup * args.steps)))
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -44,7 +44,7 @@ def get_args(argv=None):
     p.add_argument("--teacher", required=True, help="Hugging Face directory or hub id of the teacher")
     p.add_argument("--rollouts", help="directory written by rollout.py")
     p.add_argument("--signal", choices=["hidden", "topk", "sampled"], default="hidden", help="what is stored of each position")
-    p.add_argument("--k", type=int, default=16, help="tokens stored with --signal topk")
+    p.add_argument("--k", type=int, default=16, help="likeliest tokens in top-k training and scores, and in overlap metrics")
     p.add_argument("--max_tokens", type=int, default=0, help="score only the first N tokens of each response (0: all)")
     p.add_argument("--micro_batch_tokens", type=int, default=16384, help="tokens in one forward pass, padding included")
     p.add_argument("--shard_tokens", type=int, default=200_000, help="response tokens in one shard")
@@ -54,10 +54,8 @@ def get_args(argv=None):
     p.add_argument("--preflight", action="store_true", help="check --teacher against --student, print a table, and end")
     p.add_argument("--student", help="Hugging Face directory or hub id of the student, with --preflight only")
     args = p.parse_args(argv)
-    if args.preflight != bool(args.student) or args.preflight == bool(args.rollouts or args.out):
+    if (bool(args.rollouts), bool(args.out), bool(args.student)) != (not args.preflight, not args.preflight, args.preflight):
         p.error("give --teacher, --rollouts and --out to score; or --preflight, --teacher and --student to check a pair")
-    if not args.preflight and not (args.rollouts and args.out):
-        p.error("scoring needs --rollouts and --out")
     return args
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,8 +85,8 @@ def check_pair(student, student_stops, teacher_stops, student_rows, teacher_rows
     heads. Different token maps are refused before, by match_tokenizers."""
     size = len(student)
     if min(student_rows, teacher_rows) < size:
-        refuse(f"preflight: the output heads have {student_rows} (student) and {teacher_rows} (teacher) rows, the tokenizer {size} tokens; "
-               "a model does not go with its tokenizer")
+        refuse(f"preflight: the output heads have {student_rows} (student) and {teacher_rows} (teacher) rows for a tokenizer of {size} "
+               "tokens")
     end = "" if student_stops == teacher_stops else (
         "they end differently: a student that is taught another end than it samples grows to the length limit; "
         "keep --stop_ids both, or choose one side")
@@ -120,7 +118,7 @@ def check_signal(student_hidden, student_head, teacher, k):
     return [("KL of teacher with itself", f"{self_kl:.1e} nats", ""),
             ("KL teacher||student", f"{numbers['fkl']:.4f} nats; reverse {numbers['rkl']:.4f}",
              "" if numbers["fkl"] > 1e-6 else "none: teacher and student are the same"),
-            ("entropies", f"student {numbers['student_entropy']:.3f}, teacher {numbers['teacher_entropy']:.3f}, of {top:.3f} nats", ""),
+            ("entropies", f"student {numbers['student_entropy']:.3f}, teacher {numbers['teacher_entropy']:.3f} of {top:.3f} nats", ""),
             (f"overlap of the top {k}", f"{ratio:.3f}", far)]
 
 
@@ -165,8 +163,8 @@ def output_head(model, flag):
 
 
 def batches_by_tokens(lengths, budget):
-    """Indices grouped by similar length, so that rows x longest <= budget in each batch (a longer row goes alone), and a batch that has
-    a 32nd of the budget takes no row with which more than a tenth of it would be padding.
+    """Indices grouped by similar length, so that rows x longest <= budget in each batch (a longer row goes alone), and a batch that
+    has a 32nd of the budget takes no row with which more than a tenth of it would be padding.
 
     batches_by_tokens([60, 90, 62, 2], 1024) -> [[3, 0], [2], [1]]"""
     batches, tokens = [], 0

@@ -44,7 +44,7 @@ def get_args(argv=None):
                    help="the exact KL over the vocabulary; the KL on the --k likeliest tokens, renormalised; or the one-sample "
                         "form at the response's own tokens: hard-label SFT (teacher prefix, forward) or REINFORCE with the "
                         "log-ratio as reward (student prefix, reverse)")
-    p.add_argument("--k", type=int, default=16, help="tokens of --vocab topk, and of the overlap metrics")
+    p.add_argument("--k", type=int, default=16, help="likeliest tokens in top-k training and scores, and in overlap metrics")
     p.add_argument("--topk_set", choices=["student", "teacher", "union", "intersection"], default="student",
                    help="whose likeliest tokens")
     # what goes in

@@ -146,10 +146,10 @@ def test_a_killed_run_continues_to_the_same_end(world, tmp_path, monkeypatch, re
     (tmp_path / "again").mkdir()
     out, step_of = tmp_path / "again/whole", grpo.optimizer_step
 
-    def killed_in_step_3(args, model, optimizer, step):
+    def killed_in_step_3(args, model, optimizer, step, ids):
         if step == 2:
             raise Killed
-        return step_of(args, model, optimizer, step)
+        return step_of(args, model, optimizer, step, ids)
     with monkeypatch.context() as patch:
         patch.setattr(grpo, "optimizer_step", killed_in_step_3)
         with pytest.raises(Killed):

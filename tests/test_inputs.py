@@ -179,7 +179,7 @@ def test_stop_ids_come_from_tokenizer_and_every_model(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
         (tmp_path / name / "config.json").write_text(json.dumps({"eos_token_id": config}))
-    assert stop_ids(tokenizer, tmp_path / "a", tmp_path / "b", tmp_path / "c") == [1, 5, 7, 9]
+    assert stop_ids(tokenizer, tmp_path / "a", tmp_path / "b", tmp_path / "c") == [5, 7, 9]
     assert stop_ids(tokenizer, tmp_path / "c") == [7]
 
 

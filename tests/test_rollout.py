@@ -148,7 +148,7 @@ def test_rollouts_artifact(world, tmp_path):
         assert row["finish_reason"] == ("stop" if row["response_ids"][-1] in (0, 2) else "length")
     lengths = [len(row["response_ids"]) for row in rows]
     assert meta["counts"] == {"responses": 10, "response_tokens": sum(lengths), "longest_response": max(lengths),
-                              "truncated": sum(row["finish_reason"] == "length" for row in rows)}
+                              "truncated": sum(row["finish_reason"] == "length" for row in rows), "faults": {"dropped": 0}}
     assert meta["stop_ids"] == [0, 2] and meta["args"]["engine"] == "hf" and meta["args"]["seed"] == 42
     assert not (tmp_path / "out/rollouts.jsonl.tmp").exists()
     run(world, tmp_path / "again")

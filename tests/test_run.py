@@ -25,7 +25,7 @@ def test_learning_rate_rises_then_stays_and_gradients_are_clipped():
     for step in range(6):
         before = model.weight.detach().clone()
         model.weight.grad = torch.tensor([[3.0, 4.0]])
-        norm, rate = optimizer_step(args, model, optimizer, step)
+        norm, rate = optimizer_step(args, model, optimizer, step, [])
         assert norm == pytest.approx(5.0)
         torch.testing.assert_close(before - model.weight.detach(), rate * torch.tensor([[0.6, 0.8]]))
         rates.append(rate)
@@ -33,12 +33,12 @@ def test_learning_rate_rises_then_stays_and_gradients_are_clipped():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(bad, refused):
-    args = argparse.Namespace(lr=0.5, warmup=0.0, steps=10, max_grad_norm=1.0, out="some/run")
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(bad, refused, tmp_path):
+    args = argparse.Namespace(lr=0.5, warmup=0.0, steps=10, max_grad_norm=1.0, out=str(tmp_path))
     model = torch.nn.Linear(2, 1, bias=False)
     before = model.weight.detach().clone()
     model.weight.grad = torch.tensor([[bad, 1.0]])
-    refused(lambda: optimizer_step(args, model, torch.optim.SGD(model.parameters()), 6), "step 7", "some/run", code=1)
+    refused(lambda: optimizer_step(args, model, torch.optim.SGD(model.parameters()), 6, ["a/1"]), "step 7", tmp_path, code=1)
     assert torch.equal(model.weight, before)
 
 

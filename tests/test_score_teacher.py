@@ -2,6 +2,7 @@
 import collections
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,8 +31,11 @@ def test_batches_hold_each_index_once_within_the_budget():
         batches = batches_by_tokens(lengths, budget)
         assert sorted(i for batch in batches for i in batch) == list(range(50))
         assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget for batch in batches)
-    assert len(batches) == 2 or sum(lengths) <= 1000  # not one row a batch where the budget has room
-    assert batches_by_tokens([3, 9, 4, 2], 9) == [[3, 0], [2], [1]]
+        for batch in batches:  # a tenth may be padding, or more of what is less than a 32nd of the budget
+            rows = sorted(lengths[i] for i in batch)
+            assert sum(rows) >= 0.9 * len(rows) * rows[-1] or sum(rows[:-1]) < budget / 32 or len(rows) == 1
+    assert len(batches) < 15  # not one row a batch where the budget has room
+    assert batches_by_tokens([60, 90, 62, 2], 1024) == [[3, 0], [2], [1]]
     assert batches_by_tokens([], 9) == []
 
 
@@ -53,15 +57,16 @@ def test_response_hidden_is_that_of_each_sequence_alone(model):
             torch.testing.assert_close(found @ output_head(model, "-").T, alone.logits[0, first:-1])
             for place, token in enumerate(response):  # a prefix ends where its logits predict the token
                 prefix = model(input_ids=torch.tensor([prompt + response[:place]])).logits[0, -1]
-                logp = token_logps(found, output_head(model, "-"), torch.tensor(response), 29)[place]
+                logp = token_logps(found, output_head(model, "-")[:29], torch.tensor(response))[place]
                 assert logp.item() == pytest.approx(prefix.log_softmax(-1)[token].item(), abs=1e-5)
 
 
 def test_score_keeps_the_order_whatever_the_batches(model):
     for budget in (1, 9, 1000):
-        for prompt, response, found in zip(PROMPTS, RESPONSES, score(model, PROMPTS, RESPONSES, budget), strict=True):
+        args = SimpleNamespace(micro_batch_tokens=budget, signal="hidden")
+        for prompt, response, found in zip(PROMPTS, RESPONSES, score(args, model, None, PROMPTS, RESPONSES), strict=True):
             with torch.no_grad():
-                torch.testing.assert_close(found, response_hidden(model, [prompt], [response]))
+                torch.testing.assert_close(found["hidden"], response_hidden(model, [prompt], [response]))
 
 
 @pytest.mark.parametrize("chunk", [2, 4096])
@@ -69,7 +74,7 @@ def test_token_logps_and_their_gradient(chunk):
     g = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(7, 5, generator=g, requires_grad=True), torch.randn(12, 5, generator=g, requires_grad=True)
     tokens, upstream = torch.randint(9, (7,), generator=g), torch.randn(7, generator=g)
-    found = token_logps(hidden, head, tokens, 9, chunk=chunk)  # rows 9 to 11 of the head are padding
+    found = token_logps(hidden, head[:9], tokens, chunk=chunk)
     (found * upstream).sum().backward()
     hidden64, head64 = (x.detach().double().requires_grad_() for x in (hidden, head))
     truth = (hidden64 @ head64[:9].T).log_softmax(-1)[torch.arange(7), tokens]
@@ -79,7 +84,7 @@ def test_token_logps_and_their_gradient(chunk):
 
 
 def test_token_logps_of_no_tokens():
-    assert token_logps(torch.randn(0, 5), torch.randn(9, 5), torch.zeros(0, dtype=torch.long), 9).shape == (0,)
+    assert token_logps(torch.randn(0, 5), torch.randn(9, 5), torch.zeros(0, dtype=torch.long)).shape == (0,)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The artifact
@@ -102,7 +107,7 @@ def test_stored_states_give_the_live_teachers_logits(world, rollouts, scores):
     for i, row in enumerate(rows):
         with torch.no_grad():
             logits = teacher(input_ids=torch.tensor([row["prompt_ids"] + row["response_ids"]])).logits[0]
-        torch.testing.assert_close(reader.hidden(i) @ reader.head.T, logits[len(row["prompt_ids"]) - 1:-1])
+        torch.testing.assert_close(reader.read(i)["hidden"] @ reader.head.T, logits[len(row["prompt_ids"]) - 1:-1])
     meta = read_artifact(str(scores), "--", "score_teacher")
     assert meta["counts"]["response_tokens"] == sum(len(row["response_ids"]) for row in rows)
     assert [sum(shard["tokens"]) <= 30 or len(shard["tokens"]) == 1 for shard in meta["shards"]] == [True] * len(meta["shards"])
@@ -113,7 +118,7 @@ def test_max_tokens_stores_the_first_ones(world, rollouts, scores, tmp_path):
     short, full = Scores(str(tmp_path / "short"), str(rollouts)), Scores(str(scores), str(rollouts))
     rows = list(read_rollouts(rollouts))
     for i, row in enumerate(rows):
-        torch.testing.assert_close(short.hidden(i), full.hidden(i)[:3])
+        torch.testing.assert_close(short.read(i)["hidden"], full.read(i)["hidden"][:3])
     cut = sum(max(0, len(row["response_ids"]) - 3) for row in rows)
     assert short.meta["counts"]["cut_by_max_tokens"] == cut > 0
 

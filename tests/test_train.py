@@ -17,7 +17,7 @@ from inputs import load_model
 from recipes.toy_world import make_model, make_tokenizer
 from rollout import read_rollouts
 from run import optimizer_step, tflops
-from score_teacher import output_head, response_hidden, teacher_states
+from score_teacher import Signal, output_head, response_hidden, teacher_signal
 from train import Response, accumulate_gradients, objective, token_weights
 
 CELL = {"forward": ("full", 1.0), "reverse": ("full", 0.0), "mix": ("full", 0.3)}
@@ -25,7 +25,7 @@ CELL = {"forward": ("full", 1.0), "reverse": ("full", 0.0), "mix": ("full", 0.3)
 
 def flags(kl="forward", vocab="full", fkl_weight=1.0, normalize="token", micro_batch_tokens=10 ** 6):
     return argparse.Namespace(kl=kl, vocab=vocab, fkl_weight=fkl_weight, normalize=normalize, micro_batch_tokens=micro_batch_tokens,
-                              dtype="float32")
+                              dtype="float32", k=4, topk_set="student", prefix="teacher")
 
 
 def kl(p_log, q_log):
@@ -62,7 +62,7 @@ def doubled(student_hidden, student_head, teacher_hidden, teacher_head, v):
 def test_objective_is_the_weighted_kl_and_its_gradient(name):
     hidden, head, teacher_hidden, teacher_head, tokens, v = position_problem()
     weight, w = torch.tensor([0.5, 0.0, 1.0, 0.25, 2.0, 1.0]), CELL[name][1]
-    loss, metrics = objective(flags(name, fkl_weight=w), hidden, head, teacher_hidden, teacher_head, tokens, weight, v)
+    loss, metrics = objective(flags(name, fkl_weight=w), hidden, head[:v], Signal(teacher_hidden, teacher_head[:v]), tokens, weight)
     loss.backward()
 
     hidden64, head64, p_log, q_log = doubled(hidden, head, teacher_hidden, teacher_head, v)
@@ -81,7 +81,7 @@ def test_objective_is_the_weighted_kl_and_its_gradient(name):
 def test_sampled_forward_is_cross_entropy():
     hidden, head, _, _, tokens, v = position_problem()
     weight = torch.rand(len(tokens))
-    loss, metrics = objective(flags("forward", "sampled"), hidden, head, None, None, tokens, weight, v)
+    loss, metrics = objective(flags("forward", "sampled"), hidden, head[:v], Signal(), tokens, weight)
     loss.backward()
     hidden64, head64 = (x.detach().double().requires_grad_() for x in (hidden, head))
     nll = torch.nn.functional.cross_entropy(hidden64 @ head64[:v].T, tokens, reduction="none")
@@ -98,8 +98,8 @@ def test_sampled_gradient_is_the_exact_one_on_average(direction):
     hidden64, head64, p_log, q_log = doubled(hidden, head, teacher_hidden, teacher_head, v)
     exact, policy = (kl(p_log, q_log), p_log) if direction == "forward" else (kl(q_log, p_log), q_log)
     exact.sum().backward()
-    loss, _ = objective(flags(direction, "sampled"), hidden.expand(v, -1), head, teacher_hidden.expand(v, -1), teacher_head,
-                        torch.arange(v), policy[0].detach().exp().float(), v)
+    loss, _ = objective(flags(direction, "sampled"), hidden.expand(v, -1), head[:v], Signal(teacher_hidden.expand(v, -1), teacher_head[:v]),
+                        torch.arange(v), policy[0].detach().exp().float())
     loss.backward()
     close(hidden.grad, hidden64.grad, 1e-4)
     close(head.grad, head64.grad, 1e-4)
@@ -123,7 +123,7 @@ BATCH = [Response([1, 3, 20], [21, 22, 0], False), Response([1, 9], [2], False),
 def live(teacher):
     @torch.no_grad()
     def states(batch):
-        return response_hidden(teacher, [r.prompt for r in batch], [r.tokens for r in batch]), output_head(teacher, "-").detach()
+        return Signal(response_hidden(teacher, [r.prompt for r in batch], [r.tokens for r in batch]), output_head(teacher, "-").detach())
     return states
 
 
@@ -180,6 +180,7 @@ def test_micro_batches_change_nothing(pair, name):
     whole, expected = gradients_of(student, args, live(teacher), BATCH)
     args.micro_batch_tokens = 1
     parts, found = gradients_of(student, args, live(teacher), BATCH)
+    assert parts.pop("padding") == 0 < whole.pop("padding")
     assert parts == pytest.approx(whole, rel=1e-4)
     for key in expected:
         close(found[key], expected[key])
@@ -204,10 +205,10 @@ def test_token_weights():
 def test_cached_and_live_teacher_give_equal_gradients(world, rollouts, scores, horizon):
     """Also where training cuts the responses: the cache then gives the first hidden states of each."""
     student = load_model(str(world / "student_init"), "-", "float32")
-    items = [Response(row["prompt_ids"], row["response_ids"][:horizon], False, i) for i, row in enumerate(read_rollouts(rollouts))]
-    where = {"scores": str(scores), "rollouts": str(rollouts), "teacher": str(world / "teacher_init"), "dtype": "float32"}
-    cached, cached_config = teacher_states(argparse.Namespace(**where), items)
-    direct, config = teacher_states(argparse.Namespace(**(where | {"scores": None})), items)
+    items = [Response(row["prompt_ids"], row["response_ids"][:horizon], False, row["id"], i) for i, row in enumerate(read_rollouts(rollouts))]
+    where = {"scores": str(scores), "rollouts": str(rollouts), "teacher": str(world / "teacher_init"), "dtype": "float32", "vocab": "full"}
+    cached, cached_config = teacher_signal(argparse.Namespace(**where), items)
+    direct, config = teacher_signal(argparse.Namespace(**(where | {"scores": None})), items)
     order = [7, 0, 11, 3]
     sums, expected = gradients_of(student, flags("forward"), direct, [items[i] for i in order])
     found_sums, found = gradients_of(student, flags("forward"), cached, [items[i] for i in order])
@@ -299,10 +300,10 @@ def test_a_killed_run_continues_to_the_same_end_bit_for_bit(world, rollouts, sco
     (tmp_path / "again").mkdir()
     out = tmp_path / "again/whole"  # the same name: checkpoints hold the run's
 
-    def killed_in_step_6(args, model, optimizer, step):
+    def killed_in_step_6(args, model, optimizer, step, ids):
         if step == 5:
             raise Killed
-        return optimizer_step(args, model, optimizer, step)
+        return optimizer_step(args, model, optimizer, step, ids)
     with monkeypatch.context() as patch:
         patch.setattr(train, "optimizer_step", killed_in_step_6)
         with pytest.raises(Killed):
@@ -334,8 +335,8 @@ def test_a_process_that_is_killed_for_real_can_be_resumed(world, rollouts, score
     run(world, tmp_path / "whole", *source, steps=4)
     out = tmp_path / "again/whole"
     code = ("import os, signal, sys, train\nstep_of = train.optimizer_step\n"
-            "def killed(args, model, optimizer, step):\n"
-            "    return os.kill(os.getpid(), signal.SIGKILL) if step == 2 else step_of(args, model, optimizer, step)\n"
+            "def killed(args, model, optimizer, step, ids):\n"
+            "    return os.kill(os.getpid(), signal.SIGKILL) if step == 2 else step_of(args, model, optimizer, step, ids)\n"
             "train.optimizer_step = killed\ntrain.main(train.get_args(sys.argv[1:]))")
     done = subprocess.run([sys.executable, "-c", code, *command(world, out, *source, steps=4)], cwd=ROOT, capture_output=True)
     assert done.returncode == -9, done.stderr
@@ -361,7 +362,6 @@ STUDENT = "--prefix student --student s --teacher t --data d --out o "
     ("--prefix teacher --kl forward --student s --scores c --out o", "--rollouts"),
     (TEACHER + "--scores c --kl forward --teacher t", "--teacher"),
     (TEACHER + "--scores c --kl forward --data d", "--data"),
-    (TEACHER + "--scores c --kl forward --vocab sampled", "--scores"),
     ("--prefix student --kl forward --student s --data d --out o", "--teacher"),
     ("--prefix student --kl forward --student s --teacher t --out o", "--data"),
     (STUDENT + "--kl forward --rollouts r", "--rollouts"),
@@ -370,6 +370,7 @@ STUDENT = "--prefix student --student s --teacher t --data d --out o "
     (STUDENT + "--kl forward --refresh_every 0", "--refresh_every"),
     (STUDENT + "--kl forward --refresh_every 2 --save_every 3", "--refresh_every"),
     (STUDENT + "--kl forward --eval_every 3", "--eval_data"),
+    (STUDENT + "--kl forward --eval_data e", "--eval_data"),
     (STUDENT + "--kl forward --steps 0", "--steps"),
     (STUDENT + "--kl forward --batch_size 0", "--batch_size"),
     (STUDENT + "--kl forward --micro_batch_tokens 0", "--micro_batch_tokens"),

@@ -76,7 +76,7 @@ def extract_answer(response):
         return None  # cut off inside the box
     if "####" in response:
         lines = response.rsplit("####", 1)[1].strip().splitlines()
-        return lines[0].strip() if lines else None
+        return lines[0].strip().rstrip(".") if lines else None
     return None
 
 
@@ -90,7 +90,7 @@ def is_correct(response, answer):
     if max(len(found), len(answer)) > 1000:  # no gold answer is this long, and parsing may take for ever
         return False
     from math_verify import parse, verify  # each stops itself after 5 seconds
-    found = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", found)  # 1,234,567 is one number; 1,2 is not
+    found = re.sub(r"(?<=\d)(,|\{,\}|\\,|\\!)(?=\d{3}(\D|$))", "", found)  # 1,234,567 and 1{,}234 are one number; 1,2 is not
     gold, mine = parse(f"\\boxed{{{answer}}}"), parse(f"\\boxed{{{found}}}")
     return bool(gold and mine and verify(gold, mine))
 

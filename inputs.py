@@ -151,16 +151,18 @@ def load_model(directory, flag, dtype):
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def render_prompt(tokenizer, problem, suffix=""):
-    """Token ids of the prompt: one user turn, the generation prompt, thinking off. The project's only template code.
+def prompt_text(tokenizer, content):
+    """The prompt as text: one user turn, the generation prompt, thinking off. The project's only template code."""
+    return tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                         enable_thinking=False, tokenize=False)
 
-    A problem that spells a special token (say "<|im_end|>") has it encoded as plain text and cannot end its own turn."""
-    def render(content):
-        return tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
-                                             enable_thinking=False, tokenize=False)
+
+def render_prompt(tokenizer, problem, suffix=""):
+    """Token ids of the prompt. A problem that spells a special token (say "<|im_end|>") has it encoded as plain text and cannot end
+    its own turn."""
     if not any(token in problem for token in tokenizer.get_added_vocab()):
-        return tokenizer(render(problem + suffix), add_special_tokens=False).input_ids
-    head, tail = render("\0" + suffix).split("\0")
+        return tokenizer(prompt_text(tokenizer, problem + suffix), add_special_tokens=False).input_ids
+    head, tail = prompt_text(tokenizer, "\0" + suffix).split("\0")
     parts = [(head, False), (problem, True), (tail, False)]
     return [i for text, plain in parts for i in tokenizer(text, add_special_tokens=False, split_special_tokens=plain).input_ids]
 

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from artifacts import add_output_flags, check_out, file_sha256, finish_artifact, read_artifact, refuse, start_artifact
-from inputs import (default_dtype, load_model, load_tokenizer, model_dir, render_prompt, stop_ids, template_sha256,
+from inputs import (default_dtype, load_model, load_tokenizer, model_dir, prompt_text, render_prompt, stop_ids, template_sha256,
                     tokenizer_sha256)
 from kernels import linear_streaming_kl
 from rollout import Sampling, read_rollouts, sample
@@ -85,12 +85,12 @@ def check_pair(student, student_stops, teacher_stops, student_rows, teacher_rows
     heads. Different token maps are refused before, by match_tokenizers."""
     size = len(student)
     if min(student_rows, teacher_rows) < size:
-        refuse(f"preflight: the output heads have {student_rows} (student) and {teacher_rows} (teacher) rows for a tokenizer of {size} "
-               "tokens")
+        refuse(f"preflight: the output heads have {student_rows} (student) and {teacher_rows} (teacher) rows, but the tokenizer has "
+               f"{size} tokens")
     end = "" if student_stops == teacher_stops else (
         "they end differently: a student that is taught another end than it samples grows to the length limit; "
         "keep --stop_ids both, or choose one side")
-    prompt = student.decode(render_prompt(student, "PROBLEM"))
+    prompt = prompt_text(student, "PROBLEM")
     thinking = "" if "<think>" not in prompt or "</think>" in prompt else "the prompt opens a <think> block although thinking is off"
     return [("token maps", f"equal, {size} tokens", ""),
             ("padded rows", f"student {student_rows - size}, teacher {teacher_rows - size}; masked in loss and sampling", ""),
@@ -137,7 +137,7 @@ def preflight(args):
     stops = [stop_ids(tokenizer, student_dir), stop_ids(teacher_tokenizer, teacher_dir)]
     lines = check_pair(tokenizer, *stops, *map(len, heads))
     if template_sha256(tokenizer) != template_sha256(teacher_tokenizer):
-        lines.append(("prompt of the teacher", repr(teacher_tokenizer.decode(render_prompt(teacher_tokenizer, "PROBLEM"))),
+        lines.append(("prompt of the teacher", repr(prompt_text(teacher_tokenizer, "PROBLEM")),
                       "another template than the student's: train.py refuses the pair unless --take_template is given"))
     prompts = [render_prompt(teacher_tokenizer, problem) for problem in PROBES]
     sampling = Sampling(1, 1.0, 1.0, 0, 64, sorted({*stops[0], *stops[1]}), len(tokenizer))

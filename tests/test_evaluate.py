@@ -42,6 +42,7 @@ ACCEPTED = [
     (r"\boxed{(3,\frac{\pi}{2})}", r"\left( 3, \frac{\pi}{2} \right)"),
     (r"\boxed{x=5}", "5"), (r"\boxed{\$18}", "18"), (r"\boxed{90^\circ}", "90"), (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}"),
     (r"\boxed{Evelyn}", r"\text{Evelyn}"), (r"\boxed{p - q}", "p - q"), (r"\boxed{2} no \boxed{3}", "3"),
+    (r"\boxed{1{,}234}", "1234"), (r"\boxed{1\,234}", "1234"), ("#### 18.", "18"),
 ]
 REJECTED = [
     (r"\boxed{42}", "43"), (r"\boxed{-3}", "3"), (r"\boxed{12}", "1"), (r"\boxed{1}", "12"), (r"\boxed{1,2}", "12"),

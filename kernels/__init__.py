@@ -68,7 +68,7 @@ def streaming_kl(
     losses, *metrics = _StreamingKL.apply(
         student_logits, teacher_logits, weight, float(fkl_weight), float(temperature), vocab_size, _resolve(impl, student_logits),
         inplace_backward,
-    )  # fmt: skip
+    )
     loss = losses if reduction == "none" else losses.sum()
     return KLOutput(loss / _total(weight, losses) if reduction == "mean" else loss, *metrics)
 
@@ -92,8 +92,8 @@ def linear_streaming_kl(
 
     hidden is (N, H) and head (V, H), as in nn.Linear; H may differ between the models. weight, reduction, vocab_size as in streaming_kl;
     tokens of weight 0 cost nothing (finding them makes the host wait for the device once).
-    logits_dtype   what logits are rounded to: by default the hidden states' dtype, as nn.Linear does. bf16 logits shift a KL of 1e-3 by
-                   half: torch.float32 reports such values right, for half the speed.
+    logits_dtype   what logits are rounded to: by default the hidden states' dtype, as nn.Linear does. Rounding to bf16 can shift a KL
+                   of 1e-3 by half of it; torch.float32 does not, at twice the memory traffic
     chunk_tokens   how many tokens have logits at a time; the default fills LOGITS_BYTES
     Under autocast, hidden states and heads are cast to its dtype, as nn.Linear does.
     """
@@ -114,10 +114,11 @@ def linear_divergence(
 ):
     """Any torch function of logits with the memory and gradients of linear_streaming_kl. Returns the loss alone.
 
-    fn(student_logits, teacher_logits) -> (n,) losses sees the (n, V) logits of some tokens and must treat each token by itself:
+    fn(student_logits, teacher_logits) -> (n,) losses sees the (n, V) logits of some tokens, in the hidden states' dtype, and must treat
+    each token by itself:
 
         def total_variation(student_logits, teacher_logits):
-            return (student_logits.softmax(-1) - teacher_logits.softmax(-1)).abs().sum(-1) / 2
+            return (student_logits.float().softmax(-1) - teacher_logits.float().softmax(-1)).abs().sum(-1) / 2
 
         loss = linear_divergence(total_variation, student_hidden, student_head, teacher_hidden, teacher_head)
     """
@@ -174,7 +175,7 @@ def _statistics(
 def _gradient(
     student_logits: Tensor, teacher_logits: Tensor, statistics: Tensor, coefficient: Tensor, fkl_weight: float, temperature: float,
     vocab_size: int, impl: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     out = torch.empty_like(student_logits)
     _write_gradient(student_logits, teacher_logits, statistics, coefficient, fkl_weight, temperature, vocab_size, impl, out)
     return out
@@ -246,30 +247,30 @@ def _linear(run, student_hidden, student_head, teacher_hidden, teacher_head, wei
 def _chunks(
     step, count, student_hidden, student_head, teacher_hidden, teacher_head, coefficient, vocab_size, chunk_tokens, student_dtype,
     teacher_dtype, logits_dtype, needs_hidden, needs_head,
-):  # fmt: skip
+):
     """The loop over chunks of tokens. Returns (count, N) columns, d_hidden and d_head, empty if not needed, of sum_i c_i loss_i.
 
     step(student_logits, teacher_logits, coefficient) -> (count, n) columns, the first one the losses, and the gradient (n, V) of the
     weighted losses, unless coefficient is None. It may overwrite student_logits. Tokens with a coefficient of 0 are left out.
     """
     n, device = len(student_hidden), student_hidden.device
-    exact = torch.promote_types(torch.promote_types(student_hidden.dtype, teacher_hidden.dtype), torch.float32)
+    exact = reference.statistics_dtype(student_hidden, teacher_hidden)
     columns = torch.zeros(count, n, dtype=exact, device=device)
     d_hidden = torch.zeros_like(student_hidden) if needs_hidden else student_hidden.new_empty(0)
     d_head = torch.zeros(student_head.shape if needs_head else 0, dtype=exact, device=device)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        live = None if coefficient is None else coefficient.nonzero().squeeze(1)  # here the host waits for the device
-        total = n if live is None else len(live)
-        head, other_head = student_head[:vocab_size].to(student_dtype), teacher_head[:vocab_size].to(teacher_dtype)
-        rows = min(chunk_tokens, total)
-        student_buffer = _buffer(rows, vocab_size, logits_dtype or student_dtype, device)
-        teacher_buffer = _buffer(rows, vocab_size, logits_dtype or teacher_dtype, device)
+    live = None if coefficient is None else coefficient.nonzero().squeeze(1)  # here the host waits for the device
+    total = n if live is None else len(live)
+    size = min(chunk_tokens, total)
+    with torch.no_grad():
+        student_head, teacher_head = student_head[:vocab_size].to(student_dtype), teacher_head[:vocab_size].to(teacher_dtype)
+        student_buffer = _buffer(size, vocab_size, logits_dtype or student_dtype, device)
+        teacher_buffer = _buffer(size, vocab_size, logits_dtype or teacher_dtype, device)
         for start in range(0, total, chunk_tokens):
             rows = slice(start, min(start + chunk_tokens, total))
             rows = rows if live is None else live[rows]
             hidden = student_hidden[rows].to(student_dtype)  # (n, H)
-            student_logits = _matmul(hidden, head.t(), student_buffer)  # (n, V)
-            teacher_logits = _matmul(teacher_hidden[rows].to(teacher_dtype), other_head.t(), teacher_buffer)
+            student_logits = _matmul(hidden, student_head.t(), student_buffer)  # (n, V)
+            teacher_logits = _matmul(teacher_hidden[rows].to(teacher_dtype), teacher_head.t(), teacher_buffer)  # (n, V)
             c = None
             if needs_hidden or needs_head:
                 c = columns.new_ones(len(hidden)) if coefficient is None else coefficient[rows].to(exact)
@@ -279,7 +280,7 @@ def _chunks(
                 continue
             gradient = gradient.to(student_dtype)  # (n, V)
             if needs_hidden:
-                d_hidden[rows] = (gradient @ head).to(d_hidden.dtype)
+                d_hidden[rows] = (gradient @ student_head).to(d_hidden.dtype)
             if needs_head:
                 _accumulate(d_head[:vocab_size], gradient.t(), hidden)
     return columns, d_hidden, d_head
@@ -300,7 +301,7 @@ def _linear_kl(
     student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor, coefficient: Tensor | None,
     vocab_size: int, chunk_tokens: int, student_dtype: torch.dtype, teacher_dtype: torch.dtype, logits_dtype: torch.dtype | None,
     needs_hidden: bool, needs_head: bool, fkl_weight: float, temperature: float, impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """_chunks with the KL as its step: columns are the loss and the four metrics."""
     kernels = _module(impl)
 
@@ -314,7 +315,7 @@ def _linear_kl(
     return _chunks(
         step, 5, student_hidden, student_head, teacher_hidden, teacher_head, coefficient, vocab_size, chunk_tokens, student_dtype,
         teacher_dtype, logits_dtype, needs_hidden, needs_head,
-    )  # fmt: skip
+    )
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -440,7 +441,7 @@ def _float_weight(weight, tokens):
         raise ValueError(f"weight must be one number per token, ({len(tokens)},), not {tuple(weight.shape)}")
     if weight.requires_grad:
         raise ValueError("weight requires grad, but gets no gradient here: pass weight.detach()")
-    return weight.to(device=tokens.device, dtype=torch.promote_types(tokens.dtype, torch.float32))
+    return weight.to(device=tokens.device, dtype=torch.promote_types(tokens.dtype, torch.float32)).contiguous()
 
 
 def _vocab_size(vocab_size, student_size, teacher_size):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-CHUNK_BYTES = 32 * 2**20  # of logits in float32 at a time; about six temporaries of this size live at once
+CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**28}  # of float32 logits at a time; six temporaries of this size, which should stay in a CPU's cache
 
 
 class Stats(NamedTuple):
@@ -46,7 +46,7 @@ def statistics_dtype(student_logits, teacher_logits):
 def _row_chunks(select, student_logits):
     """Indices of the rows with a non-zero entry in `select` (N,), in chunks; slices over all N rows when it is None."""
     n, v = student_logits.shape
-    step = max(1, CHUNK_BYTES // (4 * v))
+    step = max(1, CHUNK_BYTES["cuda" if student_logits.is_cuda else "cpu"] // (4 * v))
     if select is None:
         return [slice(i, min(i + step, n)) for i in range(0, n, step)]
     return select.nonzero().squeeze(1).split(step)
@@ -82,7 +82,7 @@ def _statistics_chunk(student_logits, teacher_logits, temperature):
         student_entropy=d_s.log() - mean(e_u, u, d_s),
         teacher_entropy=d_t.log() - mean(e_v, v, d_t),
         m_s=m_s, d_s=d_s, m_t=m_t, d_t=d_t, a_s=a_s,
-    )  # fmt: skip
+    )
     return stats, (e_u, e_v, difference)
 
 

@@ -1,0 +1,261 @@
+"""The divergences of reference.py as Triton kernels: each row is streamed once, block by block, with eight running numbers.
+
+    _statistics_kernel  reads 2 x (N, V), writes (9, N)                one program a row
+    _gradient_kernel    reads 2 x (N, V) and (9, N), writes (N, V)     one program a row and block
+    _fused_kernel       both for one row in one program, so that part of the second reading comes from the L2 cache
+
+Notation of reference.py with the maxima m of the part of the row seen so far, and u = (z - m_s) log2(e) / T, v likewise, in bits:
+
+    d_s = sum 2^u    A_s = sum 2^u (u - v)    B_s = sum 2^u u          (d_t, A_t, B_t the same with teacher and student exchanged)
+
+When a block raises the maxima, u shrinks by r_s = (new m_s - old m_s) log2(e) / T and v by r_t, and the sums over the old part become
+
+    d_s <- 2^-r_s d_s    A_s <- 2^-r_s (A_s + d_s (r_t - r_s))    B_s <- 2^-r_s (B_s - d_s r_s)
+
+after which the block's own sums are added. Sums of u - v rather than of u and v apart, shifted by the running maxima: what the two rows
+have in common never enters, so nothing cancels at the end. At the end, with everything times ln 2 to go from bits to nats:
+
+    FKL = A_t / d_t + log2(d_s / d_t)    RKL = A_s / d_s - log2(d_s / d_t)    H_s = log2(d_s) - B_s / d_s
+
+All arithmetic is float32: logits are converted right after each load (Triton's interpreter has no bfloat16 arithmetic), and only the
+gradient is rounded, once, when it is stored. Offsets are 64 bit: N * V passes 2^31 at 14,134 rows of 151,936.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .reference import Stats
+
+# Logits per step and warps per program. 32 logits a thread and tensor: with 16, a quarter more instructions, for the reductions.
+BLOCK = 4096
+WARPS = 4
+STAGES = 2  # depth of the pipeline of loads
+LN2 = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def _load(pointer, columns, V, MASKED: tl.constexpr):
+    """float32 logits; -inf, a probability of 0, beyond the vocabulary."""
+    if MASKED:
+        inside = columns < V
+        return tl.where(inside, tl.load(pointer + columns, mask=inside, other=0.0).to(tl.float32), float("-inf"))
+    return tl.load(pointer + columns).to(tl.float32)
+
+
+@triton.jit
+def _origin(m, scale):
+    """m_s in bits, to subtract from scaled logits. While a row has shown only -inf, 0: -inf - -inf would be NaN."""
+    return tl.where(m == float("-inf"), 0.0, m) * scale
+
+
+@triton.jit
+def _step(z, y, scale, m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t, SAFE: tl.constexpr):
+    """The running numbers after one more block of logits z (student) and y (teacher).
+
+    With SAFE, entries of probability 0 add 0 whatever the logits. Without, 0 * inf gives NaN, for the caller to notice.
+    """
+    old_s, old_t = _origin(m_s, scale), _origin(m_t, scale)
+    m_s, m_t = tl.maximum(m_s, tl.max(z, 0)), tl.maximum(m_t, tl.max(y, 0))
+    new_s, new_t = _origin(m_s, scale), _origin(m_t, scale)
+    r_s, r_t = new_s - old_s, new_t - old_t
+    c_s, c_t = tl.exp2(-tl.maximum(r_s, 0.0)), tl.exp2(-tl.maximum(r_t, 0.0))  # r < 0 only while the sums are 0
+    # an infinite A whose logits turn out to underflow is dropped, where 0 * inf would make it NaN
+    a_s = tl.where(c_s == 0.0, 0.0, c_s * (a_s + d_s * (r_t - r_s)))
+    a_t = tl.where(c_t == 0.0, 0.0, c_t * (a_t + d_t * (r_s - r_t)))
+    b_s, b_t = c_s * (b_s - d_s * r_s), c_t * (b_t - d_t * r_t)
+
+    u, v = tl.fma(z, scale, -new_s), tl.fma(y, scale, -new_t)
+    e_u, e_v = tl.exp2(u), tl.exp2(v)
+    d_s, d_t = c_s * d_s + tl.sum(e_u, 0), c_t * d_t + tl.sum(e_v, 0)
+    s_gap, t_gap = u - v, u - v
+    if SAFE:
+        s_gap, u = tl.where(e_u > 0.0, s_gap, 0.0), tl.where(e_u > 0.0, u, 0.0)
+        t_gap, v = tl.where(e_v > 0.0, t_gap, 0.0), tl.where(e_v > 0.0, v, 0.0)
+    a_s, b_s = a_s + tl.sum(e_u * s_gap, 0), b_s + tl.sum(e_u * u, 0)
+    a_t, b_t = a_t - tl.sum(e_v * t_gap, 0), b_t + tl.sum(e_v * v, 0)
+    return m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t
+
+
+@triton.jit
+def _stream(student, teacher, V, scale, SAFE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """Reads one row of both logits once."""
+    m_s = tl.full((), float("-inf"), tl.float32)
+    m_t = tl.full((), float("-inf"), tl.float32)
+    d_s, a_s, b_s = 0.0, 0.0, 0.0
+    d_t, a_t, b_t = 0.0, 0.0, 0.0
+    columns = tl.arange(0, BLOCK)
+    whole = V // BLOCK * BLOCK
+    for start in tl.range(0, V if SAFE else whole, BLOCK, num_stages=STAGES):
+        z = _load(student, start + columns, V, MASKED=SAFE)
+        y = _load(teacher, start + columns, V, MASKED=SAFE)
+        m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t = _step(z, y, scale, m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t, SAFE)
+    if not SAFE and whole < V:
+        z = _load(student, whole + columns, V, MASKED=True)
+        y = _load(teacher, whole + columns, V, MASKED=True)
+        m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t = _step(z, y, scale, m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t, True)
+    return m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t
+
+
+@triton.jit
+def _row_statistics(student, teacher, out, N, V, scale, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """Stores one row's column of the (9, N) statistics at `out`, and returns what its gradient needs."""
+    m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t = _stream(student, teacher, V, scale, False, BLOCK, STAGES)
+    test = a_s + b_s + a_t + b_t
+    if test != test:  # a logit of -inf, or NaN: the rare row that is read twice, so that the others do without selections
+        m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t = _stream(student, teacher, V, scale, True, BLOCK, STAGES)
+    a_s /= d_s
+    log_ratio = tl.log2(d_s / d_t)  # log2(d_s) - log2(d_t) would round at the size of log2(V)
+    m_s, m_t = _origin(m_s, scale), _origin(m_t, scale)
+    tl.store(out, (a_t / d_t + log_ratio) * LN2)
+    tl.store(out + N, (a_s - log_ratio) * LN2)
+    tl.store(out + 2 * N, (tl.log2(d_s) - b_s / d_s) * LN2)
+    tl.store(out + 3 * N, (tl.log2(d_t) - b_t / d_t) * LN2)
+    tl.store(out + 4 * N, m_s)
+    tl.store(out + 5 * N, d_s)
+    tl.store(out + 6 * N, m_t)
+    tl.store(out + 7 * N, d_t)
+    tl.store(out + 8 * N, a_s)
+    return m_s, d_s, m_t, d_t, a_s
+
+
+@triton.jit
+def _block_gradient(z, y, scale, m_s, m_t, c_u, c_v, c_r, FKL: tl.constexpr, RKL: tl.constexpr):
+    """c_u e^u - c_v e^v + c_r e^u (u - v)"""
+    u, v = tl.fma(z, scale, -m_s), tl.fma(y, scale, -m_t)
+    e_u = tl.exp2(u)
+    g = e_u * c_u
+    if RKL:
+        g = e_u * (c_u + c_r * tl.where(e_u > 0.0, u - v, 0.0))
+    if FKL:
+        g -= c_v * tl.exp2(v)
+    return g
+
+
+@triton.jit
+def _coefficients(c, fkl_weight, scale, d_s, d_t, a_s, FKL: tl.constexpr, RKL: tl.constexpr):
+    """c dloss/dz = c / T (fkl_weight (p - q) + (1 - fkl_weight) p (u - v - a_s)) collected into c_u e^u - c_v e^v + c_r e^u (u - v)"""
+    c = c * scale * LN2  # scale ln 2 = 1 / T
+    c_u, c_v, c_r = 0.0, 0.0, 0.0
+    if FKL:
+        c_u, c_v = c * fkl_weight / d_s, c * fkl_weight / d_t
+    if RKL:
+        c_r = c * (1.0 - fkl_weight) * LN2 / d_s
+        c_u -= c_r * a_s
+    return c_u, c_v, c_r
+
+
+@triton.jit(do_not_specialize=["N"])
+def _statistics_kernel(student, teacher, weight, out, student_stride, teacher_stride, N, V, scale,
+                       WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    out += row
+    if WEIGHTED:
+        if tl.load(weight + row) == 0.0:
+            for i in tl.static_range(9):  # the rows of reference.Stats
+                tl.store(out + i * N, 0.0)
+            return
+    _row_statistics(student + row * student_stride, teacher + row * teacher_stride, out, N, V, scale, BLOCK, STAGES)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _gradient_kernel(student, teacher, statistics, coefficient, out, student_stride, teacher_stride, out_stride, N, V, scale, fkl_weight,
+                     FKL: tl.constexpr, RKL: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < V
+    out += row * out_stride
+    c = tl.load(coefficient + row)
+    if c == 0.0:
+        tl.store(out + columns, tl.zeros((BLOCK,), out.dtype.element_ty), mask=inside)
+        return
+    statistics += row
+    m_s, d_s, m_t, d_t, a_s = (tl.load(statistics + 4 * N), tl.load(statistics + 5 * N), tl.load(statistics + 6 * N),
+                               tl.load(statistics + 7 * N), tl.load(statistics + 8 * N))
+    c_u, c_v, c_r = _coefficients(c, fkl_weight, scale, d_s, d_t, a_s, FKL, RKL)
+    z = _load(student + row * student_stride, columns, V, MASKED=True)
+    y = _load(teacher + row * teacher_stride, columns, V, MASKED=True)
+    g = _block_gradient(z, y, scale, m_s, m_t, c_u, c_v, c_r, FKL, RKL)
+    tl.store(out + columns, g.to(out.dtype.element_ty), mask=inside)  # after the loads of the same columns: out may be student
+
+
+@triton.jit(do_not_specialize=["N"])
+def _fused_kernel(student, teacher, coefficient, out, student_stride, teacher_stride, N, V, scale, fkl_weight,
+                  FKL: tl.constexpr, RKL: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    teacher += row * teacher_stride
+    m_s, d_s, m_t, d_t, a_s = _row_statistics(student, teacher, out + row, N, V, scale, BLOCK, STAGES)
+    c_u, c_v, c_r = _coefficients(tl.load(coefficient + row), fkl_weight, scale, d_s, d_t, a_s, FKL, RKL)
+    last = (V - 1) // BLOCK * BLOCK
+    for step in tl.range(0, V, BLOCK):  # from the end: the blocks read last are the likeliest to be in the cache still
+        columns = last - step + tl.arange(0, BLOCK)
+        z = _load(student, columns, V, MASKED=True)
+        y = _load(teacher, columns, V, MASKED=True)
+        g = _block_gradient(z, y, scale, m_s, m_t, c_u, c_v, c_r, FKL, RKL)
+        tl.store(student + columns, g.to(student.dtype.element_ty), mask=columns < V)
+
+
+def statistics(student_logits, teacher_logits, weight, temperature):
+    student, teacher = _rows(student_logits), _rows(teacher_logits)
+    n, v = student.shape
+    out = torch.empty(len(Stats._fields), n, dtype=torch.float32, device=student.device)
+    _launch(
+        _statistics_kernel, (n,), student, teacher, weight, out, student.stride(0), teacher.stride(0), n, v, _scale(temperature),
+        WEIGHTED=weight is not None, STAGES=STAGES,
+    )
+    return out
+
+
+def gradient(student_logits, teacher_logits, statistics, coefficient, fkl_weight, temperature, out):
+    student, teacher = _rows(student_logits), _rows(teacher_logits)
+    n, v = student.shape
+    target = out if out.stride(1) == 1 else torch.empty_like(student)
+    _launch(
+        _gradient_kernel, (n, triton.cdiv(v, _block(v))), student, teacher, statistics, coefficient, target,
+        student.stride(0), teacher.stride(0), target.stride(0), n, v, _scale(temperature), fkl_weight,
+        FKL=fkl_weight != 0, RKL=fkl_weight != 1,
+    )
+    if target is not out:
+        out.copy_(target)
+
+
+def fused(student_logits, teacher_logits, coefficient, fkl_weight, temperature):
+    n, v = student_logits.shape
+    out = torch.empty(len(Stats._fields), n, dtype=torch.float32, device=student_logits.device)
+    _launch(
+        _fused_kernel, (n,), student_logits, teacher_logits, coefficient, out, student_logits.stride(0), teacher_logits.stride(0),
+        n, v, _scale(temperature), fkl_weight, FKL=fkl_weight != 0, RKL=fkl_weight != 1, STAGES=STAGES,
+    )
+    return out
+
+
+def _launch(kernel, grid, student, *arguments, **constants):
+    if not student.is_cuda and isinstance(kernel, triton.runtime.JITFunction):
+        raise ValueError('impl="triton" needs CUDA tensors (or TRITON_INTERPRET=1, set before the first use of triton); use impl="torch"')
+    if student.shape[0] == 0:
+        return
+    block = _block(student.shape[1])
+    with torch.cuda.device_of(student):  # Triton launches on the current device
+        kernel[grid](student, *arguments, **constants, BLOCK=block, **launch_options(block))
+
+
+def launch_options(block):
+    return {"num_warps": max(1, WARPS * block // BLOCK), "enable_fp_fusion": True}
+
+
+def _block(v):
+    return min(BLOCK, triton.next_power_of_2(max(v, 128)))
+
+
+def _scale(temperature):
+    return math.log2(math.e) / temperature
+
+
+def _rows(logits):
+    """The kernels take any row stride, but the entries of a row side by side."""
+    if logits.dtype == torch.float64:
+        raise ValueError('float64 is for the torch path: use impl="torch"')
+    return logits if logits.stride(1) == 1 else logits.contiguous()

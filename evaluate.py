@@ -130,7 +130,7 @@ def evaluate(model, engine, tokenizer, problems, prompts, sampling, seed, ks, mi
         part = slice(start, start + chunk)
         groups = sample(engine, prompts[part], sampling, derive_seed(seed, "evaluate", start))
         for problem, prompt, group in zip(problems[part], prompts[part], groups, strict=True):
-            for index, (ids, reason) in enumerate(group):
+            for index, (ids, reason, _) in enumerate(group):
                 response = tokenizer.decode(ids, skip_special_tokens=True)
                 rows.append({"id": problem["id"], "sample": index, "prompt_ids": prompt, "response_ids": ids, "response": response,
                              "answer": problem["answer"], "extracted": extract_answer(response),

@@ -53,7 +53,7 @@ def rewards_of(tokenizer, problems, groups):
     """1.0 for a response with the correct answer, else 0.0: (problems, n)."""
     def reward(problem, response_ids):
         return float(is_correct(tokenizer.decode(response_ids, skip_special_tokens=True), problem["answer"]))
-    return torch.tensor([[reward(problem, ids) for ids, _ in group] for problem, group in zip(problems, groups, strict=True)])
+    return torch.tensor([[reward(problem, ids) for ids, *_ in group] for problem, group in zip(problems, groups, strict=True)])
 
 
 def advantages_of(rewards):
@@ -103,7 +103,7 @@ def main(args):
         advantages = advantages_of(rewards)
         graded = clock()
         batch = [(prompts[i], ids, advantage) for i, group, row in zip(picked, groups, advantages.tolist())
-                 for (ids, _), advantage in zip(group, row)]
+                 for (ids, *_), advantage in zip(group, row)]
         loss = accumulate_gradients(args, run.model, batch, len(tokenizer))
         grad_norm, lr = optimizer_step(args, run.model, run.optimizer, step, [problems[i]["id"] for i in picked])
         done = clock()
@@ -116,7 +116,7 @@ def main(args):
         run.spent["response_tokens"] += tokens
         row = {"reward": rewards.mean().item(), "equal_groups": (advantages == 0).all(1).float().mean().item(), "loss": loss,
                "response_length": tokens / len(batch),
-               "truncated": sum(reason == "length" for group in groups for _, reason in group) / len(batch),
+               "truncated": sum(reason == "length" for group in groups for _, reason, _ in group) / len(batch),
                "grad_norm": grad_norm, "lr": lr, "seconds": done - started, "seconds_sample": sampled - started,
                "seconds_grade": graded - sampled, "seconds_train": done - graded, "tokens_per_second": tokens / (done - started)}
         run.end_step(step + 1, row, SHOWN, last=step + 1 == args.steps)

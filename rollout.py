@@ -53,6 +53,7 @@ def add_sampling_flags(p, n=1, temperature=1.0, top_p=1.0, top_k=0, max_response
     p.add_argument("--top_p", type=float, default=top_p)
     p.add_argument("--top_k", type=int, default=top_k, help="0: off")
     p.add_argument("--max_response_tokens", type=int, default=max_response_tokens)
+    p.add_argument("--extra_stop_ids", type=int, nargs="+", default=[], help="token ids that end a response, besides the model's own")
     p.add_argument("--sample_batch", type=int, default=256, help="responses sampled together")
     p.add_argument("--gpu_memory_utilization", type=float, default=gpu_memory_utilization, help="vLLM's share of the GPU memory")
 
@@ -75,17 +76,22 @@ class Sampling(NamedTuple):
     stop_ids: list
     vocab_size: int
     sample_batch: int = 256
+    logprobs: bool = False   # whether the sampler's log-probabilities are wanted
 
 
 class Sample(NamedTuple):
     response_ids: list   # with the stop token, when there is one
     finish_reason: str   # "stop" or "length"
+    logps: list = None   # the model's log-probability of each response token as vLLM computed it, at temperature 1 and untruncated;
+                         # None where not asked for, and from transformers, which samples from the very weights that are trained
 
 
 def sampling_from(args, tokenizer, stops, **changes):
     """Sampling of a stage's flags; `changes` replace single fields."""
     fields = {name: getattr(args, name) for name in ("n", "temperature", "top_p", "top_k", "max_response_tokens", "sample_batch")}
-    sampling = Sampling(stop_ids=stops, vocab_size=len(tokenizer), **(fields | changes))
+    sampling = Sampling(stop_ids=sorted({*stops, *args.extra_stop_ids}), vocab_size=len(tokenizer), **(fields | changes))
+    if not all(0 <= i < len(tokenizer) for i in args.extra_stop_ids):
+        refuse(f"--extra_stop_ids: the tokenizer has the ids 0 to {len(tokenizer) - 1}")
     if sampling.n < 1 or sampling.max_response_tokens < 1 or sampling.sample_batch < 1:
         refuse("--n, --max_response_tokens and --sample_batch must be at least 1")
     if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.top_k < 0:
@@ -100,7 +106,8 @@ def prepare(args):
     tokenizer = load_tokenizer(directory, "--model")
     stops = stop_ids(tokenizer, directory)
     sampling = sampling_from(args, tokenizer, stops)
-    return directory, tokenizer, stops, problems, encode_problems(args, problems, tokenizer, context_of(directory)), sampling
+    prompts = encode_problems(args, problems, tokenizer, context_of(directory))
+    return directory, tokenizer, sampling.stop_ids, problems, prompts, sampling
 
 
 def load_vllm(args, directory):
@@ -141,10 +148,16 @@ def sample_vllm(llm, requests, sampling, seed):
     padded = range(sampling.vocab_size, llm.model_config.get_vocab_size())
     common = dict(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
                   max_tokens=sampling.max_response_tokens, stop_token_ids=sampling.stop_ids, ignore_eos=True,  # our stop ids alone
-                  logit_bias=dict.fromkeys(padded, -100.0) or None, detokenize=False)
+                  logit_bias=dict.fromkeys(padded, -100.0) or None,  # the strongest that vLLM takes
+                  logprobs=0 if sampling.logprobs else None, detokenize=False)
     params = [vllm.SamplingParams(seed=derive_seed(seed, i), **common) for i in range(len(requests))]
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in requests], params, use_tqdm=False)
-    samples = [Sample(list(output.outputs[0].token_ids), output.outputs[0].finish_reason) for output in outputs]
+    samples = []
+    for output in (request.outputs[0] for request in outputs):
+        ids, logps = list(output.token_ids), None
+        if sampling.logprobs:
+            logps = [candidates[token].logprob for token, candidates in zip(ids, output.logprobs, strict=True)]
+        samples.append(Sample(ids, output.finish_reason, logps))
     assert {one.finish_reason for one in samples} <= {"stop", "length"}, "vLLM gave up on a request"
     return samples
 
@@ -227,9 +240,9 @@ def sample_kept(args, engine, tokenizer, prompts, sampling, seed, counts):
 def write_rollouts(file, tokenizer, problems, prompts, groups):
     """Append one row a response to an open rollouts.jsonl; a None in a group is a dropped one."""
     for problem, prompt, group in zip(problems, prompts, groups, strict=True):
-        for index, (response_ids, finish_reason) in ((index, one) for index, one in enumerate(group) if one):
-            row = {"id": problem["id"], "sample": index, "prompt_ids": prompt, "response_ids": response_ids,
-                   "response": tokenizer.decode(response_ids, skip_special_tokens=True), "finish_reason": finish_reason,
+        for index, one in ((index, one) for index, one in enumerate(group) if one):
+            row = {"id": problem["id"], "sample": index, "prompt_ids": prompt, "response_ids": one.response_ids,
+                   "response": tokenizer.decode(one.response_ids, skip_special_tokens=True), "finish_reason": one.finish_reason,
                    "answer": problem["answer"]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     file.flush()

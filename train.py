@@ -281,8 +281,8 @@ def sampled_responses(args, run, items, sampling, step):
     picked = [items[i] for later in range(step, step + args.refresh_every)
               for i in batch_indices(len(items), args.batch_size, later, args.seed)]
     groups = run.sample([prompt for _, prompt in picked], sampling, derive_seed(args.seed, "train", step))
-    return [Response(prompt, tokens, reason == "length", id)
-            for (id, prompt), group in zip(picked, groups, strict=True) for tokens, reason in group]
+    return [Response(prompt, one.response_ids, one.finish_reason == "length", id)
+            for (id, prompt), group in zip(picked, groups, strict=True) for one in group]
 
 
 def first_look(args, run, teacher, responses, tokenizer, student_stops, teacher_stops):
@@ -316,6 +316,7 @@ def main(args):
     student_stops = stop_ids(tokenizer, student_dir)
     stops = {"student": student_stops, "teacher": teacher_stops, "both": sorted({*student_stops, *teacher_stops})}[args.stop_ids]
     sampling = sampling_from(args, tokenizer, stops)
+    stops = sampling.stop_ids
     if on_policy:
         problems = load_problems(args.data, args.limit)
         prompts = encode_problems(args, problems, tokenizer, context_of(student_dir))

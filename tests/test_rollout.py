@@ -46,7 +46,7 @@ def test_greedy_equals_a_loop_of_single_steps(model):
     for stops in ([0, 2], list(range(0, 29, 2)), [28]):
         greedy = sampling(temperature=0.0, stop_ids=stops)
         for prompt, [found] in zip(PROMPTS, sample(model, PROMPTS, greedy, seed=0)):
-            assert tuple(found) == greedy_loop(model, prompt, greedy)
+            assert tuple(found[:2]) == greedy_loop(model, prompt, greedy) and found.logps is None
             reasons.add(found.finish_reason)
     assert reasons == {"stop", "length"}
 
@@ -83,7 +83,7 @@ def test_the_models_own_generation_config_has_no_say(model):
 
 def test_stop_token_is_kept_and_only_at_the_end(model):
     reasons = set()
-    for response, reason in sample(model, [PROMPTS[0]], sampling(n=200), seed=1)[0]:
+    for response, reason, _ in sample(model, [PROMPTS[0]], sampling(n=200), seed=1)[0]:
         reasons.add(reason)
         assert not {0, 2} & set(response[:-1])
         assert (response[-1] in (0, 2)) if reason == "stop" else (len(response) == 16 and response[-1] not in (0, 2))
@@ -216,3 +216,15 @@ def test_a_model_without_weights_or_template_is_refused_and_leaves_no_directory(
     (tmp_path / "model/chat_template.jinja").unlink()
     refused(lambda: run(world, tmp_path / "out", "--model", tmp_path / "model"), "--model", "chat template")
     assert not (tmp_path / "out").exists()
+
+
+def test_extra_stop_ids_end_responses_too_and_must_exist(world, tmp_path, refused):
+    run(world, tmp_path / "plain")
+    rows = [json.loads(line) for line in open(tmp_path / "plain/rollouts.jsonl")]
+    token = next(row["response_ids"][0] for row in rows if row["response_ids"][0] not in (0, 2))
+    run(world, tmp_path / "extra", "--extra_stop_ids", token)
+    meta = read_artifact(str(tmp_path / "extra"), "--", "rollout")
+    assert meta["stop_ids"] == sorted([0, 2, token])
+    ended = [json.loads(line)["response_ids"] for line in open(tmp_path / "extra/rollouts.jsonl")]
+    assert [token] in ended and all(token not in ids[:-1] for ids in ended)
+    refused(lambda: run(world, tmp_path / "bad", "--extra_stop_ids", 29), "--extra_stop_ids", "28")

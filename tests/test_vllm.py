@@ -12,6 +12,7 @@ from artifacts import read_artifact
 from inputs import load_model
 from recipes.toy_world import make_model, make_tokenizer
 from rollout import Sampling, load_vllm, push_weights, sample
+from score_teacher import response_hidden, token_logps
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make test installs it)")
 
@@ -66,6 +67,18 @@ def test_padded_vocabulary_rows_are_never_sampled(engine, model):
     for temperature in (0.0, 1.0, 2.0):
         for group in sample(engine, PROMPTS, sampling(n=10, temperature=temperature), seed=0):
             assert all(token < 29 for one in group for token in one.response_ids)
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8)])
+def test_the_samplers_log_probabilities_are_the_trainers(engine, model, temperature, top_p):
+    """Whatever the temperature, those of the model itself; of its whole output, padding rows included."""
+    settings = sampling(n=4, temperature=temperature, top_p=top_p, logprobs=True)
+    for prompt, group in zip(PROMPTS, sample(engine, PROMPTS, settings, seed=3)):
+        for one in group:
+            with torch.no_grad():
+                hidden = response_hidden(model, [prompt], [one.response_ids])
+                right = token_logps(hidden, model.get_output_embeddings().weight, torch.tensor(one.response_ids))
+            torch.testing.assert_close(torch.tensor(one.logps), right, rtol=0, atol=2e-5)
 
 
 def test_seed_decides_the_samples(engine):

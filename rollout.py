@@ -55,6 +55,7 @@ def add_sampling_flags(p, n=1, temperature=1.0, top_p=1.0, top_k=0, max_response
     p.add_argument("--max_response_tokens", type=int, default=max_response_tokens)
     p.add_argument("--extra_stop_ids", type=int, nargs="+", default=[], help="token ids that end a response, besides the model's own")
     p.add_argument("--sample_batch", type=int, default=256, help="responses sampled together")
+    p.add_argument("--tensor_parallel", type=int, default=1, help="GPUs that vLLM spreads one model over (not while training)")
     p.add_argument("--gpu_memory_utilization", type=float, default=gpu_memory_utilization, help="vLLM's share of the GPU memory")
 
 
@@ -122,7 +123,8 @@ def load_vllm(args, directory):
     except ImportError as error:
         refuse(f"--engine vllm: vLLM cannot be imported ({error}); install it as the README says, or use --engine hf")
     return vllm.LLM(directory, dtype=args.dtype, max_model_len=context_of(directory), generation_config="vllm",
-                    gpu_memory_utilization=args.gpu_memory_utilization, enforce_eager=not torch.cuda.is_available())
+                    tensor_parallel_size=args.tensor_parallel, gpu_memory_utilization=args.gpu_memory_utilization,
+                    enforce_eager=not torch.cuda.is_available())
 
 
 def push_weights(engine, model):
@@ -145,13 +147,17 @@ def sample(engine, prompts, sampling, seed):
 
 def sample_vllm(llm, requests, sampling, seed):
     import vllm
+    from vllm.v1.engine.exceptions import EngineDeadError
     padded = range(sampling.vocab_size, llm.model_config.get_vocab_size())
     common = dict(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
                   max_tokens=sampling.max_response_tokens, stop_token_ids=sampling.stop_ids, ignore_eos=True,  # our stop ids alone
                   logit_bias=dict.fromkeys(padded, -100.0) or None,  # the strongest that vLLM takes
                   logprobs=0 if sampling.logprobs else None, detokenize=False)
     params = [vllm.SamplingParams(seed=derive_seed(seed, i), **common) for i in range(len(requests))]
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in requests], params, use_tqdm=False)
+    try:
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in requests], params, use_tqdm=False)
+    except (RuntimeError, EngineDeadError) as error:  # a dead engine, out of memory; max_tokens bounds every request
+        refuse(f"--engine vllm: the engine failed: {error}", code=1)
     samples = []
     for output in (request.outputs[0] for request in outputs):
         ids, logps = list(output.token_ids), None

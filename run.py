@@ -131,6 +131,8 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0)  # PAPER: the optimizer is not stated
         if checkpoint:
             load_optimizer(os.path.join(checkpoint, "optimizer.safetensors"), self.model, self.optimizer)
+        if args.tensor_parallel != 1:
+            refuse("--tensor_parallel: training gives its weights to a vLLM engine in its own process, on one GPU; use 1")
         wants_vllm = args.engine == "vllm" and (samples or args.eval_every)
         self.engine = load_vllm(args, directory) if wants_vllm else self.model
         start_artifact(args)

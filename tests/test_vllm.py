@@ -44,7 +44,7 @@ def engine(model, tmp_path_factory):
     path = str(tmp_path_factory.mktemp("vllm"))
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
-    return load_vllm(argparse.Namespace(dtype="float32", gpu_memory_utilization=0.3), path)
+    return load_vllm(argparse.Namespace(dtype="float32", gpu_memory_utilization=0.3, tensor_parallel=1), path)
 
 
 @pytest.mark.parametrize("stops", [[0, 2], [5, 6, 7, 8, 9, 10], list(range(0, 29, 3)), [28]])
@@ -79,6 +79,15 @@ def test_the_samplers_log_probabilities_are_the_trainers(engine, model, temperat
                 hidden = response_hidden(model, [prompt], [one.response_ids])
                 right = token_logps(hidden, model.get_output_embeddings().weight, torch.tensor(one.response_ids))
             torch.testing.assert_close(torch.tensor(one.logps), right, rtol=0, atol=2e-5)
+
+
+def test_an_engine_that_fails_ends_the_stage_with_a_message(engine, refused, monkeypatch):
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    def dies(*given, **more):
+        raise EngineDeadError()
+    monkeypatch.setattr(engine, "generate", dies)
+    refused(lambda: sample(engine, PROMPTS, sampling(), seed=0), "--engine vllm", "EngineCore", code=1)
 
 
 def test_seed_decides_the_samples(engine):

@@ -196,7 +196,7 @@ def response_hidden(model, prompts, responses):
     return hidden[(column >= first) & (column < length)]
 
 
-def token_logps(hidden, head, tokens, chunk=4096):
+def token_logps(hidden, head, tokens, chunk=1024):
     """log p(token) in fp32, from hidden states (N, H), head (V, H) and tokens (N,) or (N, m): the shape of `tokens`.
 
     Logits exist for `chunk` positions at a time, and are computed again in the backward pass."""
@@ -208,7 +208,7 @@ def token_logps(hidden, head, tokens, chunk=4096):
 
 
 @torch.no_grad()
-def top_tokens(hidden, head, k, chunk=4096):
+def top_tokens(hidden, head, k, chunk=1024):
     """The k likeliest tokens of each position, likeliest first: (log-probabilities (N, k) fp32, ids (N, k))."""
     tops = [(h @ head.T.to(h.dtype)).float().log_softmax(-1).topk(k) for h in hidden.split(chunk)]
     return torch.cat([top.values for top in tops]), torch.cat([top.indices for top in tops])

@@ -176,7 +176,7 @@ def truncates(args):
     return (args.temperature, args.top_p, args.top_k) != (1.0, 1.0, 0)
 
 
-def sampler_kl(hidden, head, temperature, top_p, top_k, chunk=4096):
+def sampler_kl(hidden, head, temperature, top_p, top_k, chunk=1024):
     """(N,) KL(sampler || student), nats: how far temperature, then top-k, then top-p take the sampler from the student."""
     pieces = []
     for part in hidden.split(chunk):

@@ -204,7 +204,8 @@ class Run:
         self.save("final", step)
         files = [name for name in LOGS if os.path.getsize(os.path.join(args.out, name))]
         files += [os.path.join("final", name) for name in sorted(os.listdir(os.path.join(args.out, "final")))]
-        finish_artifact(args, stage, files, cell=self.cell, tokenizer_sha256=tokenizer_sha256(self.tokenizer),
+        finish_artifact(args, stage, files, cell=self.cell, stop_ids=self.model.generation_config.eos_token_id,
+                        tokenizer_sha256=tokenizer_sha256(self.tokenizer),
                         template_sha256=template_sha256(self.tokenizer, args.prompt_suffix), **self.spent)
         print(f"{self.name}: {step} steps, {self.spent['tflops']:.4g} TFLOPs, {self.spent['response_tokens']} response tokens "
               f"-> {args.out}/final")

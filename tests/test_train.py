@@ -254,7 +254,7 @@ def test_every_cell_trains_and_leaves_a_complete_artifact(world, rollouts, score
         source = source[:4]  # hard labels need no scores
     run(world, tmp_path / "run", *source, *kind)
     meta = read_artifact(str(tmp_path / "run"), "--", "train")
-    assert meta["cell"]["prefix"] == prefix and meta["args"]["out"] == str(tmp_path / "run")
+    assert meta["cell"]["prefix"] == prefix and meta["args"]["out"] == str(tmp_path / "run") and meta["stop_ids"] == [0, 2]
     rows = read_rows(tmp_path / "run/metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert 0 < rows[0]["tflops"] < rows[1]["tflops"] and rows[0]["tflops_uncached"] >= rows[0]["tflops"]

@@ -115,7 +115,7 @@ def objective(args, student_hidden, student_head, teacher, tokens, weight):
     student_hidden (N, H) predicts the tokens (N,); student_head (V, H); teacher: Signal; weight (N,). A new objective goes here."""
     if args.vocab == "full":
         out = linear_streaming_kl(student_hidden, student_head, teacher.hidden, teacher.head, fkl_weight=args.fkl_weight,
-                                  weight=weight)
+                                  weight=weight, logits_dtype=torch.float32)  # bfloat16 logits would bias small KLs
         return out.loss, exact_metrics(out)
     if args.vocab == "topk":
         return topk_objective(args, student_hidden, student_head, teacher, weight)
@@ -164,7 +164,8 @@ def exact_metrics(out):
 def diagnostics(args, metrics, student_hidden, student_head, teacher):
     """Adds what the loss did not bring of both papers' metrics, as far as the teacher is known: exact KLs, entropies, overlap."""
     if "fkl" not in metrics and teacher.hidden is not None:
-        out = linear_streaming_kl(student_hidden, student_head, teacher.hidden, teacher.head, fkl_weight=args.fkl_weight)
+        out = linear_streaming_kl(student_hidden, student_head, teacher.hidden, teacher.head, fkl_weight=args.fkl_weight,
+                                  logits_dtype=torch.float32)
         metrics |= exact_metrics(out)
     if teacher.hidden is None and teacher.top_ids is None:
         return metrics
@@ -214,6 +215,7 @@ def accumulate_gradients(args, student, teacher, batch, vocab_size):
         seconds["seconds_score"] += clock() - started
         with autocast(args):
             hidden = response_hidden(student, [r.prompt for r in micro], [r.tokens for r in micro])               # (N, H)
+        hidden = hidden.to(getattr(torch, args.dtype))  # autocast leaves it in float32
         head = output_head(student, "--student")[:vocab_size].to(hidden.dtype)  # rows beyond the tokenizer's are padding
         loss, metrics = objective(args, hidden, head, signal, tokens, weight)
         loss.backward()
@@ -290,6 +292,7 @@ def first_look(args, run, teacher, responses, tokenizer, student_stops, teacher_
     signal, size = teacher(responses), len(tokenizer)
     with torch.no_grad(), autocast(args):
         hidden = response_hidden(run.model, [r.prompt for r in responses], [r.tokens for r in responses])
+    hidden = hidden.to(getattr(torch, args.dtype))
     head = output_head(run.model, "--student").detach()
     teacher_rows = size if signal.head is None else len(signal.head)
     lines = check_pair(tokenizer, student_stops, teacher_stops, len(head), teacher_rows)

@@ -268,6 +268,18 @@ def test_every_cell_trains_and_leaves_a_complete_artifact(world, rollouts, score
     assert load_model(str(tmp_path / "run/final"), "-", "float32").generation_config.eos_token_id == [0, 2]
 
 
+def test_bfloat16_is_only_the_arithmetic(world, tmp_path):
+    """The passes are in bfloat16, the trained weights and the saved ones in float32; the loss is near that of float32."""
+    rows = {}
+    for dtype in ("float32", "bfloat16"):
+        run(world, tmp_path / dtype, *student_prefix(world), "--kl", "reverse", "--dtype", dtype, steps=1)
+        [rows[dtype]] = read_rows(tmp_path / dtype / "metrics.jsonl")
+    weights = load_file(tmp_path / "bfloat16/final/model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert rows["float32"]["student_entropy"] != rows["bfloat16"]["student_entropy"]
+    assert rows["float32"]["student_entropy"] == pytest.approx(rows["bfloat16"]["student_entropy"], rel=0.05)
+
+
 def test_what_a_run_spent(world, rollouts, scores, tmp_path):
     """One step over all 12 responses. A stored score costs nothing again; a live teacher is always paid for."""
     configs = [load_model(str(world / name), "-", "float32").config.to_dict() for name in ("student_init", "teacher_init")]

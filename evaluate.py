@@ -1,98 +1,90 @@
-"""Evaluate a checkpoint: Avg@n, Pass@k, response length and predictive entropy; tables and figures over runs.
+"""Evaluate a checkpoint: Avg@n, Pass@k, Maj@k, response length and predictive entropy; tables, comparisons and figures.
 
-    checkpoint, problems  ->  eval/results.json, eval/samples.jsonl, eval/meta.json
+    checkpoint, problems  ->  eval/results.json, eval/samples.jsonl, eval/meta.json        one directory a data set
 
     python evaluate.py --model out/run/final --data math500 --n 3 --k 1 3 --out out/run/eval
-    python evaluate.py --table out/*/eval                       one Markdown table, a row a run
-    python evaluate.py --figure out/cells.png --runs out/a out/b    accuracy, entropy and length against step
+    python evaluate.py --model out/run/final --benchmarks aime24 amc23 math500 gsm8k --out out/run/evals
+    python evaluate.py --table out/a/eval out/b/evals           one Markdown table, a row a run and data set
+    python evaluate.py --compare out/a/eval out/b/eval          differences on the same problems, with intervals
+    python evaluate.py --figure out/cells.png --runs out/a out/b --x tflops     accuracy, entropy and length over training
 
 Avg@n is the mean over problems of the share of correct responses among n. Pass@k is the unbiased estimate of the chance that one
-or more of k responses are correct, 1 - C(n-c, k) / C(n, k) with c correct of n (Chen et al. 2021, arXiv 2107.03374). Predictive
-entropy is the model's own full-softmax entropy at temperature 1, in nats, averaged over all response tokens it sampled. Defaults:
-temperature 0.6, top-p 0.95, 8192 tokens, as the paper evaluates.
+or more of k responses are correct, 1 - C(n-c, k) / C(n, k) with c correct of n (Chen et al. 2021, arXiv 2107.03374). Maj@k is the
+chance that the answer given most often by k of the n responses is correct; equal answers are one answer, ties are drawn. Predictive
+entropy is the model's own full-softmax entropy at temperature 1, in nats, averaged over all response tokens it sampled. Intervals
+are 95% bootstrap intervals over problems. Defaults: temperature 0.6, top-p 0.95, 8192 tokens, as the paper evaluates.
 
-This file also owns grading: extract_answer() and is_correct(), which GRPO's reward uses too.
+Grading is in grading.py; extract_answer() and is_correct() can be had from here too.
 """
 import argparse
+import itertools
 import json
 import math
 import os
 import random
-import re
 
 import torch
 from tqdm import tqdm
 
 from artifacts import add_output_flags, finish_artifact, read_artifact, read_jsonl, refuse, start_artifact, write_json
+from grading import extract_answer, grade, is_correct, verdict_on  # noqa: F401 (two are for others to import)
 from inputs import add_problem_flags, default_dtype, load_model
 from kernels import linear_streaming_kl
 from rollout import add_sampling_flags, derive_seed, load_vllm, prepare, sample
 from score_teacher import batches_by_tokens, output_head, response_hidden
 
 EVAL_SAMPLING = {"temperature": 0.6, "top_p": 0.95}  # the paper's, for evaluations in training and after it
+PAPER_N = {"aime24": 5, "amc23": 5, "math500": 3, "gsm8k": 3}  # responses to each problem; 4 for other data
+DRAWS = 1000  # of the bootstrap, and at most of the subsets of a vote
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # what to do; without --table or --figure, one model is evaluated
+    # what to do; without --table, --compare or --figure, one model is evaluated
     p.add_argument("--table", nargs="+", metavar="EVAL", help="print one table over these directories that evaluate.py wrote")
+    p.add_argument("--compare", nargs=2, metavar="EVAL", help="print how the second evaluation differs from the first")
     p.add_argument("--figure", metavar="PNG", help="draw the in-training evaluations of --runs")
     p.add_argument("--runs", nargs="+", metavar="RUN", help="directories that train.py or grpo.py wrote with --eval_every")
+    p.add_argument("--x", choices=["step", "tflops"], default="step", help="what --figure draws them against")
     # what goes in
     p.add_argument("--model", help="Hugging Face directory or hub id of the model to evaluate")
     add_problem_flags(p, required=False)
+    p.add_argument("--benchmarks", nargs="+", metavar="DATA", help="several data sets, each as --data; --out/NAME gets it")
     # how
-    add_sampling_flags(p, n=4, **EVAL_SAMPLING, max_response_tokens=8192, gpu_memory_utilization=0.6)
-    p.add_argument("--k", type=int, nargs="+", help="k of Pass@k, one or more (default: n)")
+    add_sampling_flags(p, n=None, **EVAL_SAMPLING, max_response_tokens=8192, gpu_memory_utilization=0.6)
+    p.add_argument("--k", type=int, nargs="+", help="k of Pass@k and Maj@k, one or more (default: n)")
     p.add_argument("--micro_batch_tokens", type=int, default=16384, help="tokens in one forward pass, padding included")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=default_dtype(), help="dtype of the model")
     p.add_argument("--seed", type=int, default=42)
-    add_output_flags(p, required=False, resume=False)
+    add_output_flags(p, required=False)
     args = p.parse_args(argv)
     if args.figure and not args.runs:
         p.error("--figure needs --runs")
-    if not (args.table or args.figure) and not (args.model and args.data and args.out):
-        p.error("give --model, --data and --out; or --table; or --figure and --runs")
-    args.k = args.k or [args.n]
-    if max(args.k) > args.n or min(args.k) < 1:
-        p.error(f"--k {' '.join(map(str, args.k))}: Pass@k needs 1 <= k <= n, and --n is {args.n}")
+    if not (args.table or args.compare or args.figure):
+        if not (args.model and (args.data or args.benchmarks) and args.out):
+            p.error("give --model, --data or --benchmarks, and --out; or --table; or --compare; or --figure and --runs")
+        if args.data and args.benchmarks:
+            p.error("--data and --benchmarks: give one of them")
+        names = [data_name(data) for data in args.benchmarks or []]
+        if len(set(names)) < len(names):
+            p.error(f"--benchmarks {' '.join(args.benchmarks)}: two of them would have the same name")
+        for part in parts(args):
+            if max(part.k) > part.n or min(part.k) < 1:
+                p.error(f"--k {' '.join(map(str, part.k))}: needs 1 <= k <= n, and n is {part.n} for {part.data} (see --n)")
     return args
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Grading
+
+def data_name(data):
+    """The short name of an alias, a hub id or a file: "math500" of data/math500.jsonl."""
+    return os.path.splitext(os.path.basename(data.split(":")[0]))[0]
 
 
-def extract_answer(response):
-    """The final answer in a response, as text, or None: the content of the last \\boxed{...}, else what follows the last ####.
-
-    extract_answer(r"so \\boxed{3}, no, \\boxed{\\frac{1}{2}}.") -> r"\\frac{1}{2}" """
-    start = response.rfind("\\boxed{")
-    if start >= 0:
-        depth, begin = 0, start + len("\\boxed")
-        for end in range(begin, len(response)):
-            depth += (response[end] == "{") - (response[end] == "}")
-            if depth == 0:
-                return response[begin + 1:end].strip()
-        return None  # cut off inside the box
-    if "####" in response:
-        lines = response.rsplit("####", 1)[1].strip().splitlines()
-        return lines[0].strip().rstrip(".") if lines else None
-    return None
-
-
-def is_correct(response, answer):
-    """Whether the response's final answer equals the gold answer: as text, else by math-verify."""
-    found = extract_answer(response)
-    if not found:
-        return False
-    if found == answer:
-        return True
-    if max(len(found), len(answer)) > 1000:  # no gold answer is this long, and parsing may take for ever
-        return False
-    from math_verify import parse, verify  # each stops itself after 5 seconds
-    found = re.sub(r"(?<=\d)(,|\{,\}|\\,|\\!)(?=\d{3}(\D|$))", "", found)  # 1,234,567 and 1{,}234 are one number; 1,2 is not
-    gold, mine = parse(f"\\boxed{{{answer}}}"), parse(f"\\boxed{{{found}}}")
-    return bool(gold and mine and verify(gold, mine))
+def parts(args):
+    """The flags of each single evaluation: one for --data, one for each of --benchmarks, with its own n, k and --out."""
+    for data in args.benchmarks or [args.data]:
+        n = PAPER_N.get(data_name(data), 4) if args.n is None else args.n
+        out = os.path.join(args.out, data_name(data)) if args.benchmarks else args.out
+        yield argparse.Namespace(**vars(args) | {"data": data, "n": n, "k": args.k or [n], "out": out})
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -103,11 +95,42 @@ def pass_at_k(n, correct, k):
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def interval(values, draws=1000):
-    """95% bootstrap interval of the mean of one value a problem."""
-    rng = random.Random(0)
-    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(draws))
-    return [means[int(0.025 * draws)], means[int(0.975 * draws) - 1]]
+def majority(classes, correct, k):
+    """Chance that the answer given most often by k of the responses is right. classes: for each response the mark of its answer,
+    or None; correct: whether it is right. Ties are drawn; where no response has an answer, there is no vote.
+
+    majority([0, 0, 2], [True, True, False], 3) -> 1.0;  majority([0, 1], [True, False], 2) -> 0.5"""
+    right = {mark for mark, good in zip(classes, correct) if good}
+    subsets = list(itertools.combinations(classes, k))
+    if len(subsets) > DRAWS:
+        subsets = random.Random(0).sample(subsets, DRAWS)
+    chance = 0.0
+    for subset in subsets:
+        votes = {mark: subset.count(mark) for mark in subset if mark is not None}
+        first = [mark for mark, count in votes.items() if count == max(votes.values())]
+        chance += sum(mark in right for mark in first) / max(1, len(first))
+    return chance / len(subsets)
+
+
+def resampled(values, weights=None):
+    """DRAWS bootstrap means over problems of sum(values) / sum(weights). Equal lengths draw the same problems, so that
+    two evaluations can be compared draw by draw."""
+    values = torch.tensor(values, dtype=torch.float64)
+    weights = torch.ones_like(values) if weights is None else torch.tensor(weights, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    picked = (torch.randint(len(values), (len(values),), generator=generator) for _ in range(DRAWS))
+    return torch.stack([values[i].sum() / weights[i].sum() for i in picked])
+
+
+def middle(draws):
+    """The interval that holds the middle 95% of the draws."""
+    draws = draws.sort().values.tolist()
+    return [draws[int(0.025 * DRAWS)], draws[int(0.975 * DRAWS) - 1]]
+
+
+def interval(values, weights=None):
+    """95% bootstrap interval, over problems, of sum(values) / sum(weights); of the mean without weights."""
+    return middle(resampled(values, weights))
 
 
 @torch.no_grad()
@@ -125,68 +148,142 @@ def predictive_entropy(model, prompts, responses, vocab_size, micro_batch_tokens
 
 def evaluate(model, engine, tokenizer, problems, prompts, sampling, seed, ks, micro_batch_tokens):
     """Sample, grade and measure: (results, rows). `engine` samples; `model` gives the entropies (they may be the same)."""
-    chunk, rows = max(1, sampling.sample_batch // sampling.n), []
-    for start in tqdm(range(0, len(problems), chunk), unit="batch", desc="evaluate", disable=len(problems) <= chunk, leave=False):
-        part = slice(start, start + chunk)
-        groups = sample(engine, prompts[part], sampling, derive_seed(seed, "evaluate", start))
-        for problem, prompt, group in zip(problems[part], prompts[part], groups, strict=True):
-            for index, (ids, reason, _) in enumerate(group):
-                response = tokenizer.decode(ids, skip_special_tokens=True)
-                rows.append({"id": problem["id"], "sample": index, "prompt_ids": prompt, "response_ids": ids, "response": response,
-                             "answer": problem["answer"], "extracted": extract_answer(response),
-                             "correct": is_correct(response, problem["answer"]), "finish_reason": reason, "tokens": len(ids)})
-    entropies = predictive_entropy(model, [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows],
-                                   len(tokenizer), micro_batch_tokens)
-    for row, entropy in zip(rows, entropies):
-        row["entropy"] = entropy
+    chunks = evaluate_chunks(model, engine, tokenizer, problems, prompts, sampling, seed, micro_batch_tokens)
+    rows = [row for chunk in chunks for row in chunk]
     return summarise(rows, sampling.n, ks), rows
 
 
-def summarise(rows, n, ks):
-    """Results over graded rows, n of them for each problem, in order."""
-    correct = [sum(row["correct"] for row in rows[i:i + n]) for i in range(0, len(rows), n)]
-    tokens = sum(row["tokens"] for row in rows)
-    average = [c / n for c in correct]
-    results = {"problems": len(correct), "n": n, "avg": sum(average) / len(average), "avg_interval": interval(average),
-               "pass": {}, "pass_interval": {}, "length": tokens / len(rows),
-               "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
-               "entropy": sum(row["entropy"] * row["tokens"] for row in rows) / tokens}
+def evaluate_chunks(model, engine, tokenizer, problems, prompts, sampling, seed, micro_batch_tokens, done=0):
+    """Yields the rows of one chunk of problems after the other, without the first `done` problems. Each chunk has its own seed, so
+    that an evaluation that goes on where it was killed gives the same rows."""
+    size = max(1, sampling.sample_batch // sampling.n)
+    for start in tqdm(range(done, len(problems), size), unit="batch", desc="evaluate", disable=len(problems) <= size, leave=False):
+        part, rows = slice(start, start + size), []
+        groups = sample(engine, prompts[part], sampling, derive_seed(seed, "evaluate", start))
+        for problem, prompt, group in zip(problems[part], prompts[part], groups, strict=True):
+            for index, (ids, reason, *_) in enumerate(group):
+                rows.append({"id": problem["id"], "sample": index, "prompt_ids": prompt, "response_ids": ids,
+                             "response": tokenizer.decode(ids, skip_special_tokens=True), "answer": problem["answer"],
+                             "finish_reason": reason, "tokens": len(ids)})
+        grades = grade([row["response"] for row in rows], [row["answer"] for row in rows])
+        entropies = predictive_entropy(model, [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows],
+                                       len(tokenizer), micro_batch_tokens)
+        for row, verdict, entropy in zip(rows, grades, entropies, strict=True):
+            row |= {**verdict._asdict(), "entropy": entropy}
+        for first in range(0, len(rows), sampling.n):
+            mark_equal_answers(rows[first:first + sampling.n])
+        yield rows
+
+
+def mark_equal_answers(rows):
+    """Gives each response to one problem `same_as`: the first sample with an equal answer; None where there is no answer."""
+    for i, row in enumerate(rows):
+        equal = (other["sample"] for other in rows[:i] if other["same_as"] == other["sample"] and (
+            other["correct"] and row["correct"] or other["correct"] == row["correct"]
+            and verdict_on(row["extracted"], other["extracted"]) == "right"))
+        row["same_as"] = next(equal, row["sample"]) if row["extracted"] else None
+
+
+def by_problem(rows, n, ks):
+    """{metric: (values, weights or None)}, a value a problem: the metric is the sum of the values over that of the weights, or the
+    mean of the values. rows: n graded ones for each problem, in order."""
+    groups = [rows[i:i + n] for i in range(0, len(rows), n)]
+    assert all(len({row["id"] for row in group}) == 1 and len(group) == n for group in groups), "not n rows a problem"
+    correct = [sum(row["correct"] for row in group) for group in groups]
+    metrics = {"avg": ([c / n for c in correct], None)}
     for k in ks:
-        chances = [pass_at_k(n, c, k) for c in correct]
-        results["pass"][str(k)] = sum(chances) / len(chances)
-        results["pass_interval"][str(k)] = interval(chances)
+        metrics[f"pass@{k}"] = [pass_at_k(n, c, k) for c in correct], None
+        metrics[f"maj@{k}"] = [majority([row["same_as"] for row in group], [row["correct"] for row in group], k)
+                               for group in groups], None
+    tokens = [sum(row["tokens"] for row in group) for group in groups]
+    metrics["length"] = [count / n for count in tokens], None
+    metrics["truncated"] = [sum(row["finish_reason"] == "length" for row in group) / n for group in groups], None
+    metrics["entropy"] = [sum(row["entropy"] * row["tokens"] for row in group) for group in groups], tokens
+    return metrics
+
+
+def mean_of(values, weights):
+    return sum(values) / (len(values) if weights is None else sum(weights))
+
+
+def summarise(rows, n, ks):
+    """Results over graded rows, n of them for each problem, in order: each metric and its interval."""
+    results = {"problems": len(rows) // n, "n": n, "pass": {}, "pass_interval": {}, "maj": {}, "maj_interval": {},
+               "timed_out": sum(row["timed_out"] for row in rows)}
+    for name, (values, weights) in by_problem(rows, n, ks).items():
+        kind, _, k = name.partition("@")
+        if k:
+            results[kind][k], results[f"{kind}_interval"][k] = mean_of(values, weights), interval(values, weights)
+        else:
+            results[kind], results[f"{kind}_interval"] = mean_of(values, weights), interval(values, weights)
     return results
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables and figures
 
 
-def read_results(path):
+def read_results(path, flag):
     """results.json of a finished evaluation, its checksum verified."""
-    read_artifact(path, "--table", "evaluate")
+    read_artifact(path, flag, "evaluate")
     return json.load(open(os.path.join(path, "results.json")))
+
+
+def evaluations_in(path):
+    """The path itself, or the evaluations that --benchmarks left in it."""
+    inner = sorted(entry.path for entry in os.scandir(path) if entry.is_dir()) if os.path.isdir(path) else []
+    return inner if inner and not os.path.isfile(os.path.join(path, "meta.json")) else [path]
 
 
 def table(paths):
     """Markdown table, a row an evaluation. TFLOPs are those of the run that made the checkpoint, not of its starting point."""
-    results = [read_results(path) for path in paths]
-    for name in ("data", "problems", "n", "pass"):
-        if len({str(list(r[name]) if name == "pass" else r[name]) for r in results}) > 1:
-            refuse(f"--table: the evaluations differ in {name}, so their numbers cannot be compared")
-    n, ks = results[0]["n"], list(results[0]["pass"])
-    header = ["run", "prefix", "KL", f"Avg@{n} [95%]", *[f"Pass@{k}" for k in ks], "length", "cut off", "entropy", "TFLOPs"]
+    results = [read_results(inner, "--table") for path in paths for inner in evaluations_in(path)]
+    sets = {}  # data set -> the first evaluation on it
+    for r in results:
+        first = sets.setdefault(r["data"], r)
+        for name in ("problems", "n", "pass"):
+            if (list(r["pass"]) != list(first["pass"])) if name == "pass" else r[name] != first[name]:
+                refuse(f"--table: the evaluations on {r['data']} differ in {name}, so their numbers cannot be compared")
+    several = len(sets) > 1
+    results.sort(key=lambda r: list(sets).index(r["data"]))
+    n = results[0]["n"] if len({r["n"] for r in results}) == 1 else "n"
+    ks = sorted({k for r in results for k in r["pass"]}, key=int)
+    header = ["run", "prefix", "KL", *["data"] * several, *["n"] * (n == "n"), f"Avg@{n} [95%]", *[f"Pass@{k}" for k in ks],
+              *[f"Maj@{k}" for k in ks if k != "1"], "length", "cut off", "entropy", "TFLOPs"]
     lines = [header, ["---"] * len(header)]
     for r in results:
         low, high = r["avg_interval"]
-        lines.append([r["run"], r["cell"]["prefix"], r["cell"]["kl"], f"{r['avg']:.3f} [{low:.3f}, {high:.3f}]",
-                      *[f"{r['pass'][k]:.3f}" for k in ks], f"{r['length']:.1f}", f"{r['truncated']:.1%}", f"{r['entropy']:.3f}",
-                      f"{r['tflops']:.4g}" if r["tflops"] else "-"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        lines.append([r["run"], r["cell"]["prefix"], r["cell"]["kl"],
+                      *[data_name(r["data"])] * several, *[str(r["n"])] * (n == "n"),
+                      f"{r['avg']:.3f} [{low:.3f}, {high:.3f}]", *[f"{r['pass'][k]:.3f}" if k in r["pass"] else "-" for k in ks],
+                      *[f"{r['maj'][k]:.3f}" if k in r["maj"] else "-" for k in ks if k != "1"], f"{r['length']:.1f}",
+                      f"{r['truncated']:.1%}", f"{r['entropy']:.3f}", f"{r['tflops']:.4g}" if r["tflops"] else "-"])
+    return markdown(lines)
+
+
+def markdown(lines):
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
 
 
-def figure(path, runs):
-    """Accuracy, entropy and response length against step, a line a run (as figures 2 to 5 of the paper)."""
+def compare(paths):
+    """Markdown table of two evaluations of the same problems: each metric, the difference and its paired bootstrap interval."""
+    results = [read_results(path, "--compare") for path in paths]
+    rows = [[row for _, row in read_jsonl(os.path.join(path, "samples.jsonl"))] for path in paths]
+    problems = [list(dict.fromkeys((row["id"], row["answer"]) for row in side)) for side in rows]
+    if problems[0] != problems[1]:
+        refuse(f"--compare {' '.join(paths)}: they are not evaluations of the same problems")
+    ks = [int(k) for k in results[0]["pass"] if k in results[1]["pass"]]
+    first, second = (by_problem(side, r["n"], ks) for side, r in zip(rows, results))
+    lines = [["metric", *(f"{r['run']} (n = {r['n']})" for r in results), "difference [95%]"], ["---"] * 4]
+    for name in first:
+        before, after = mean_of(*first[name]), mean_of(*second[name])
+        low, high = middle(resampled(*second[name]) - resampled(*first[name]))
+        lines.append([name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f} [{low:+.3f}, {high:+.3f}]"])
+    return markdown(lines)
+
+
+def figure(path, runs, x):
+    """Accuracy, entropy and response length against step or TFLOPs, a line a run (as figures 2 to 5 of the paper)."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -200,8 +297,8 @@ def figure(path, runs):
         style = {"color": {"forward": "tab:blue", "reverse": "tab:red"}.get(meta["cell"]["kl"], "tab:green"),
                  "linestyle": {"teacher": "--", "student": "-"}.get(meta["cell"]["prefix"], ":"), "marker": "o", "markersize": 3}
         for axis, (key, label) in zip(axes, panels):
-            axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=meta["cell"]["name"], **style)
-            axis.set(xlabel="step", title=label)
+            axis.plot([row[x] for row in rows], [row[key] for row in rows], label=meta["cell"]["name"], **style)
+            axis.set(xlabel={"step": "step", "tflops": "TFLOPs"}[x], title=label)
             axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     fig.savefig(path, dpi=150)
@@ -211,31 +308,74 @@ def figure(path, runs):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def main(args):
-    if args.table:
-        print(table(args.table))
-    if args.figure:
-        figure(args.figure, args.runs)
-    if args.table or args.figure:
-        return
-    directory, tokenizer, stops, problems, prompts, sampling = prepare(args)
-    model = load_model(directory, "--model", args.dtype)
-    engine = load_vllm(args, directory) if args.engine == "vllm" else model
+def evaluate_part(args, model, engine, prepared):
+    """One data set, from sampling to meta.json; what a killed evaluation left of it is kept."""
+    directory, tokenizer, stops, problems, prompts, sampling = prepared
     start_artifact(args)
-    print(f"evaluate: {args.model} on {len(problems)} problems x {args.n}, engine {args.engine}, {args.dtype}, stop ids {stops}")
-    results, rows = evaluate(model, engine, tokenizer, problems, prompts, sampling, args.seed, args.k, args.micro_batch_tokens)
-
+    print(f"evaluate: {args.model} on {len(problems)} problems of {args.data} x {args.n}, engine {args.engine}, {args.dtype}, "
+          f"stop ids {stops}", flush=True)
+    # A line of progress.jsonl says after each chunk of problems up to where samples.jsonl is good.
+    path, progress = os.path.join(args.out, "samples.jsonl"), os.path.join(args.out, "progress.jsonl")
+    marks = [json.loads(line) for line in open(progress) if line.endswith("\n")] if os.path.isfile(progress) else []
+    done = marks[-1] if marks else {"problems": 0, "bytes": 0}
+    if done["problems"]:
+        print(f"evaluate: goes on after {done['problems']} problems")
+    with open(path, "a", encoding="utf-8") as file:
+        file.truncate(done["bytes"])
+        problems_done = done["problems"]
+        for rows in evaluate_chunks(model, engine, tokenizer, problems, prompts, sampling, args.seed, args.micro_batch_tokens,
+                                    problems_done):
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            problems_done += len(rows) // args.n
+            with open(progress, "a", encoding="utf-8") as marks_file:
+                marks_file.write(json.dumps({"problems": problems_done, "bytes": os.path.getsize(path)}) + "\n")
+    results = summarise([row for _, row in read_jsonl(path)], args.n, args.k)
     checkpoint = os.path.join(directory, "checkpoint.json")  # written by train.py and grpo.py
     origin = {"run": args.model, "cell": {"prefix": "-", "kl": "-"}, "step": None, "tflops": None}
     if os.path.isfile(checkpoint):
         origin = json.load(open(checkpoint))
-    results |= {"model": args.model, "data": args.data, **origin}
-    with open(os.path.join(args.out, "samples.jsonl"), "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_json(os.path.join(args.out, "results.json"), results)
+    write_json(os.path.join(args.out, "results.json"), results | {"model": args.model, "data": args.data, **origin})
     finish_artifact(args, "evaluate", ["results.json", "samples.jsonl"], model=os.path.realpath(directory), stop_ids=stops)
-    print(f"Avg@{args.n} {results['avg']:.3f}  " + "  ".join(f"Pass@{k} {results['pass'][str(k)]:.3f}" for k in args.k)
-          + f"  length {results['length']:.1f}  cut off {results['truncated']:.1%}  entropy {results['entropy']:.3f}")
+    os.remove(progress)
+    print(f"{data_name(args.data)}: Avg@{args.n} {results['avg']:.3f}  "
+          + "  ".join(f"Pass@{k} {results['pass'][str(k)]:.3f}  Maj@{k} {results['maj'][str(k)]:.3f}" for k in args.k)
+          + f"  length {results['length']:.1f}  cut off {results['truncated']:.1%}  entropy {results['entropy']:.3f}"
+          f"  grading timed out {results['timed_out']}", flush=True)
+
+
+def resumable(args):
+    """Whether anything of this part is left to do. With --resume a finished part is kept and one that was never begun is begun."""
+    if args.resume and args.benchmarks:
+        if os.path.isfile(os.path.join(args.out, "meta.json")):
+            before, now = read_artifact(args.out, "--resume", "evaluate")["args"], json.loads(json.dumps(vars(args)))
+            for name in now:
+                if name not in ("resume", "overwrite") and before.get(name) != now[name]:
+                    refuse(f"--resume: --{name} was {before.get(name)!r} in the finished {args.out} and is {now[name]!r} now")
+            print(f"evaluate: {args.out} is finished")
+            return False
+        args.resume = os.path.isfile(os.path.join(args.out, "meta.partial.json"))
+    return True
+
+
+def main(args):
+    if args.table:
+        print(table(args.table))
+    if args.compare:
+        print(compare(args.compare))
+    if args.figure:
+        figure(args.figure, args.runs, args.x)
+    if args.table or args.compare or args.figure:
+        return
+    if args.benchmarks and any(os.path.isfile(os.path.join(args.out, name)) for name in ("meta.json", "meta.partial.json")):
+        refuse(f"--out {args.out}: holds another artifact; --benchmarks needs a directory of its own")
+    todo = [(part, prepare(part)) for part in parts(args) if resumable(part)]  # bad input is refused before a model is loaded
+    if todo:
+        directory = todo[0][1][0]
+        model = load_model(directory, "--model", args.dtype)
+        engine = load_vllm(args, directory) if args.engine == "vllm" else model
+        for part, prepared in todo:
+            evaluate_part(part, model, engine, prepared)
 
 
 if __name__ == "__main__":

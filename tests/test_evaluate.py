@@ -1,6 +1,7 @@
-"""evaluate.py: grading, Pass@k by enumeration, entropy by hand, tables and figures."""
+"""evaluate.py: metrics by enumeration and by hand, entropy, resuming, several data sets, tables, comparisons and figures."""
 import itertools
 import json
+import random
 import shutil
 
 import pytest
@@ -9,63 +10,10 @@ import torch
 import evaluate
 import train
 from artifacts import read_artifact
-from evaluate import extract_answer, interval, is_correct, pass_at_k, predictive_entropy, summarise
+from evaluate import (by_problem, extract_answer, interval, is_correct, majority, mark_equal_answers, mean_of, pass_at_k,
+                      predictive_entropy, summarise)
 from inputs import load_model, load_problems
 from recipes.toy_world import make_model, make_tokenizer
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Grading
-
-
-@pytest.mark.parametrize("response, found", [
-    (r"\boxed{42}", "42"),
-    (r"first \boxed{3}, no: \boxed{ \frac{1}{2} }.", r"\frac{1}{2}"),
-    (r"\boxed{\{1, \{2\}\}}", r"\{1, \{2\}\}"),
-    (r"so \boxed{\frac{\sqrt{2}}{2}} and } more", r"\frac{\sqrt{2}}{2}"),
-    (r"\boxed{1} then \boxed{2", None),
-    (r"\boxed{}", ""),
-    ("so it is\n#### 18\nbye", "18"),
-    ("#### 5 #### 6", "6"),
-    (r"#### 5 \boxed{6}", "6"),
-    ("####", None),
-    ("the answer is 7", None),
-    ("", None),
-])
-def test_extract_answer(response, found):
-    assert extract_answer(response) == found
-
-
-ACCEPTED = [
-    (r"\boxed{42}", "42"), ("so\n#### 18", "18"), ("#### 1,234", "1234"), (r"\boxed{1,234,567}", "1234567"), (r"\boxed{3.0}", "3"),
-    (r"\boxed{0.5}", r"\frac{1}{2}"), (r"\boxed{\frac12}", "0.5"), (r"\boxed{\frac{2}{4}}", r"\frac{1}{2}"),
-    (r"\boxed{\dfrac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{\sqrt{117}}", r"3\sqrt{13}"), (r"\boxed{-5}", "-5"),
-    (r"\boxed{(3,\frac{\pi}{2})}", r"\left( 3, \frac{\pi}{2} \right)"),
-    (r"\boxed{x=5}", "5"), (r"\boxed{\$18}", "18"), (r"\boxed{90^\circ}", "90"), (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}"),
-    (r"\boxed{Evelyn}", r"\text{Evelyn}"), (r"\boxed{p - q}", "p - q"), (r"\boxed{2} no \boxed{3}", "3"),
-    (r"\boxed{1{,}234}", "1234"), (r"\boxed{1\,234}", "1234"), ("#### 18.", "18"),
-]
-REJECTED = [
-    (r"\boxed{42}", "43"), (r"\boxed{-3}", "3"), (r"\boxed{12}", "1"), (r"\boxed{1}", "12"), (r"\boxed{1,2}", "12"),
-    (r"\boxed{12,34}", "1234"),
-    (r"\boxed{(2,1)}", "(1, 2)"), (r"\boxed{0.33}", r"\frac{1}{3}"), (r"\boxed{5x}", "5"), (r"\boxed{Bob}", r"\text{Evelyn}"),
-    (r"\boxed{q - p}", "p - q"), (r"\boxed{3} no \boxed{2}", "3"), (r"\boxed{3} so \boxed{3", "3"), (r"\boxed{}", "0"),
-    ("", "0"), ("0", "0"),
-    ("the answer is 42", "42"), ("####", "0"), (r"\boxed{" + "9" * 2000 + "}", "9"),
-]
-
-
-@pytest.mark.parametrize("response, answer", ACCEPTED)
-def test_right_answers_are_accepted(response, answer):
-    assert is_correct(response, answer) is True
-
-
-@pytest.mark.parametrize("response, answer", REJECTED)
-def test_wrong_answers_are_rejected(response, answer):
-    assert is_correct(response, answer) is False
-
-
-def test_a_brutal_power_does_not_hang_the_grader():
-    assert is_correct(r"\boxed{9^{9^{9^{9}}}}", "1") is False
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -101,17 +49,81 @@ def test_predictive_entropy_is_that_of_the_softmax():
             assert found == pytest.approx(-(logps.exp() * logps).sum(-1).mean().item(), rel=1e-5)
 
 
-def graded(correct, tokens, entropy, reason="stop"):
-    return {"correct": correct, "tokens": tokens, "entropy": entropy, "finish_reason": reason}
+def graded(problem, correct, tokens, entropy, reason="stop", same_as=0, timed_out=False):
+    return {"id": problem, "correct": correct, "tokens": tokens, "entropy": entropy, "finish_reason": reason, "same_as": same_as,
+            "timed_out": timed_out}
 
 
 def test_summarise_by_hand():
     """Two problems, two responses each: 1 of 2 and 2 of 2 correct; entropy is a mean over tokens, not over responses."""
-    rows = [graded(True, 2, 1.0), graded(False, 6, 2.0, "length"), graded(True, 1, 0.0), graded(True, 1, 4.0)]
+    rows = [graded("a", True, 2, 1.0), graded("a", False, 6, 2.0, "length", None, True),
+            graded("b", True, 1, 0.0), graded("b", True, 1, 4.0)]
     results = summarise(rows, 2, [1, 2])
-    assert results["avg"] == 0.75 and results["pass"] == {"1": 0.75, "2": 1.0}
+    assert results["avg"] == 0.75 and results["pass"] == {"1": 0.75, "2": 1.0} and results["maj"] == {"1": 0.75, "2": 1.0}
     assert results["length"] == 2.5 and results["truncated"] == 0.25 and results["entropy"] == (2 + 12 + 0 + 4) / 10
-    assert results["problems"] == 2 and results["n"] == 2
+    assert results["problems"] == 2 and results["n"] == 2 and results["timed_out"] == 1
+
+
+def votes(n):
+    """Random classes (some None) of n responses and which are correct: one class is, at most."""
+    marks = [random.choice([None, 0, 1, 2]) for _ in range(n)]
+    right = random.choice([0, 1, 5])
+    return marks, [mark == right for mark in marks]
+
+
+def test_majority_is_the_share_of_elections_won():
+    """Against every subset and, in a tie, every one of the leading answers."""
+    random.seed(1)
+    for _ in range(200):
+        n = random.randint(1, 6)
+        marks, correct = votes(n)
+        for k in range(1, n + 1):
+            won = []
+            for subset in itertools.combinations(range(n), k):
+                ballots = [marks[i] for i in subset if marks[i] is not None]
+                best = max((ballots.count(mark) for mark in ballots), default=0)
+                leaders = {mark for mark in ballots if ballots.count(mark) == best}
+                wins = [any(correct[i] for i in subset if marks[i] == mark) for mark in leaders]
+                won.append(sum(wins) / len(wins) if wins else 0)
+            assert majority(marks, correct, k) == pytest.approx(sum(won) / len(won))
+
+
+def test_equal_answers_vote_together():
+    answers = ["0.5", None, r"\frac{1}{2}", "7", "1/2", r"x+\sqrt{8}", r"2\sqrt{2}+x", "7.0"]
+    rows = [{"sample": i, "extracted": one, "correct": one in ("7", "7.0")} for i, one in enumerate(answers)]
+    mark_equal_answers(rows)
+    assert [row["same_as"] for row in rows] == [0, None, 0, 3, 0, 5, 5, 3]
+
+
+def test_metrics_and_intervals_against_brute_force():
+    """40 problems of 4 responses: every metric recomputed from the rows, every interval from a bootstrap of its own."""
+    random.seed(2)
+    rows = []
+    for problem in range(40):
+        marks, correct = votes(4)
+        rows += [graded(problem, good, random.randint(1, 50), random.random(), random.choice(["stop", "length"]), mark)
+                 for good, mark in zip(correct, marks)]
+
+    def measure(rows):
+        groups = [rows[i:i + 4] for i in range(0, len(rows), 4)]
+        pairs = [any(row["correct"] for row in pair) for group in groups for pair in itertools.combinations(group, 2)]
+        return {"avg": sum(row["correct"] for row in rows) / len(rows), "pass": sum(pairs) / len(pairs),
+                "length": sum(row["tokens"] for row in rows) / len(rows),
+                "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+                "entropy": sum(row["entropy"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)}
+    results, expected = summarise(rows, 4, [2]), measure(rows)
+    draws = []
+    for _ in range(2000):
+        picked = [random.randrange(40) for _ in range(40)]
+        draws.append(measure([row for i in picked for row in rows[4 * i:4 * i + 4]]))
+    for name, value in expected.items():
+        found, bounds = results[name], results[f"{name}_interval"]
+        if name == "pass":
+            found, bounds = found["2"], bounds["2"]
+        assert found == pytest.approx(value)
+        ordered = sorted(draw[name] for draw in draws)
+        width = ordered[1949] - ordered[50]
+        assert bounds == pytest.approx([ordered[50], ordered[1949]], abs=0.12 * width), name
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole evaluations, tables, figures
@@ -182,14 +194,15 @@ def test_table_shows_the_results(world, trained_run, tmp_path, capsys):
     assert dict(zip(header, sft)) == {
         "run": "sft", "prefix": "teacher", "KL": "forward (sampled)",
         "Avg@2 [95%]": f"{results['avg']:.3f} [{low:.3f}, {high:.3f}]",
-        "Pass@2": f"{results['pass']['2']:.3f}", "length": f"{results['length']:.1f}", "cut off": f"{results['truncated']:.1%}",
+        "Pass@2": f"{results['pass']['2']:.3f}", "Maj@2": f"{results['maj']['2']:.3f}",
+        "length": f"{results['length']:.1f}", "cut off": f"{results['truncated']:.1%}",
         "entropy": f"{results['entropy']:.3f}", "TFLOPs": f"{json.loads((trained_run / 'meta.json').read_text())['tflops']:.4g}"}
     assert base[:3] == [str(world / "student_init"), "-", "-"] and base[-1] == "-"
 
 
 def test_evaluations_that_differ_are_not_put_in_one_table(world, tmp_path, refused):
     run(world, tmp_path / "a")
-    changes = {"n": ["--n", 3, "--k", 2], "k": ["--k", 1], "data": ["--data", world / "heldout.jsonl"], "limit": ["--limit", 2]}
+    changes = {"n": ["--n", 3, "--k", 2], "k": ["--k", 1], "limit": ["--limit", 2]}
     for name, more in changes.items():
         run(world, tmp_path / name, *more)
         refused(lambda: evaluate.main(evaluate.get_args(["--table", str(tmp_path / "a"), str(tmp_path / name)])), "--table")
@@ -213,6 +226,125 @@ def test_figure_is_a_png_with_a_line_for_each_run(trained_run, tmp_path, monkeyp
         assert line.get_xdata().tolist() == [0, 1, 2] and line.get_ydata().tolist() == [row[key] for row in rows]
 
 
+def test_figure_against_tflops(trained_run, tmp_path, monkeypatch):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    evaluate.main(evaluate.get_args(["--figure", str(tmp_path / "a.png"), "--runs", str(trained_run), "--x", "tflops"]))
+    rows = [json.loads(line) for line in open(trained_run / "evals.jsonl")]
+    spent = [row["tflops"] for row in rows]
+    assert spent == sorted(set(spent)) and figures[0].axes[0].get_lines()[0].get_xdata().tolist() == spent
+    assert figures[0].axes[0].get_xlabel() == "TFLOPs"
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(monkeypatch, call):
+    """The call-th sampling of a chunk never comes back."""
+    real, calls = evaluate.sample, itertools.count(1)
+
+    def sample(*args):
+        if next(calls) == call:
+            raise Killed
+        return real(*args)
+    monkeypatch.setattr(evaluate, "sample", sample)
+
+
+def files_of(path):
+    return {name: (path / name).read_text() for name in ("samples.jsonl", "results.json")}
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(world, tmp_path, monkeypatch, refused):
+    chunks = ["--sample_batch", 2, "--k", 1, 2]
+    run(world, tmp_path / "whole", *chunks)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 3)
+        run(world, tmp_path / "killed", *chunks)
+    with open(tmp_path / "killed/samples.jsonl", "a") as file:
+        file.write('{"id": "half a li')
+    refused(lambda: run(world, tmp_path / "killed", *chunks), "--resume")
+    refused(lambda: run(world, tmp_path / "killed", *chunks, "--resume", "--seed", 7), "--seed")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3)  # two of the four chunks are left to do
+        run(world, tmp_path / "killed", *chunks, "--resume")
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    assert not (tmp_path / "killed/progress.jsonl").exists()
+    read_artifact(str(tmp_path / "killed"), "--", "evaluate")
+
+
+def run_benchmarks(world, out, *more):
+    given = ["--model", world / "student_init", "--benchmarks", world / "test.jsonl", world / "heldout.jsonl", "--out", out,
+             *"--engine hf --dtype float32 --max_response_tokens 6 --sample_batch 4".split(), *more]
+    evaluate.main(evaluate.get_args([str(word) for word in given]))
+
+
+def test_benchmarks_are_the_single_evaluations_with_one_model_load(world, tmp_path, monkeypatch, capsys):
+    run_benchmarks(world, tmp_path / "whole", "--n", 2)
+    run(world, tmp_path / "test", "--sample_batch", 4)
+    assert files_of(tmp_path / "whole/test") == files_of(tmp_path / "test")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 4)  # the second chunk of the second data set
+        run_benchmarks(world, tmp_path / "killed", "--n", 2)
+    loads, real = [], evaluate.load_model
+    monkeypatch.setattr(evaluate, "load_model", lambda *args: loads.append(args) or real(*args))
+    run_benchmarks(world, tmp_path / "killed", "--n", 2, "--resume")
+    for name in ("test", "heldout"):
+        assert files_of(tmp_path / "killed" / name) == files_of(tmp_path / "whole" / name)
+    run_benchmarks(world, tmp_path / "again", "--n", 2)
+    assert len(loads) == 2
+    capsys.readouterr()
+    evaluate.main(evaluate.get_args(["--table", str(tmp_path / "whole")]))
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [[cell.strip() for cell in line.strip("|").split("|")][3] for line in lines] == ["data", "---", "heldout", "test"]
+
+
+def test_benchmarks_have_the_papers_n(refused):
+    args = evaluate.get_args("--model m --out o --benchmarks aime24 amc23 data/math500.jsonl gsm8k mine.jsonl".split())
+    assert [(part.n, part.k, part.out) for part in evaluate.parts(args)] == [
+        (5, [5], "o/aime24"), (5, [5], "o/amc23"), (3, [3], "o/math500"), (3, [3], "o/gsm8k"), (4, [4], "o/mine")]
+    args = evaluate.get_args("--model m --out o --data aime24 --n 8 --k 1 8".split())
+    assert [(part.n, part.k, part.out) for part in evaluate.parts(args)] == [(8, [1, 8], "o")]
+
+
+def test_compare_pairs_the_problems(tmp_path, monkeypatch, capsys):
+    """The second evaluation is better on each problem by a little: certain when paired, lost in the noise when not."""
+    random.seed(3)
+    sides = [[], []]
+    for problem in range(60):
+        chance = random.choice([0, 1, 2])
+        for side, more in zip(sides, (0, problem % 3 == 0)):
+            side += [graded(problem, sample < chance + more, 10 + problem % 7, 1.0) | {"answer": "1"} for sample in range(4)]
+    paths = [str(tmp_path / name) for name in "ab"]
+    for path, rows in zip(paths, sides):
+        (tmp_path / path[-1]).mkdir()
+        (tmp_path / path[-1] / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = {path: summarise(rows, 4, [1, 2]) | {"run": path[-1]} for path, rows in zip(paths, sides)}
+    monkeypatch.setattr(evaluate, "read_results", lambda path, flag: results[path])
+    evaluate.main(evaluate.get_args(["--compare", *paths]))
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.strip().splitlines()]
+    cells = {line[0]: line[1:] for line in lines[2:]}
+    first, second = (mean_of(*by_problem(rows, 4, [1])["avg"]) for rows in sides)
+    assert second - first == pytest.approx(20 / 240)
+    difference, low, high = (float(word.strip("[],")) for word in cells["avg"][2].split())
+    assert difference == pytest.approx(20 / 240, abs=1e-3)
+    share, deviation = 1 / 3, (1 / 3 * 2 / 3 / 60) ** 0.5 / 4  # a third of the problems gain a quarter
+    assert (low, high) == pytest.approx((share / 4 - 1.96 * deviation, share / 4 + 1.96 * deviation), abs=0.006) and low > 0
+    assert cells["entropy"][2] == "+0.000 [+0.000, +0.000]"
+    a, b = (interval(by_problem(rows, 4, [1])["avg"][0]) for rows in sides)
+    assert a[1] > b[0]  # the two intervals overlap
+
+
+def test_only_evaluations_of_the_same_problems_are_compared(world, tmp_path, refused):
+    run(world, tmp_path / "a")
+    run(world, tmp_path / "b", "--limit", 3)
+    for other, word in ((tmp_path / "b", "same problems"), (world, "toy_world")):
+        refused(lambda: evaluate.main(evaluate.get_args(["--compare", str(tmp_path / "a"), str(other)])), "--compare", word)
+
+
 def test_a_run_without_evaluations_cannot_be_drawn(world, rollouts, tmp_path, refused):
     trained(world, rollouts, tmp_path / "run")
     args = evaluate.get_args(["--figure", str(tmp_path / "a.png"), "--runs", str(tmp_path / "run")])
@@ -223,7 +355,9 @@ def test_a_run_without_evaluations_cannot_be_drawn(world, rollouts, tmp_path, re
 @pytest.mark.parametrize("line, word", [
     ("--model m --data d --out o --n 2 --k 3", "--k"), ("--model m --data d --out o --k 0", "--k"),
     ("--model m --data d --out o --n 4 --k 1 5", "--k"), ("--model m --data d", "--out"),
-    ("--figure f.png", "--runs"), ("", "--model"),
+    ("--figure f.png", "--runs"), ("", "--model"), ("--model m --data d --benchmarks e --out o", "--benchmarks"),
+    ("--model m --benchmarks a/d.jsonl b/d.jsonl --out o", "--benchmarks"),
+    ("--model m --benchmarks aime24 gsm8k --k 5 --out o", "gsm8k"),
 ])
 def test_bad_flags_are_refused(line, word, refused):
     assert word in refused(lambda: evaluate.get_args(line.split())).split("error:")[1]

@@ -1,5 +1,6 @@
-"""grpo.py: advantages by hand, the policy gradient against REINFORCE on full logits, a bandit that learns, whole runs."""
+"""grpo.py: advantages and clipping by hand, gradients against PPO on full logits in float64, a bandit that learns, whole runs."""
 import argparse
+import copy
 import json
 import math
 
@@ -8,18 +9,26 @@ import torch
 
 import grpo
 from artifacts import read_artifact
-from grpo import accumulate_gradients, advantages_of, policy_loss, rewards_of
+from grpo import Response, accumulate_gradients, add_old_logps, advantages_of, policy_loss, rewards_of, train_step, training_tflops
 from recipes.toy_world import make_model, make_tokenizer
 from rollout import Sample, Sampling, sample
+from run import tflops
 
-ARGS = argparse.Namespace(dtype="float32", micro_batch_tokens=10 ** 6)
+DEFAULTS = {"dtype": "float32", "micro_batch_tokens": 10 ** 6, "normalize": "token", "clip_low": 0.2, "clip_high": 0.2,
+            "updates": 1, "kl_weight": 0.0, "importance_cap": 2.0}
+
+
+def settings(**changes):
+    return argparse.Namespace(**DEFAULTS | changes)
 
 
 def test_advantages_by_hand():
     """Mean 0.25, deviation (of a sample) 0.5."""
-    found = advantages_of(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0] * 4]))
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0] * 4])
+    found = advantages_of(rewards)
     assert found[0].tolist() == pytest.approx([0.75 / 0.5001] + [-0.25 / 0.5001] * 3)
-    assert not found[1:].any()
+    assert advantages_of(rewards, "none")[0].tolist() == [0.75, -0.25, -0.25, -0.25]
+    assert not found[1:].any() and not advantages_of(rewards, "none")[1:].any()
 
 
 def test_rewards_are_correct_answers():
@@ -29,17 +38,20 @@ def test_rewards_are_correct_answers():
     assert rewards_of(tokenizer, [{"answer": "4"}, {"answer": "7"}], groups).tolist() == [[1, 0], [0, 1]]
 
 
-def test_policy_loss_and_its_slope_at_ratios_other_than_one():
-    logps = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
-    old, advantages = torch.tensor([-1.5, -2.0, -0.25]), torch.tensor([1.0, -2.0, 0.5])
-    loss = policy_loss(logps, old, advantages, total_tokens=10)
+# ratio, advantage -> the term that is maximised, whether it is clipped; by hand, for bounds of 0.9 and 1.3
+CLIPPING = [(1.0, 2.0, 2.0, False), (1.2, 2.0, 2.4, False), (1.5, 2.0, 2.6, True), (0.5, 2.0, 1.0, False),
+            (1.5, -2.0, -3.0, False), (0.95, -2.0, -1.9, False), (0.5, -2.0, -1.8, True), (1.5, 0.0, 0.0, False)]
+
+
+@pytest.mark.parametrize("ratio, advantage, term, clipped", CLIPPING)
+def test_clipping_by_hand(ratio, advantage, term, clipped):
+    """A clipped token has no gradient; any other that of ratio x advantage, which is itself. Both have a weight of 0.25."""
+    logps = torch.tensor([-1.0], requires_grad=True)
+    old = logps.detach() - math.log(ratio)
+    loss, found = policy_loss(settings(clip_low=0.1, clip_high=0.3), logps, old, torch.tensor([advantage]), torch.tensor([0.25]))
     loss.backward()
-    ratio = [math.exp(0.5), 1.0, math.exp(-0.25)]
-    assert loss.item() == pytest.approx(-(ratio[0] - 2 * ratio[1] + 0.5 * ratio[2]) / 10, rel=1e-5)
-    assert logps.grad.tolist() == pytest.approx([-ratio[0] / 10, 2 * ratio[1] / 10, -0.5 * ratio[2] / 10])
-
-
-BATCH = [([1, 3, 20], [5, 6, 2], 0.7), ([1, 3, 20], [9, 0], -0.7), ([1, 9], [7, 8, 9, 10, 11], 0.0), ([1], [2], 1.2)]
+    assert loss.item() == pytest.approx(-0.25 * term, rel=1e-5) and found.tolist() == [clipped]
+    assert logps.grad.item() == pytest.approx(0.0 if clipped else -0.25 * term, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +60,119 @@ def model():
     return make_model(make_tokenizer(), 32, 2, 1).eval()
 
 
+@pytest.fixture(scope="module")
+def others(model):
+    """Two models near the first: the policy that sampled, and the reference."""
+    torch.manual_seed(10)
+    found = [copy.deepcopy(model).requires_grad_(False), copy.deepcopy(model).requires_grad_(False)]
+    for other in found:
+        for parameter in other.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return found
+
+
+BATCH = [Response("a", [1, 3, 20], [5, 6, 2], 0.7), Response("a", [1, 3, 20], [9, 0], -0.7),
+         Response("b", [1, 9], [7, 8, 9, 10, 11], 0.0), Response("c", [1], [2], 1.2)]
+SAMPLER = [[-2.0, -5.0, -3.5], [-9.0, -2.5], [-3.0, -3.1, -3.2, -3.3, -3.4], [-6.0]]
+
+
+def log_softmax(model, response):
+    """(T, V) of a response's positions, float64."""
+    logits = model(input_ids=torch.tensor([response.prompt + response.tokens])).logits[0].double()
+    return logits.log_softmax(-1)[len(response.prompt) - 1:-1]
+
+
+def truth(args, model, batch, sampler_model=None, reference=None):
+    """The loss of the docstring, term by term in float64, and its metrics."""
+    terms, metrics = [], {"entropy": 0.0, "clip_fraction": 0, "reference_kl": 0.0, "mismatch": 0.0}
+    for response in batch:
+        full, row = log_softmax(model, response), []
+        old = log_softmax(sampler_model or model, response).detach()
+        ref = log_softmax(reference, response).detach() if reference else full.detach()
+        for t, token in enumerate(response.tokens):
+            ratio, weight = torch.exp(full[t, token] - old[t, token]), 1.0
+            if response.sampler:
+                log_ratio = (old[t, token] - response.sampler[t]).item()
+                metrics["mismatch"] += abs(log_ratio)
+                weight = min(math.exp(log_ratio), args.importance_cap) if args.importance_cap else 1.0
+            plain, bounded = ratio * response.advantage, ratio.clamp(1 - args.clip_low, 1 + args.clip_high) * response.advantage
+            metrics["clip_fraction"] += int(bounded < plain)
+            metrics["entropy"] -= (full[t].exp() * full[t]).sum().item()
+            kl = (full[t].exp() * (full[t] - ref[t])).sum()
+            metrics["reference_kl"] += kl.item()
+            row.append(-weight * torch.minimum(plain, bounded) + args.kl_weight * kl)
+        terms.append(torch.stack(row))
+    loss = torch.cat(terms).mean() if args.normalize == "token" else torch.stack([row.mean() for row in terms]).mean()
+    return loss, metrics
+
+
 @pytest.mark.parametrize("budget", [1, 10 ** 6])
-def test_gradient_is_reinforce_over_all_response_tokens(model, budget):
-    """-sum A log pi(y) / 11: the response without an advantage has no gradient, but its 5 tokens count in the mean."""
+@pytest.mark.parametrize("changes", [{}, {"normalize": "sequence"}, {"old": True},
+                                     {"old": True, "clip_low": 0.01, "clip_high": 0.02},
+                                     {"sampler": True}, {"sampler": True, "importance_cap": 0.0}, {"kl_weight": 0.3},
+                                     {"old": True, "sampler": True, "kl_weight": 0.3, "normalize": "sequence", "clip_high": 0.01}])
+def test_loss_gradient_and_metrics_are_those_of_full_logits(model, others, budget, changes):
+    """With nothing changed it is REINFORCE over all 11 tokens: the response without an advantage counts in the mean."""
+    args = settings(micro_batch_tokens=budget, **{name: value for name, value in changes.items() if name in DEFAULTS})
+    batch, reference = BATCH, others[1] if args.kl_weight else None
+    if "sampler" in changes:
+        batch = [response._replace(sampler=logps) for response, logps in zip(batch, SAMPLER)]
+    sampler_model = others[0] if "old" in changes else None
     model.zero_grad(set_to_none=True)
-    accumulate_gradients(argparse.Namespace(dtype="float32", micro_batch_tokens=budget), model, BATCH, 29)
+    marked = add_old_logps(args, sampler_model, batch, 29) if sampler_model else batch
+    value, metrics = accumulate_gradients(args, model, reference, marked, 29)
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    for prompt, response, advantage in BATCH:
-        logps = model(input_ids=torch.tensor([prompt + response])).logits[0].double().log_softmax(-1)[len(prompt) - 1:-1]
-        (-advantage * logps[torch.arange(len(response)), response].sum() / 11).backward()
+    loss, expected = truth(args, model, batch, sampler_model, reference)
+    loss.backward()
+    assert value == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)
+    assert metrics.keys() == {"entropy", "clip_fraction"} | ({"mismatch"} if "sampler" in changes else set()) | (
+        {"reference_kl"} if reference else set())
+    for name, value in metrics.items():
+        assert value == pytest.approx(expected[name], rel=1e-5), name  # sums over tokens
+    assert (metrics["clip_fraction"] > 0) == ("old" in changes)  # both cases were met
     for name, p in model.named_parameters():
         torch.testing.assert_close(found[name], p.grad, rtol=2e-5, atol=2e-6)
 
 
 def test_equal_groups_have_no_gradient(model):
     model.zero_grad(set_to_none=True)
-    assert accumulate_gradients(ARGS, model, [(p, r, 0.0) for p, r, _ in BATCH], 29) == 0.0
+    loss, metrics = accumulate_gradients(settings(), model, None, [r._replace(advantage=0.0) for r in BATCH], 29)
+    assert loss == 0.0 and metrics["entropy"] > 0
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_updates_go_through_the_batch_against_the_policy_that_sampled(model):
+    """Two updates of SGD by hand: the second on the second group, whose ratio is to the weights before the first."""
+    groups = [[BATCH[0], BATCH[1]], [BATCH[2]._replace(advantage=-1.0), BATCH[3]]]
+    args = settings(updates=2, lr=0.5, warmup=0.0, steps=1, max_grad_norm=1e9, clip_low=0.05, clip_high=0.05)
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    run = argparse.Namespace(model=ours, optimizer=torch.optim.SGD(ours.parameters()))
+    metrics = train_step(args, run, None, groups, 29, 0)
+    optimizer, losses, clipped = torch.optim.SGD(theirs.parameters(), lr=0.5), [], 0
+    for group in groups:
+        loss, found = truth(args, theirs, group, sampler_model=model)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        clipped += found["clip_fraction"]
+    assert metrics["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
+    assert metrics["clip_fraction"] == pytest.approx(clipped / 11) and clipped
+    for mine, p in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(mine, p, rtol=1e-4, atol=1e-5)
+
+
+def test_cost_of_an_update(model):
+    """In forward passes: 3 with a gradient, 1 without, 1 more to score it before several updates, 1 of the reference."""
+    run = argparse.Namespace(config=model.config.to_dict())
+    one = tflops(run.config, 3, 3, forwards=1)
+
+    def passes(response, reference=None, **changes):
+        return training_tflops(settings(**changes), run, reference, response) / one
+    idle = BATCH[0]._replace(advantage=0.0)
+    found = [passes(BATCH[0]), passes(idle), passes(idle, updates=4), passes(idle, model, kl_weight=0.1)]
+    assert found == pytest.approx([3, 1, 2, 4])
 
 
 def test_a_bandit_learns():
@@ -83,8 +190,9 @@ def test_a_bandit_learns():
     assert chance() < 0.4
     for step in range(40):
         [group] = sample(model, [prompt], sampling, seed=step)
-        rewards = torch.tensor([[float(ids[0] in odd) for ids, _ in group]])
-        accumulate_gradients(ARGS, model, [(prompt, ids, a) for (ids, _), a in zip(group, advantages_of(rewards)[0].tolist())], 29)
+        advantages = advantages_of(torch.tensor([[float(one.response_ids[0] in odd) for one in group]]))[0].tolist()
+        batch = [Response("", prompt, one.response_ids, advantage) for one, advantage in zip(group, advantages)]
+        accumulate_gradients(settings(), model, None, batch, 29)
         optimizer.step()
         optimizer.zero_grad()
     assert chance() > 0.9
@@ -162,7 +270,78 @@ def test_a_killed_run_continues_to_the_same_end(world, tmp_path, monkeypatch, re
     assert rows(out) == rows(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("line, word", [("--n 1", "--n"), ("--steps 0", "--steps"), ("--eval_every 1", "--eval_data")])
+
+def test_a_run_with_every_choice_resumes_to_the_same_end(world, tmp_path, monkeypatch):
+    """Two updates a batch, a reference, responses that are cut off masked, means over responses, nothing divided."""
+    monkeypatch.setattr(grpo, "rewards_of", reward_short_responses)
+    more = [*"--updates 2 --kl_weight 0.1 --overlong mask --normalize sequence --scale_advantages none --steps 2".split(),
+            "--save_every", 1, "--lr", 1e-3, "--max_response_tokens", 12]
+    run(world, tmp_path / "whole", *more)
+    first, second = read_rows(tmp_path / "whole/metrics.jsonl")
+    assert 0 < first["truncated"] < 1 and first["entropy"] > 0
+    assert 0 <= first["reference_kl"] < second["reference_kl"]  # the reference stays where the model started
+    (tmp_path / "again").mkdir()
+    out = tmp_path / "again/whole"
+    with monkeypatch.context() as patch:
+        patch.setattr(grpo, "train_step", kill_in_step(2, grpo.train_step))
+        with pytest.raises(Killed):
+            run(world, out, *more)
+    run(world, out, *more, "--resume")
+    assert (out / "final/model.safetensors").read_bytes() == (tmp_path / "whole/final/model.safetensors").read_bytes()
+
+
+def kill_in_step(number, train_step):
+    def killed(args, run, reference, groups, vocab_size, step):
+        if step + 1 == number:
+            raise Killed
+        return train_step(args, run, reference, groups, vocab_size, step)
+    return killed
+
+
+def test_masked_responses_carry_no_loss_but_their_rewards_count(world, tmp_path, monkeypatch):
+    """One response of each group ends; it has the reward, so its advantage is 0.75 with or without the others."""
+    monkeypatch.setattr(grpo, "rewards_of", reward_short_responses)
+    def with_logps(self, prompts, sampling, seed):
+        assert sampling.logprobs  # vLLM is asked for them
+        return [[Sample([5, 2], "stop", [-1.0, -2.0]), *[Sample([6, 7, 8], "length", [-3.0] * 3)] * 3] for _ in prompts]
+    monkeypatch.setattr(grpo.Run, "sample", with_logps)
+    steps = []
+    monkeypatch.setattr(grpo, "train_step", lambda args, run, reference, groups, vocab_size, step: steps.append(groups) or {})
+    for word in ("keep", "mask"):
+        run(world, tmp_path / word, "--overlong", word, "--steps", 1, "--scale_advantages", "none", "--log_every", 2)
+        [row] = read_rows(tmp_path / word / "metrics.jsonl")
+        assert row["truncated"] == 0.75 and row["reward"] == 0.25 and row["response_length"] == 2.75
+    assert [[[r.advantage for r in group] for group in groups] for groups in steps] == [
+        [[0.75, -0.25, -0.25, -0.25]] * 2, [[0.75]] * 2]
+    assert all(group[0].sampler == [-1.0, -2.0] for groups in steps for group in groups)
+
+
+def test_a_batch_of_which_nothing_is_left_changes_nothing(model):
+    run = argparse.Namespace(model=model, optimizer=torch.optim.SGD(model.parameters()))
+    before = copy.deepcopy(model.state_dict())
+    args = settings(lr=0.5, warmup=0.0, steps=1, max_grad_norm=1.0)
+    assert train_step(args, run, None, [[], []], 29, 0) == {"loss": 0.0, "grad_norm": 0.0, "lr": 0.5}
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_reference_with_another_tokenizer_is_refused(world, tmp_path, refused):
+    import shutil
+    shutil.copytree(world / "student_init", tmp_path / "other")
+    file = tmp_path / "other/tokenizer.json"
+    swapped = file.read_text(encoding="utf-8").replace('"a":', '"-":').replace('"b":', '"a":').replace('"-":', '"b":')
+    file.write_text(swapped, encoding="utf-8")
+    refused(lambda: run(world, tmp_path / "out", "--kl_weight", 1, "--reference", tmp_path / "other"), "--reference")
+    refused(lambda: run(world, tmp_path / "out", "--kl_weight", 1, "--reference", tmp_path / "absent"), "--reference")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line, word", [("--n 1", "--n"), ("--steps 0", "--steps"), ("--eval_every 1", "--eval_data"),
+                                        ("--temperature 0", "--temperature"),
+                                        ("--updates 5", "--updates"), ("--updates 0", "--updates"),
+                                        ("--clip_low 1.5", "--clip_low"), ("--clip_high -1", "--clip_high"),
+                                        ("--kl_weight -1", "--kl_weight"), ("--importance_cap -1", "--importance_cap"),
+                                        ("--reference m", "--reference"), ("--scale_advantages batch", "--scale_advantages"),
+                                        ("--normalize 0", "--normalize"), ("--overlong drop", "--overlong")])
 def test_bad_flags_are_refused(line, word, refused):
     assert word in refused(lambda: grpo.get_args(["--model", "m", "--data", "d", "--out", "o", *line.split()])).split("error:")[1]
 

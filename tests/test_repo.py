@@ -14,7 +14,7 @@ from conftest import ROOT
 
 ROOT = pathlib.Path(ROOT)
 # imports point to the left only
-ORDER = ["kernels", "artifacts", "inputs", "rollout", "score_teacher", "evaluate", "run", "train", "grpo"]
+ORDER = ["kernels", "artifacts", "inputs", "rollout", "score_teacher", "grading", "evaluate", "run", "train", "grpo"]
 SHARED = ORDER[1:]
 STAGES = ["rollout", "score_teacher", "evaluate", "train", "grpo"]
 OWN_HELP = {"model", "teacher", "student", "rollouts", "dtype"}  # of these each stage says what it does with them

@@ -1,0 +1,192 @@
+"""grading.py: what the final answer of a response is, which answers are equal, and that no answer hangs or floods the grader."""
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import grading
+from conftest import ROOT
+from grading import extract_answer, grade, is_correct, quick_verdict
+
+
+@pytest.mark.parametrize("response, found", [
+    (r"\boxed{42}", "42"),
+    (r"first \boxed{3}, no: \boxed{ \frac{1}{2} }.", r"\frac{1}{2}"),
+    (r"\boxed{\{1, \{2\}\}}", r"\{1, \{2\}\}"),
+    (r"\boxed{\left\{ 1 \right.} }", r"\left\{ 1 \right."),
+    (r"so \boxed{\frac{\sqrt{2}}{2}} and } more", r"\frac{\sqrt{2}}{2}"),
+    (r"\boxed{1} then \boxed{2", None),
+    (r"\boxed{}", ""),
+    (r"\fbox{7}", "7"), (r"$\boxed 5$.", "5"), (r"\boxed{\fbox{8}}", "8"), (r"\boxedfoo{3}", None),
+    ("so it is\n#### 18\nbye", "18"), ("#### 5 #### 6", "6"), (r"#### 5 \boxed{6}", "6"), ("####", None),
+    ("the answer is 7", "7"), ("**Answer: 42**", "42"), ("# Answer\n\n42", "42"), ("**Final Answer**\n\n$x+1$", "x+1"),
+    (r"The final answer is $\frac{1}{2}$. I hope it is correct.", r"\frac{1}{2}"),
+    ("The answer is 3. Wait, the answer is 4.", "4"), ("The answer is $18", "$18"), (r"the answer is 7 but \boxed{8}", "8"),
+    ("She has 3 and 4.\nTherefore, she has 7 apples.", "7"), ("She has 3 and 4.", None), ("0", None), ("", None),
+])
+def test_extract_answer(response, found):
+    assert extract_answer(response) == found
+
+
+ACCEPTED = [
+    # numbers in any spelling
+    ("42", "42"), ("1,234", "1234"), ("1,234,567", "1234567"), ("1{,}234", "1234"), (r"1\,234", "1234"),
+    (r"1,\!234", "1234"),
+    (r"10,\!080", "10080"), ("10080", r"10,\!080"), ("1 234", "1234"), ("3.0", "3"), ("25", "025"), ("+5", "5"),
+    ("-5", "-5"),
+    ("−5", "-5"), (".5", "0.5"), ("18.", "18"), ("$18$", "18"), (r"\text{25}", "25"), (r"\frac{10}{2}", "5"),
+    ("5e3", "5000"),
+    (r"6.72 \times 10^{-5}", ".0000672"), (r"5 \cdot 10^3", "5000"), ("1{,}234.50", "1234.5"), ("{-}5", "-5"),
+    # fractions
+    ("0.5", r"\frac{1}{2}"), (r"\frac12", "0.5"), (r"\frac{2}{4}", r"\frac{1}{2}"), (r"\dfrac{1}{2}", r"\frac{1}{2}"),
+    ("1/2", r"\tfrac12"),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}"), (r"\frac{1}{-2}", r"-\frac{1}{2}"), (r"1\frac{4}{5}", r"\frac{9}{5}"),
+    ("2 1/2", "2.5"),
+    ("1.8", r"1\frac{4}{5}"), (r"-1\frac12", "-1.5"), ("0.333333", r"\frac13"),
+    # units, currency, degrees, percentages
+    (r"\$18", "18"), ("$18", "18"), ("18 dollars", "18"), ("€5", "5"), (r"\$32,\!348", "32348"), (r"18.90", r"\$18.90"),
+    (r"90^\circ", "90"), ("90", r"90^\circ"), ("90°", r"90^{\circ}"), ("90 degrees", "90"), (r"5 \text{ cm}", "5"),
+    ("5 cm^2", "5"),
+    (r"864 \text{ square inches}", r"864 \mbox{ inches}^2"), ("60 km/h", "60"), ("12 apples", "12"),
+    (r"4\sqrt{3}\text{ cm}", r"4\sqrt3"),
+    (r"50\%", "50"), (r"50\%", "0.5"), ("0.5", r"50\%"), (r"50\%", r"\frac12"), ("5.4", r"5.4 \text{ cents}"),
+    # names in front
+    ("x=5", "5"), ("5", "x=5"), ("2x+3", "y = 2x + 3"), ("f(x)=x^2", "x^2"), ("[-2,7]", r"x \in [-2,7]"),
+    (r"\text{Area} = 5", "5"),
+    # letters and words
+    (r"\text{Evelyn}", r"\text{Evelyn}"), ("Evelyn", r"\text{Evelyn}"), ("evelyn.", r"\text{Evelyn}"),
+    (r"\text{an ellipse}", r"\text{ellipse}"),
+    ("C", r"\text{(C)}"), ("(C)", "C"), (r"\textbf{(C)}\ 12", "C"), (r"\textbf{(C)}\ 12", "12"), (r"\text{C}", "(C)"),
+    ("C. east", "C"),
+    # formulas
+    (r"\sqrt{117}", r"3\sqrt{13}"), ("p - q", "p - q"), ("-q+p", "p - q"), ("(x+1)^2", "x^2+2x+1"), (r"\frac{x}{2}", "0.5x"),
+    (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"), (r"\frac{\cos x}{\sin x}", r"\cot x"), (r"\pi/6", r"\frac{\pi}{6}"),
+    ("2^{10}", "1024"),
+    ("5i + 6", "6+5i"), ("10x-14y+8=0", "5x - 7y + 4 = 0"), ("52", "52_8"), ("52_{8}", "52_8"), ("2+3=5", "5"),
+    # tuples, sets, intervals, matrices
+    (r"(3,\frac{\pi}{2})", r"\left( 3, \frac{\pi}{2} \right)"), ("-2,1", "1,-2"), (r"\{1,-2\}", "-2,1"),
+    ("3, 5, and 7", "3,5,7"),
+    (r"1-\sqrt{19},1+\sqrt{19}", r"1 \pm \sqrt{19}"), (r"x \le 0", r"(-\infty, 0]"), ("4 < x < 8", "(4,8)"),
+    (r"(9,36)\cup(0,9)", r"(0,9) \cup (9,36)"),
+    (r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
+]
+REJECTED = [
+    ("42", "43"), ("-3", "3"), ("12", "1"), ("1", "12"), ("1,2", "12"), ("12,34", "1234"), ("12 34", "1234"),
+    ("1.234", "1234"),
+    ("(1,234)", "1234"), ("0.33", r"\frac{1}{3}"), ("0.000067", ".0000672"), ("21/2", "2.5"), ("1/0", "0"),
+    (r"\frac{1}{2}", "2"),
+    (r"50\%", "5"), ("5 million", "5"), ("x=5", "y=5"), ("5x", "5"), ("5i", "5"), ("", "0"), (r"6 \times 10^{-5}", "60000"),
+    ("Bob", r"\text{Evelyn}"), ("Elevyn", r"\text{Evelyn}"), ("D", r"\text{(C)}"), ("AB", "A"),
+    (r"\textbf{(C)}\ 12", "13"), ("C", "12"),
+    ("q - p", "p - q"), ("5x-4", "5x+4"), (r"|x|", "x"), (r"\sqrt{x^2}", "x"), ("3.14159", r"\pi"),
+    ("90", r"\frac{\pi}{2}"), ("52_9", "52_8"),
+    (r"-\infty", r"\infty"), ("5x - 7y + 4 = 1", "5x - 7y + 4 = 0"), ("y=3x+2", "y=2x+3"),
+    ("(2,1)", "(1, 2)"), ("(3,4]", "[3,4)"), ("[1,2]", "(1,2)"), ("1,2,3", "1,2"), (r"x < 0", r"(-\infty, 0]"),
+    (r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"), ("9" * 2000, "9"),
+]
+
+
+@pytest.mark.parametrize("found, answer", ACCEPTED)
+def test_right_answers_are_accepted(found, answer):
+    assert is_correct(rf"so \boxed{{{found}}}.", answer) is True
+
+
+@pytest.mark.parametrize("found, answer", REJECTED)
+def test_wrong_answers_are_rejected(found, answer):
+    assert is_correct(rf"so \boxed{{{found}}}.", answer) is False
+
+
+def test_a_batch_gives_the_verdicts_of_its_parts():
+    pairs = ACCEPTED + REJECTED
+    grades = grade([rf"\boxed{{{found}}}" for found, _ in pairs] + ["nothing"], [answer for _, answer in pairs] + ["0"])
+    assert [one.correct for one in grades] == [True] * len(ACCEPTED) + [False] * (len(REJECTED) + 1)
+    assert [one.extracted for one in grades] == [found.strip() for found, _ in pairs] + [None]
+    assert not any(one.timed_out for one in grades)
+
+
+def test_plain_numbers_never_start_a_worker(monkeypatch):
+    monkeypatch.setattr(grading, "ask_worker", lambda *pair: pytest.fail(f"a worker was asked about {pair}"))
+    values = [str(i) for i in range(1000)]
+    assert all(one.correct for one in grade([rf"\boxed{{{v}.0 \text{{ cm}}}}" for v in values], values))
+    assert quick_verdict("17", "18") is False and quick_verdict("x+1", "1+x") is None
+
+
+HOSTILE = [
+    lambda i: f"the answer is 9**9**9**{i}",
+    lambda i: rf"\boxed{{9^{{9^{{9^{i}}}}}}}", lambda i: "\\boxed{" * 3000 + str(i) + "}" * 3000,
+    lambda i: rf"\boxed{{{'(' * 300}{i}{')' * 300}}}",
+    lambda i: r"\boxed{" + r"\frac{1}{x+" * 5000 + str(i) + "}" * 5000 + "}",
+    lambda i: r"\boxed{" + r"x+\sqrt{2}" * 10000 + f"{i}}}", lambda i: rf"\boxed{{{i}!!!!!!!!}}",
+    lambda i: f"\\boxed{{10^{{10^{{{i + 9}}}}}}}",
+    lambda i: rf"\boxed{{({i}+x+y+z)^{{60}}}}", lambda i: "answer is " * 10000 + str(i),
+    lambda i: r"\boxed" * 20000 + str(i),
+    lambda i: rf"\boxed{{\sin^{{{50 + i}}}(x)+\cos^{{50}}(x)=1}}", lambda i: rf"\boxed{{1e9999999{i}}}",
+    lambda i: "$" * 100000 + str(i),
+]
+
+
+def test_hostile_answers_are_graded_within_a_minute():
+    responses = [HOSTILE[i % len(HOSTILE)](i) for i in range(1000)]
+    started = time.monotonic()
+    grades = grade(responses, [r"\frac{x}{2}"] * 1000)
+    assert time.monotonic() - started < 60
+    assert not any(one.correct for one in grades)
+    assert is_correct(r"\boxed{\sqrt{8}}", r"2\sqrt{2}")
+
+
+def test_an_answer_that_takes_too_long_is_killed_and_counted(monkeypatch):
+    monkeypatch.setattr(grading, "brutal", lambda text: False)
+    started = time.monotonic()
+    slow, fine = grade([r"\boxed{\int_0^3 e^{x^3} \sin(x^x) dx}", r"\boxed{\sqrt{75}}"], ["1", r"5\sqrt{3}"])
+    assert time.monotonic() - started < 20
+    assert slow[1:] == (False, True) and fine == (r"\sqrt{75}", True, False)
+    assert is_correct(r"\boxed{\sqrt{12}}", r"2\sqrt{3}")
+
+
+def test_grading_works_in_threads():
+    found = {}
+
+    def work(i):
+        found[i] = is_correct(rf"\boxed{{\sqrt{{{i * i * 5}}}}}", rf"{i}\sqrt{{5}}"), is_correct(rf"\boxed{{{i}x}}", rf"{i + 1}x")
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2, 10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {i: (True, False) for i in range(2, 10)}
+
+
+def test_grading_works_in_a_fork_and_in_a_script_without_a_guard(tmp_path):
+    """As in a data loader's worker, and wherever the main module cannot be imported again."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, sys; sys.path.insert(0, {ROOT!r})\nfrom grading import is_correct\n"
+                      "first = is_correct(r'\\boxed{\\sqrt{8}}', r'2\\sqrt{2}')\n"
+                      "read, write = os.pipe()\n"
+                      "if not os.fork():\n"
+                      "    os.write(write, b'%d' % is_correct(r'\\boxed{\\sqrt{18}}', r'3\\sqrt{2}')); os._exit(0)\n"
+                      "print(first, os.read(read, 1), is_correct(r'\\boxed{\\sqrt{18}}', r'2\\sqrt{2}'))")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == "True b'1' False", done.stderr
+
+
+def test_a_missing_math_verify_is_an_error_not_a_verdict(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('not here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(grading, "idle", [])
+    with pytest.raises(RuntimeError, match="math-verify"):
+        is_correct(r"\boxed{\sqrt{28}}", r"2\sqrt{7}")
+
+
+def test_workers_end_with_their_parent():
+    code = ("import grading, json; grading.is_correct(r'\\boxed{\\sqrt{8}}', r'2\\sqrt{2}');"
+            "print(json.dumps([worker.pid for worker in grading.idle]), flush=True)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    for pid in json.loads(done.stdout):
+        deadline = time.monotonic() + 10
+        while os.path.exists(f"/proc/{pid}") and open(f"/proc/{pid}/stat").read().split()[2] != "Z":
+            assert time.monotonic() < deadline, "a worker outlived its parent"
+            time.sleep(0.05)

@@ -1,0 +1,81 @@
+"""Other projects' packages as judges. `python -m pytest -m peer -rs` says what was skipped because it is not installed."""
+import argparse
+
+import pytest
+import torch
+
+from grpo import Response, accumulate_gradients
+from recipes.toy_world import make_model, make_tokenizer
+
+pytestmark = pytest.mark.peer
+
+PROMPTS = [[1, 3, 20], [1, 3, 20], [1, 9], [1]]
+TOKENS = [[5, 6, 2], [9, 0], [7, 8, 9, 10, 11], [2]]
+ADVANTAGES = [0.7, -0.7, 0.0, 1.2]
+SAMPLER = [[-2.0, -5.0, -3.5], [-9.0, -2.5], [-3.0, -3.1, -3.2, -3.3, -3.4], [-6.0]]
+
+
+def padded(rows, side, dtype=torch.long):
+    """(B, T) and its mask of ones, padded on one side, as TRL pads prompts on the left and responses on the right."""
+    width = max(map(len, rows))
+    fill = [[0] * (width - len(row)) for row in rows]
+    values = [zeros + row if side == "left" else row + zeros for zeros, row in zip(fill, rows)]
+    mask = [zeros + [1] * len(row) if side == "left" else [1] * len(row) + zeros for zeros, row in zip(fill, rows)]
+    return torch.tensor(values, dtype=dtype), torch.tensor(mask)
+
+
+@pytest.mark.parametrize("normalize", ["token", "sequence"])
+@pytest.mark.parametrize("moved", [False, True])     # whether the policy has left the one that sampled
+@pytest.mark.parametrize("sampler", [False, True])   # whether vLLM's log-probabilities are known
+def test_grpo_loss_and_gradient_are_trls(normalize, moved, sampler, tmp_path, record_property):
+    """loss_type dapo is the mean over tokens, grpo over responses. No KL: TRL's is a one-sample estimate, ours is exact."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    record_property("trl", trl.__version__)
+    torch.manual_seed(9)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, 32, 2, 1).eval()
+    old = [-3.2 + 0.5 * torch.randn(len(tokens)) for tokens in TOKENS] if moved else None
+    config = trl.GRPOConfig(loss_type={"token": "dapo", "sequence": "grpo"}[normalize], beta=0.0, epsilon=0.2, epsilon_high=0.28,
+                            temperature=1.0, num_generations=2, per_device_train_batch_size=4, output_dir=str(tmp_path),
+                            use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
+                            vllm_importance_sampling_correction=True)
+    trainer = trl.GRPOTrainer(model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config,
+                              train_dataset=datasets.Dataset.from_dict({"prompt": ["a=1"] * 4}), processing_class=tokenizer)
+    trainer.use_vllm = sampler  # only the loss asks: nothing is sampled here
+    model.eval()
+    inputs = dict(zip(("prompt_ids", "prompt_mask"), padded(PROMPTS, "left")))
+    inputs |= dict(zip(("completion_ids", "completion_mask"), padded(TOKENS, "right")))
+    inputs |= {"advantages": torch.tensor(ADVANTAGES), "num_items_in_batch": torch.tensor(sum(map(len, TOKENS)))}
+    if moved:
+        inputs["old_per_token_logps"] = padded([row.tolist() for row in old], "right", torch.float32)[0]
+    if sampler:
+        now = [row.tolist() for row in old] if moved else own_logps(model)
+        ratios = [torch.exp(torch.tensor(a) - torch.tensor(b)).clamp(max=2.0).tolist() for a, b in zip(now, SAMPLER)]
+        inputs["importance_sampling_ratio"] = padded(ratios, "right", torch.float32)[0]
+    expected = trainer._compute_loss(model, inputs)
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    metrics = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
+    model.zero_grad(set_to_none=True)
+
+    args = argparse.Namespace(dtype="float32", micro_batch_tokens=10 ** 6, normalize=normalize, clip_low=0.2, clip_high=0.28,
+                              kl_weight=0.0, importance_cap=2.0)
+    batch = [Response("", *row, SAMPLER[i] if sampler else None, old[i] if moved else None)
+             for i, row in enumerate(zip(PROMPTS, TOKENS, ADVANTAGES))]
+    loss, sums = accumulate_gradients(args, model, None, batch, len(tokenizer))
+    assert loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=2e-5, atol=2e-6)
+    assert sums["entropy"] / 11 == pytest.approx(metrics["entropy"], rel=1e-5)
+    assert sums["clip_fraction"] / 11 == pytest.approx(metrics["clip_ratio/region_mean"])
+    assert bool(sums["clip_fraction"]) == moved
+
+
+@torch.no_grad()
+def own_logps(model):
+    found = []
+    for prompt, tokens in zip(PROMPTS, TOKENS):
+        logps = model(input_ids=torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)[len(prompt) - 1:-1]
+        found.append(logps[torch.arange(len(tokens)), tokens].tolist())
+    return found

@@ -317,6 +317,7 @@ def evaluate_part(args, model, engine, prepared):
     # A line of progress.jsonl says after each chunk of problems up to where samples.jsonl is good.
     path, progress = os.path.join(args.out, "samples.jsonl"), os.path.join(args.out, "progress.jsonl")
     marks = [json.loads(line) for line in open(progress) if line.endswith("\n")] if os.path.isfile(progress) else []
+    marks = [mark for mark in marks if mark["bytes"] <= os.path.getsize(path)]
     done = marks[-1] if marks else {"problems": 0, "bytes": 0}
     if done["problems"]:
         print(f"evaluate: goes on after {done['problems']} problems")

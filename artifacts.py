@@ -134,6 +134,13 @@ def provenance():
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 
+def resume_point(progress, path, start):
+    """How far the lines of `path` are good, which grows in chunks: the last mark in `progress`, a line {"bytes": ..., ...} a chunk,
+    that the file reaches; `start` where there is none. A line that a kill has cut does not count."""
+    marks = [json.loads(line) for line in open(progress) if line.endswith("\n")] if os.path.isfile(progress) else []
+    return next((mark for mark in reversed(marks) if mark["bytes"] <= os.path.getsize(path)), start)
+
+
 def write_json(path, value):
     """Write a JSON file by rename, so that it is either whole or not there."""
     with open(path + ".tmp", "w", encoding="utf-8") as file:

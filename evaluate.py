@@ -26,7 +26,7 @@ import random
 import torch
 from tqdm import tqdm
 
-from artifacts import add_output_flags, finish_artifact, read_artifact, read_jsonl, refuse, start_artifact, write_json
+from artifacts import add_output_flags, finish_artifact, read_artifact, read_jsonl, refuse, resume_point, start_artifact, write_json
 from grading import extract_answer, grade, is_correct, verdict_on  # noqa: F401 (two are for others to import)
 from inputs import add_problem_flags, default_dtype, load_model
 from kernels import linear_streaming_kl
@@ -316,9 +316,7 @@ def evaluate_part(args, model, engine, prepared):
           f"stop ids {stops}", flush=True)
     # A line of progress.jsonl says after each chunk of problems up to where samples.jsonl is good.
     path, progress = os.path.join(args.out, "samples.jsonl"), os.path.join(args.out, "progress.jsonl")
-    marks = [json.loads(line) for line in open(progress) if line.endswith("\n")] if os.path.isfile(progress) else []
-    marks = [mark for mark in marks if mark["bytes"] <= os.path.getsize(path)]
-    done = marks[-1] if marks else {"problems": 0, "bytes": 0}
+    done = resume_point(progress, path, {"problems": 0, "bytes": 0})
     if done["problems"]:
         print(f"evaluate: goes on after {done['problems']} problems")
     with open(path, "a", encoding="utf-8") as file:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from artifacts import add_output_flags, check_out, finish_artifact, read_jsonl, refuse, start_artifact
+from artifacts import add_output_flags, check_out, finish_artifact, read_jsonl, refuse, resume_point, start_artifact
 from inputs import (add_problem_flags, context_of, default_dtype, encode_problems, load_model, load_problems, load_tokenizer,
                     model_dir, stop_ids, template_sha256, tokenizer_sha256)
 
@@ -294,9 +294,7 @@ def main(args):
     path, progress = os.path.join(args.out, "rollouts.jsonl.tmp"), os.path.join(args.out, "progress.jsonl")
     if os.path.isfile(path.removesuffix(".tmp")):  # killed while it was finishing
         os.replace(path.removesuffix(".tmp"), path)
-    marks = [json.loads(line) for line in open(progress) if line.endswith("\n")] if os.path.isfile(progress) else []
-    marks = [mark for mark in marks if mark["bytes"] <= os.path.getsize(path)]
-    done = marks[-1] if marks else {"problems": 0, "bytes": 0, "faults": {}}
+    done = resume_point(progress, path, {"problems": 0, "bytes": 0, "faults": {}})
     faults = Counter(done["faults"])
     with open(path, "a", encoding="utf-8") as file, tqdm(total=len(problems), initial=done["problems"], unit="problem") as bar:
         file.truncate(done["bytes"])

@@ -159,7 +159,7 @@ def evaluate_chunks(model, engine, tokenizer, problems, prompts, sampling, seed,
     size = max(1, sampling.sample_batch // sampling.n)
     for start in tqdm(range(done, len(problems), size), unit="batch", desc="evaluate", disable=len(problems) <= size, leave=False):
         part, rows = slice(start, start + size), []
-        groups = sample(engine, prompts[part], sampling, derive_seed(seed, "evaluate", start))
+        groups = sample(engine, prompts[part], sampling, derive_seed(seed, "evaluate"), range(len(problems))[part])
         for problem, prompt, group in zip(problems[part], prompts[part], groups, strict=True):
             for index, (ids, reason, *_) in enumerate(group):
                 rows.append({"id": problem["id"], "sample": index, "prompt_ids": prompt, "response_ids": ids,

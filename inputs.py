@@ -167,13 +167,13 @@ def render_prompt(tokenizer, problem, suffix=""):
     return [i for text, plain in parts for i in tokenizer(text, add_special_tokens=False, split_special_tokens=plain).input_ids]
 
 
-def encode_problems(args, problems, tokenizer, context):
-    """Prompt ids of every problem; refused where prompt and response together do not fit into the model's context."""
-    prompts = [render_prompt(tokenizer, problem["problem"], args.prompt_suffix) for problem in problems]
+def encode_problems(args, problems, tokenizer, context, limit="max_response_tokens"):
+    """Prompt ids of every problem; refused where a prompt and a response as long as the flag `limit` allows exceed the context."""
+    prompts, longest = [render_prompt(tokenizer, problem["problem"], args.prompt_suffix) for problem in problems], getattr(args, limit)
     for problem, prompt in zip(problems, prompts):
-        if len(prompt) + args.max_response_tokens > context:
-            refuse(f"problem {problem['id']}: its prompt has {len(prompt)} tokens; with --max_response_tokens "
-                   f"{args.max_response_tokens} that exceeds the model's context of {context}")
+        if len(prompt) + longest > context:
+            refuse(f"problem {problem['id']}: its prompt has {len(prompt)} tokens; with --{limit} {longest} that exceeds the model's "
+                   f"context of {context}")
     return prompts
 
 

@@ -136,16 +136,21 @@ def push_weights(engine, model):
     engine.reset_prefix_cache()  # cached keys and values belong to the old weights
 
 
-def sample(engine, prompts, sampling, seed):
-    """prompts: list of lists of token ids -> for each prompt a list of n Samples. Equal arguments give equal samples."""
+def sample(engine, prompts, sampling, seed, places=None):
+    """prompts: list of lists of token ids -> for each prompt a list of n Samples.
+
+    A sample depends on the model, its prompt, the seed, its prompt's place (`places`; by default 0, 1, ...) and its index among the
+    n; but for rounding, it does not depend on what is sampled beside it. So batches, chunks and processes change no result."""
+    places = range(len(prompts)) if places is None else places
     requests = [prompt for prompt in prompts for _ in range(sampling.n)]
+    seeds = [derive_seed(seed, place, index) for place in places for index in range(sampling.n)]
     generate = sample_hf if isinstance(engine, torch.nn.Module) else sample_vllm
-    flat = generate(engine, requests, sampling, seed)
+    flat = generate(engine, requests, sampling, seeds)
     assert len(flat) == len(requests), (len(flat), len(requests))
     return [flat[i:i + sampling.n] for i in range(0, len(flat), sampling.n)]
 
 
-def sample_vllm(llm, requests, sampling, seed):
+def sample_vllm(llm, requests, sampling, seeds):
     import vllm
     from vllm.v1.engine.exceptions import EngineDeadError
     padded = range(sampling.vocab_size, llm.model_config.get_vocab_size())
@@ -153,7 +158,7 @@ def sample_vllm(llm, requests, sampling, seed):
                   max_tokens=sampling.max_response_tokens, stop_token_ids=sampling.stop_ids, ignore_eos=True,  # our stop ids alone
                   logit_bias=dict.fromkeys(padded, -100.0) or None,  # the strongest that vLLM takes
                   logprobs=0 if sampling.logprobs else None, detokenize=False)
-    params = [vllm.SamplingParams(seed=derive_seed(seed, i), **common) for i in range(len(requests))]
+    params = [vllm.SamplingParams(seed=seed, **common) for seed in seeds]
     try:
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in requests], params, use_tqdm=False)
     except (RuntimeError, EngineDeadError) as error:  # a dead engine, out of memory; max_tokens bounds every request
@@ -168,30 +173,45 @@ def sample_vllm(llm, requests, sampling, seed):
     return samples
 
 
+class Draw:
+    """A logits processor that leaves one token in each row, drawn from the row's distribution by inversion: the first token at which
+    the distribution function exceeds a number of the row's own, uniform in [0, 1). uniform: (rows, steps)."""
+    def __init__(self, uniform, width):
+        self.uniform, self.width = uniform, width
+
+    def __call__(self, ids, logits):
+        distribution = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+        level = self.uniform[:, ids.shape[1] - self.width, None] * distribution[:, -1:]
+        return torch.full_like(logits, -torch.inf).scatter(1, torch.searchsorted(distribution, level, right=True), 0.0)
+
+
 @torch.no_grad()
-def sample_hf(model, requests, sampling, seed):
-    from transformers import GenerationConfig
+def sample_hf(model, requests, sampling, seeds):
+    from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
     samples, order = [None] * len(requests), sorted(range(len(requests)), key=lambda i: len(requests[i]))
     stops, pad, device = set(sampling.stop_ids), sampling.stop_ids[0], model.device
-    choice = {}  # greedy
-    if sampling.temperature:
-        choice = dict(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+    warpers = [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature else []  # 0: greedy
+    if sampling.temperature and sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.temperature and sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
     config = GenerationConfig(max_new_tokens=sampling.max_response_tokens, eos_token_id=sampling.stop_ids, pad_token_id=pad,
-                              suppress_tokens=list(range(sampling.vocab_size, model.config.vocab_size)) or None, **choice)
+                              suppress_tokens=list(range(sampling.vocab_size, model.config.vocab_size)) or None)
     own, model.generation_config = model.generation_config, GenerationConfig()  # else generate() mixes in its top-k, penalties, ...
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            for start in range(0, len(order), sampling.sample_batch):
-                rows = order[start:start + sampling.sample_batch]
-                width = max(len(requests[i]) for i in rows)
-                # left padding, as generate() needs it:  [pad pad p0 p1] [p0 p1 p2 p3] -> responses start in one column
-                ids = torch.tensor([[pad] * (width - len(requests[i])) + requests[i] for i in rows], device=device)
-                mask = torch.tensor([[0] * (width - len(requests[i])) + [1] * len(requests[i]) for i in rows], device=device)
-                output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
-                for i, response in zip(rows, output):
-                    end = next((t + 1 for t, token in enumerate(response) if token in stops), None)
-                    samples[i] = Sample(response[:end], "stop" if end else "length")
+        for start in range(0, len(order), sampling.sample_batch):
+            rows = order[start:start + sampling.sample_batch]
+            width = max(len(requests[i]) for i in rows)
+            # left padding, as generate() needs it:  [pad pad p0 p1] [p0 p1 p2 p3] -> responses start in one column
+            ids = torch.tensor([[pad] * (width - len(requests[i])) + requests[i] for i in rows], device=device)
+            mask = torch.tensor([[0] * (width - len(requests[i])) + [1] * len(requests[i]) for i in rows], device=device)
+            uniform = [torch.rand(sampling.max_response_tokens, generator=torch.Generator().manual_seed(seeds[i]), dtype=torch.float64)
+                       for i in rows]
+            draw = [Draw(torch.stack(uniform).to(device), width)] if sampling.temperature else []
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=warpers + draw)
+            for i, response in zip(rows, output[:, width:].tolist()):
+                end = next((t + 1 for t, token in enumerate(response) if token in stops), None)
+                samples[i] = Sample(response[:end], "stop" if end else "length")
     finally:
         model.generation_config = own
     return samples
@@ -218,10 +238,10 @@ def fault(response, finish_reason, drop):
     return next((reason for reason in drop if holds[reason]()), None)
 
 
-def sample_kept(args, engine, tokenizer, prompts, sampling, seed, counts):
+def sample_kept(args, engine, tokenizer, prompts, sampling, seed, counts, first=0):
     """sample(), with faulty responses sampled again up to --attempts times in all; None where no attempt was good. Every faulty
-    response is counted by its reason in `counts`, and every slot that was given up as "dropped"."""
-    groups = [list(group) for group in sample(engine, prompts, sampling, seed)]
+    response is counted by its reason in `counts`, and every slot that was given up as "dropped". first: place of the first prompt."""
+    groups = [list(group) for group in sample(engine, prompts, sampling, seed, range(first, first + len(prompts)))]
     slots = [(i, j) for i in range(len(prompts)) for j in range(sampling.n)] if args.drop else []
     for attempt in range(1, args.attempts + 1):
         faults = {}
@@ -231,7 +251,8 @@ def sample_kept(args, engine, tokenizer, prompts, sampling, seed, counts):
         slots = [slot for slot in slots if faults[slot]]
         counts.update(faults[slot] for slot in slots)
         if slots and attempt < args.attempts:
-            again = sample(engine, [prompts[i] for i, _ in slots], sampling._replace(n=1), derive_seed(seed, "attempt", attempt))
+            again = sample(engine, [prompts[i] for i, _ in slots], sampling._replace(n=1), derive_seed(seed, "attempt", attempt),
+                           [(first + i, j) for i, j in slots])
             for (i, j), (one,) in zip(slots, again, strict=True):
                 groups[i][j] = one
     for i, j in slots:
@@ -288,8 +309,8 @@ def main(args):
     start_artifact(args)
     print(f"rollout: {len(problems)} problems x {args.n}, engine {args.engine}, {args.dtype}, stop ids {stops}")
 
-    # Problems go through in chunks with a seed each, so that a resumed run repeats nothing and samples the same. A line of
-    # progress.jsonl says up to where the file is good after each chunk.
+    # Problems go through in chunks, so that a resumed run repeats at most one. A line of progress.jsonl says after each up to where
+    # the file is good.
     chunk = max(1, args.sample_batch // args.n)
     path, progress = os.path.join(args.out, "rollouts.jsonl.tmp"), os.path.join(args.out, "progress.jsonl")
     if os.path.isfile(path.removesuffix(".tmp")):  # killed while it was finishing
@@ -300,7 +321,7 @@ def main(args):
         file.truncate(done["bytes"])
         for start in range(done["problems"], len(problems), chunk):
             rows = slice(start, start + chunk)
-            groups = sample_kept(args, engine, tokenizer, prompts[rows], sampling, derive_seed(args.seed, "rollout", start), faults)
+            groups = sample_kept(args, engine, tokenizer, prompts[rows], sampling, derive_seed(args.seed, "rollout"), faults, start)
             write_rollouts(file, tokenizer, problems[rows], prompts[rows], groups)
             mark = {"problems": start + len(prompts[rows]), "bytes": os.path.getsize(path), "faults": faults}
             with open(progress, "a", encoding="utf-8") as marks_file:

@@ -38,6 +38,7 @@ def add_training_flags(p, steps, batch_size, lr):
     p.add_argument("--eval_data", help="problems evaluated in training")
     p.add_argument("--eval_every", type=int, default=0, help="evaluate every N steps, and at the start and the end (0: never)")
     p.add_argument("--eval_n", type=int, default=4, help="responses for each evaluation problem")
+    p.add_argument("--eval_max_response_tokens", type=int, help="limit of response tokens in evaluations (default: the run's own)")
     p.add_argument("--log_every", type=int, default=1, help="print every N-th step; metrics.jsonl has them all")
     p.add_argument("--save_every", type=int, default=0, help="save a checkpoint to resume from every N steps (0: only the last)")
 
@@ -45,7 +46,8 @@ def add_training_flags(p, steps, batch_size, lr):
 def check_training_flags(p, args):
     if bool(args.eval_data) != bool(args.eval_every or getattr(args, "curriculum", None)):
         p.error("--eval_every and --eval_data go together")
-    for name in ("steps", "batch_size", "micro_batch_tokens", "log_every", "eval_n"):
+    args.eval_max_response_tokens = args.eval_max_response_tokens or args.max_response_tokens
+    for name in ("steps", "batch_size", "micro_batch_tokens", "log_every", "eval_n", "eval_max_response_tokens"):
         if getattr(args, name) < 1:
             p.error(f"--{name} must be at least 1")
 
@@ -117,7 +119,7 @@ class Run:
         self.args, self.tokenizer, self.cell, self.name = args, tokenizer, cell, os.path.basename(os.path.normpath(args.out))
         if args.eval_data:
             self.problems = load_problems(args.eval_data)
-            self.prompts = encode_problems(args, self.problems, tokenizer, context_of(directory))
+            self.prompts = encode_problems(args, self.problems, tokenizer, context_of(directory), "eval_max_response_tokens")
             self.sampling = sampling_from(args, tokenizer, stops, n=args.eval_n, top_k=0, **EVAL_SAMPLING)
         saved = sorted(glob.glob(os.path.join(args.out, "step_" + "[0-9]" * 6))) if args.resume else []
         checkpoint = saved[-1] if saved else None
@@ -164,7 +166,7 @@ class Run:
         args = self.args
         if not args.eval_every or step % args.eval_every and not last:
             return
-        results = self.measure(args.max_response_tokens)
+        results = self.measure(args.eval_max_response_tokens)
         self.append("evals.jsonl", {"step": step, **results, **self.spent})
         print(f"{self.name}: step {step} evaluation: Avg@{args.eval_n} {results['avg']:.3f}, Pass@{args.eval_n} "
               f"{results['pass'][str(args.eval_n)]:.3f}, length {results['length']:.1f}, entropy {results['entropy']:.3f}",

@@ -55,16 +55,17 @@ def test_faulty_slots_are_sampled_again_and_dropped_at_last(monkeypatch):
     calls = []
     answers = [[[0, 1], [0, 0]], [[1], [0], [0]], [[0], [1]]]  # slots (0,0), (1,0), (1,1) fail first; then (1,0), (1,1); then (1,0)
 
-    def sample(engine, prompts, sampling, seed):
-        calls.append((prompts, sampling.n, seed))
+    def sample(engine, prompts, sampling, seed, places):
+        calls.append((prompts, sampling.n, seed, list(places)))
         return [[Sample([word], "stop") for word in group] for group in answers[len(calls) - 1]]
     monkeypatch.setattr(rollout, "sample", sample)
     counts = Counter()
     groups = sample_kept(argparse.Namespace(drop=["unboxed"], attempts=3), None, Words(), [[7], [8]],
-                         Sampling(2, 1.0, 1.0, 0, 9, [2], 9), 5, counts)
+                         Sampling(2, 1.0, 1.0, 0, 9, [2], 9), 5, counts, first=4)
     assert [[one and one.response_ids[0] for one in group] for group in groups] == [[1, 1], [None, 1]]
-    assert [(prompts, n) for prompts, n, _ in calls] == [([[7], [8]], 2), ([[7], [8], [8]], 1), ([[8], [8]], 1)]
-    assert len({seed for *_, seed in calls}) == 3
+    assert [(prompts, n) for prompts, n, *_ in calls] == [([[7], [8]], 2), ([[7], [8], [8]], 1), ([[8], [8]], 1)]
+    assert len({seed for *_, seed, _ in calls}) == 3
+    assert [places for *_, places in calls] == [[4, 5], [(4, 0), (5, 0), (5, 1)], [(5, 0), (5, 1)]]
     assert counts == {"unboxed": 3 + 2 + 1, "dropped": 1}
 
 

@@ -70,6 +70,16 @@ def test_seed_decides_the_samples_and_nothing_else_does(model):
     assert len({tuple(s.response_ids) for s in first[0]}) == 4  # the samples of one problem differ
 
 
+@pytest.mark.parametrize("settings", [dict(), dict(temperature=0.6, top_p=0.95), dict(temperature=1.5, top_k=5)])
+def test_what_is_sampled_beside_it_changes_no_sample(model, settings):
+    """In one batch, one by one, in another order, and by places as a resumed run or another process gives them."""
+    together = sample(model, PROMPTS, sampling(n=3, **settings), seed=7)
+    assert together == sample(model, PROMPTS, sampling(n=3, sample_batch=1, **settings), seed=7)
+    assert together[::-1] == sample(model, PROMPTS[::-1], sampling(n=3, sample_batch=5, **settings), 7, range(3, -1, -1))
+    assert together[2:] == sample(model, PROMPTS[2:], sampling(n=3, **settings), 7, range(2, 4))
+    assert together[2:] != sample(model, PROMPTS[2:], sampling(n=3, **settings), 7)
+
+
 def test_the_models_own_generation_config_has_no_say(model):
     """Hugging Face models come with top-k, penalties and the like; the flags alone decide, and the model keeps its own."""
     first, own = sample(model, PROMPTS, sampling(n=4), seed=7), model.generation_config

@@ -300,6 +300,15 @@ def test_many_steps_bring_the_student_to_the_teacher(world, rollouts, scores, tm
     assert rows[-1]["fkl"] < 0.3 * rows[0]["fkl"]
 
 
+def test_evaluations_have_a_limit_of_their_own(world, rollouts, scores, tmp_path):
+    flags = ["--kl", "forward", "--eval_data", world / "heldout.jsonl", "--eval_every", 1, "--eval_n", 8]
+    for name, limit in (("same", []), ("longer", ["--eval_max_response_tokens", 30])):
+        run(world, tmp_path / name, *teacher_prefix(rollouts, scores), *flags, *limit, "--max_response_tokens", 5, steps=1)
+        assert read_rows(tmp_path / name / "metrics.jsonl")[0]["response_length"] <= 5
+    lengths = {name: read_rows(tmp_path / name / "evals.jsonl")[0]["length"] for name in ("same", "longer")}
+    assert lengths["same"] <= 5 < lengths["longer"] <= 30
+
+
 class Killed(Exception):
     pass
 

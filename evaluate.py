@@ -26,7 +26,9 @@ import random
 import torch
 from tqdm import tqdm
 
-from artifacts import add_output_flags, finish_artifact, read_artifact, read_jsonl, refuse, resume_point, start_artifact, write_json
+import ranks
+from artifacts import (GrowingFile, add_output_flags, finish_artifact, is_finished, read_artifact, read_jsonl, refuse, run_stage,
+                       start_artifact, stop, stop_requested, write_json)
 from grading import extract_answer, grade, is_correct, verdict_on  # noqa: F401 (two are for others to import)
 from inputs import add_problem_flags, default_dtype, load_model
 from kernels import linear_streaming_kl
@@ -136,14 +138,15 @@ def interval(values, weights=None):
 @torch.no_grad()
 def predictive_entropy(model, prompts, responses, vocab_size, micro_batch_tokens):
     """A number for each response: the mean over its tokens of the model's full-softmax entropy (nats, temperature 1)."""
-    head, entropies = output_head(model, "--model").detach(), [None] * len(prompts)
-    for batch in batches_by_tokens([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], micro_batch_tokens):
+    entropies, lengths = {}, [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    for batch, _ in ranks.deal(batches_by_tokens(lengths, micro_batch_tokens)):
         hidden = response_hidden(model, [prompts[i] for i in batch], [responses[i] for i in batch])
-        head = head.to(hidden.dtype)
+        head = output_head(model, "--model").detach().to(hidden.dtype)
         entropy = linear_streaming_kl(hidden, head, hidden, head, fkl_weight=1.0, vocab_size=vocab_size).student_entropy
         for i, piece in zip(batch, entropy.split([len(responses[i]) for i in batch])):
             entropies[i] = piece.mean().item()
-    return entropies
+    entropies = dict(ranks.gather(list(entropies.items())))
+    return [entropies[i] for i in range(len(prompts))]
 
 
 def evaluate(model, engine, tokenizer, problems, prompts, sampling, seed, ks, micro_batch_tokens):
@@ -154,10 +157,11 @@ def evaluate(model, engine, tokenizer, problems, prompts, sampling, seed, ks, mi
 
 
 def evaluate_chunks(model, engine, tokenizer, problems, prompts, sampling, seed, micro_batch_tokens, done=0):
-    """Yields the rows of one chunk of problems after the other, without the first `done` problems. Each chunk has its own seed, so
-    that an evaluation that goes on where it was killed gives the same rows."""
-    size = max(1, sampling.sample_batch // sampling.n)
-    for start in tqdm(range(done, len(problems), size), unit="batch", desc="evaluate", disable=len(problems) <= size, leave=False):
+    """Yields the rows of one chunk of problems after the other, without the first `done` problems.
+    A chunk depends on nothing that came before it, so an evaluation that goes on where it was killed gives the same rows."""
+    size = max(1, sampling.sample_batch // sampling.n) * ranks.count()
+    for start in tqdm(range(done, len(problems), size), unit="batch", desc="evaluate", disable=len(problems) <= size or ranks.rank() > 0,
+                      leave=False):
         part, rows = slice(start, start + size), []
         groups = sample(engine, prompts[part], sampling, derive_seed(seed, "evaluate"), range(len(problems))[part])
         for problem, prompt, group in zip(problems[part], prompts[part], groups, strict=True):
@@ -165,7 +169,8 @@ def evaluate_chunks(model, engine, tokenizer, problems, prompts, sampling, seed,
                 rows.append({"id": problem["id"], "sample": index, "prompt_ids": prompt, "response_ids": ids,
                              "response": tokenizer.decode(ids, skip_special_tokens=True), "answer": problem["answer"],
                              "finish_reason": reason, "tokens": len(ids)})
-        grades = grade([row["response"] for row in rows], [row["answer"] for row in rows])
+        mine = rows[ranks.mine(len(rows))]
+        grades = ranks.gather(grade([row["response"] for row in mine], [row["answer"] for row in mine]))
         entropies = predictive_entropy(model, [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows],
                                        len(tokenizer), micro_batch_tokens)
         for row, verdict, entropy in zip(rows, grades, entropies, strict=True):
@@ -308,53 +313,47 @@ def figure(path, runs, x):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def origin_of(args, directory):
+    """Where the model comes from, by the checkpoint.json of train.py and grpo.py: run, cell, step, what was spent."""
+    path = os.path.join(directory, "checkpoint.json")
+    if not os.path.isfile(path):
+        return {"run": args.model, "cell": {"prefix": "-", "kl": "-"}, "step": None, "tflops": None}
+    try:
+        with open(path, encoding="utf-8") as file:
+            origin = json.load(file)
+        cell = origin["cell"] | {name: str(origin["cell"][name]) for name in ("prefix", "kl")}
+        known = {"run": str(origin["run"]), "cell": cell, "step": int(origin["step"]), "tflops": float(origin["tflops"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        refuse(f"--model {args.model}: its checkpoint.json is damaged ({error!r})")
+    return {name: value for name, value in origin.items() if name not in ("schema", "sha256", "files")} | known
+
+
 def evaluate_part(args, model, engine, prepared):
     """One data set, from sampling to meta.json; what a killed evaluation left of it is kept."""
     directory, tokenizer, stops, problems, prompts, sampling = prepared
+    origin = origin_of(args, directory)
     start_artifact(args)
     print(f"evaluate: {args.model} on {len(problems)} problems of {args.data} x {args.n}, engine {args.engine}, {args.dtype}, "
           f"stop ids {stops}", flush=True)
-    # A line of progress.jsonl says after each chunk of problems up to where samples.jsonl is good.
-    path, progress = os.path.join(args.out, "samples.jsonl"), os.path.join(args.out, "progress.jsonl")
-    done = resume_point(progress, path, {"problems": 0, "bytes": 0})
-    if done["problems"]:
-        print(f"evaluate: goes on after {done['problems']} problems")
-    with open(path, "a", encoding="utf-8") as file:
-        file.truncate(done["bytes"])
-        problems_done = done["problems"]
-        for rows in evaluate_chunks(model, engine, tokenizer, problems, prompts, sampling, args.seed, args.micro_batch_tokens,
-                                    problems_done):
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            problems_done += len(rows) // args.n
-            with open(progress, "a", encoding="utf-8") as marks_file:
-                marks_file.write(json.dumps({"problems": problems_done, "bytes": os.path.getsize(path)}) + "\n")
+    path = os.path.join(args.out, "samples.jsonl")
+    file = GrowingFile(path, problems=0)
+    done = file.done["problems"]
+    if done:
+        print(f"evaluate: goes on after {done} problems")
+    for rows in evaluate_chunks(model, engine, tokenizer, problems, prompts, sampling, args.seed, args.micro_batch_tokens, done):
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        done += len(rows) // args.n
+        file.mark(problems=done)
+        if stop_requested():
+            stop(args)
     results = summarise([row for _, row in read_jsonl(path)], args.n, args.k)
-    checkpoint = os.path.join(directory, "checkpoint.json")  # written by train.py and grpo.py
-    origin = {"run": args.model, "cell": {"prefix": "-", "kl": "-"}, "step": None, "tflops": None}
-    if os.path.isfile(checkpoint):
-        origin = json.load(open(checkpoint))
     write_json(os.path.join(args.out, "results.json"), results | {"model": args.model, "data": args.data, **origin})
     finish_artifact(args, "evaluate", ["results.json", "samples.jsonl"], model=os.path.realpath(directory), stop_ids=stops)
-    os.remove(progress)
     print(f"{data_name(args.data)}: Avg@{args.n} {results['avg']:.3f}  "
           + "  ".join(f"Pass@{k} {results['pass'][str(k)]:.3f}  Maj@{k} {results['maj'][str(k)]:.3f}" for k in args.k)
           + f"  length {results['length']:.1f}  cut off {results['truncated']:.1%}  entropy {results['entropy']:.3f}"
           f"  grading timed out {results['timed_out']}", flush=True)
-
-
-def resumable(args):
-    """Whether anything of this part is left to do. With --resume a finished part is kept and one that was never begun is begun."""
-    if args.resume and args.benchmarks:
-        if os.path.isfile(os.path.join(args.out, "meta.json")):
-            before, now = read_artifact(args.out, "--resume", "evaluate")["args"], json.loads(json.dumps(vars(args)))
-            for name in now:
-                if name not in ("resume", "overwrite") and before.get(name) != now[name]:
-                    refuse(f"--resume: --{name} was {before.get(name)!r} in the finished {args.out} and is {now[name]!r} now")
-            print(f"evaluate: {args.out} is finished")
-            return False
-        args.resume = os.path.isfile(os.path.join(args.out, "meta.partial.json"))
-    return True
 
 
 def main(args):
@@ -368,7 +367,7 @@ def main(args):
         return
     if args.benchmarks and any(os.path.isfile(os.path.join(args.out, name)) for name in ("meta.json", "meta.partial.json")):
         refuse(f"--out {args.out}: holds another artifact; --benchmarks needs a directory of its own")
-    todo = [(part, prepare(part)) for part in parts(args) if resumable(part)]  # bad input is refused before a model is loaded
+    todo = [(part, prepare(part)) for part in parts(args) if not is_finished(part)]  # bad input is refused before a model is loaded
     if todo:
         directory = todo[0][1][0]
         model = load_model(directory, "--model", args.dtype)
@@ -378,4 +377,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(get_args())
+    run_stage(main, get_args())

@@ -26,9 +26,10 @@ from typing import NamedTuple
 
 import torch
 
-from artifacts import add_output_flags
+import ranks
+from artifacts import add_output_flags, run_stage
 from grading import grade
-from inputs import add_problem_flags, load_model, load_tokenizer, model_dir, tokenizer_sha256
+from inputs import add_problem_flags, load_tokenizer, model_dir, tokenizer_sha256
 from kernels import linear_streaming_kl
 from rollout import add_sampling_flags, derive_seed, prepare
 from run import Run, add_training_flags, autocast, batch_indices, check_training_flags, clock, optimizer_step, tflops
@@ -94,9 +95,10 @@ class Response(NamedTuple):
 
 def rewards_of(tokenizer, problems, groups):
     """1.0 for a response with the correct answer, else 0.0: (problems, n)."""
-    pairs = [(tokenizer.decode(one.response_ids, skip_special_tokens=True), problem["answer"])
-             for problem, group in zip(problems, groups, strict=True) for one in group]
-    return torch.tensor([float(verdict.correct) for verdict in grade(*zip(*pairs))]).view(len(groups), -1)
+    pairs = [(one.response_ids, problem["answer"]) for problem, group in zip(problems, groups, strict=True) for one in group]
+    pairs = pairs[ranks.mine(len(pairs))]
+    verdicts = grade([tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in pairs], [answer for _, answer in pairs])
+    return torch.tensor(ranks.gather([float(verdict.correct) for verdict in verdicts])).view(len(groups), -1)
 
 
 def advantages_of(rewards, scale="group"):
@@ -142,16 +144,18 @@ def accumulate_gradients(args, model, reference, batch, vocab_size):
     for trains in (True, False):  # the others are measured alone
         chosen = [i for i, r in enumerate(batch) if has_gradient(args, r) == trains]
         lengths = [len(batch[i].prompt) + len(batch[i].tokens) for i in chosen]
-        for part in batches_by_tokens(lengths, args.micro_batch_tokens):
+        for part, counts in ranks.deal(batches_by_tokens(lengths, args.micro_batch_tokens)):
             micro = [batch[chosen[i]] for i in part]
-            weight = torch.tensor([weights[chosen[i]] for i in part for _ in batch[chosen[i]].tokens], device=model.device)  # (N,)
+            weight = [counts * weights[chosen[i]] for i in part for _ in batch[chosen[i]].tokens]
+            weight = torch.tensor(weight, device=model.device)  # (N,)
             with torch.set_grad_enabled(trains):
                 value, metrics = micro_batch_loss(args, model, reference, micro, weight, vocab_size)
             if trains:
                 value.backward()
                 loss += value.item()
-            sums.update({name: values.sum().item() for name, values in metrics.items()})
-    return loss, sums
+            sums.update({name: counts * values.sum().item() for name, values in metrics.items()})
+    sums = ranks.add_up({"loss": loss, **sums})
+    return sums.pop("loss"), sums
 
 
 def has_gradient(args, response):
@@ -164,7 +168,7 @@ def micro_batch_loss(args, model, reference, micro, weight, vocab_size):
         return torch.tensor(values, device=model.device)
     hidden, head = forward(args, model, micro, vocab_size)
     logps = token_logps(hidden, head, per_token([token for r in micro for token in r.tokens]))
-    old = logps.detach() if micro[0].old is None else torch.cat([r.old for r in micro])
+    old = logps.detach() if micro[0].old is None else torch.cat([r.old for r in micro]).to(model.device)
     importance, metrics = torch.ones_like(weight), {}
     if micro[0].sampler is not None:
         log_ratio = old - per_token([logp for r in micro for logp in r.sampler])
@@ -198,13 +202,14 @@ def forward(args, model, batch, vocab_size):
 @torch.no_grad()
 def add_old_logps(args, model, batch, vocab_size):
     """The Responses with the log-probabilities of the model as it is now."""
-    old = [None] * len(batch)
-    for part in batches_by_tokens([len(r.prompt) + len(r.tokens) for r in batch], args.micro_batch_tokens):
+    old = {}
+    for part, _ in ranks.deal(batches_by_tokens([len(r.prompt) + len(r.tokens) for r in batch], args.micro_batch_tokens)):
         tokens = torch.tensor([token for i in part for token in batch[i].tokens], device=model.device)
         logps = token_logps(*forward(args, model, [batch[i] for i in part], vocab_size), tokens)
         for i, piece in zip(part, logps.split([len(batch[i].tokens) for i in part])):
-            old[i] = piece
-    return [r._replace(old=piece) for r, piece in zip(batch, old)]
+            old[i] = piece.cpu()
+    old = dict(ranks.gather(list(old.items())))
+    return [r._replace(old=old[i]) for i, r in enumerate(batch)]
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -212,7 +217,7 @@ def add_old_logps(args, model, batch, vocab_size):
 def load_reference(args, tokenizer):
     directory = model_dir(args.reference or args.model, "--reference")
     check_tokenizers(tokenizer, "--model", tokenizer_sha256(load_tokenizer(directory, "--reference")), "--reference")
-    return load_model(directory, "--reference", args.dtype).requires_grad_(False)
+    return ranks.load_sharded(directory, "--reference", args.dtype)
 
 
 def training_tflops(args, run, reference, response):
@@ -260,4 +265,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(get_args())
+    ranks.start()
+    run_stage(main, get_args())

@@ -4,6 +4,7 @@ There is one prompt template, one rule for the ids that end a response, and one 
 """
 import hashlib
 import json
+import math
 import os
 import urllib.error
 import urllib.request
@@ -60,7 +61,9 @@ def load_problems(data, limit=0):
         name, rows = load_from_hub(data)
     problems, seen = [], {}
     for index, (where, row) in enumerate(rows):
-        key = row.get("id", row.get("unique_id", index))
+        key = next((row[name] for name in ("id", "unique_id") if row.get(name) is not None), index)
+        if not isinstance(key, (str, int, float)):
+            refuse(f"{where}: its id must be text or a number, not {key!r}")
         text = row.get("problem", row.get("question"))
         problem = {"id": f"{name}/{key}", "problem": text, "answer": gold_answer(row.get("answer"))}
         for column in ("problem", "answer"):
@@ -99,6 +102,8 @@ def load_from_hub(data):
 
 def gold_answer(answer):
     """The final answer as text: GSM8K's after its ####, whole floats without the .0 ("#### 1,234" -> "1234", 27.0 -> "27")."""
+    if isinstance(answer, float) and not math.isfinite(answer):
+        return None
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
@@ -116,6 +121,13 @@ def model_dir(name, flag):
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
             refuse(f"{flag} {name}: no config.json in this directory, so it is not a model")
+        for path in (os.path.join(name, file) for file in ("config.json", "generation_config.json")):
+            try:
+                damaged = os.path.isfile(path) and not isinstance(json.load(open(path, encoding="utf-8")), dict)
+            except (ValueError, RecursionError):
+                damaged = True
+            if damaged:
+                refuse(f"{flag} {name}: {os.path.basename(path)} is not a JSON object")
         return name
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         refuse(f"{flag} {name}: no such directory")
@@ -129,17 +141,19 @@ def model_dir(name, flag):
 
 
 def load_tokenizer(directory, flag):
+    """The tokenizer of a local directory, with a chat template that works. A tokenizer with code of its own is refused."""
     from transformers import AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        rendered = tokenizer.chat_template and render_prompt(tokenizer, "1+1=?")
+    except Exception as error:  # json's, jinja's, transformers' or Rust's: whatever is wrong with its files
         refuse(f"{flag} {directory}: its tokenizer cannot be loaded: {error}")
-    if not tokenizer.chat_template:
+    if not rendered:
         refuse(f"{flag} {directory}: its tokenizer has no chat template, so there is no prompt to render")
     return tokenizer
 
 
-def load_model(directory, flag, dtype):
+def load_model(directory, flag, dtype, device="cuda" if torch.cuda.is_available() else "cpu"):
     """The causal language model of a local directory, on the GPU if there is one. Only safetensors are read."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -148,7 +162,7 @@ def load_model(directory, flag, dtype):
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         refuse(f"{flag} {directory}: the model cannot be loaded: {error}")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(device).eval()
 
 
 def prompt_text(tokenizer, content):
@@ -180,7 +194,10 @@ def encode_problems(args, problems, tokenizer, context, limit="max_response_toke
 def context_of(directory):
     """Tokens that a model's positions are made for."""
     from transformers import AutoConfig
-    return AutoConfig.from_pretrained(directory).max_position_embeddings
+    try:
+        return int(AutoConfig.from_pretrained(directory, trust_remote_code=False).max_position_embeddings)
+    except Exception as error:  # whatever is wrong with the file; or a model with code of its own, which is never run
+        refuse(f"{directory}: its config.json cannot be used: {error}")
 
 
 def tokenizer_sha256(tokenizer):
@@ -201,5 +218,8 @@ def stop_ids(tokenizer, *directories):
         paths = [os.path.join(directory, name) for name in ("generation_config.json", "config.json")]
         found = [json.load(open(path)).get("eos_token_id") for path in paths if os.path.isfile(path)]
         eos = next((eos for eos in found if eos is not None), [])
-        ids.update(eos if isinstance(eos, list) else [eos])
+        eos = eos if isinstance(eos, list) else [eos]
+        if not all(type(i) is int for i in eos):
+            refuse(f"{directory}: eos_token_id must be a token id or a list of them, not {eos}")
+        ids.update(eos)
     return sorted(ids - {None})

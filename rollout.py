@@ -19,7 +19,9 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from artifacts import add_output_flags, check_out, finish_artifact, read_jsonl, refuse, resume_point, start_artifact
+import ranks
+from artifacts import (GrowingFile, add_output_flags, check_out, finish_artifact, read_jsonl, refuse, run_stage, start_artifact,
+                       stop, stop_requested)
 from inputs import (add_problem_flags, context_of, default_dtype, encode_problems, load_model, load_problems, load_tokenizer,
                     model_dir, stop_ids, template_sha256, tokenizer_sha256)
 
@@ -124,14 +126,21 @@ def load_vllm(args, directory):
         refuse(f"--engine vllm: vLLM cannot be imported ({error}); install it as the README says, or use --engine hf")
     return vllm.LLM(directory, dtype=args.dtype, max_model_len=context_of(directory), generation_config="vllm",
                     tensor_parallel_size=args.tensor_parallel, gpu_memory_utilization=args.gpu_memory_utilization,
+                    distributed_executor_backend="external_launcher" if ranks.count() > 1 else None,  # an engine for each rank
                     enforce_eager=not torch.cuda.is_available())
 
 
 def push_weights(engine, model):
-    """Give a live vLLM engine the model's current weights; a transformers engine is the model itself and has them."""
+    """Give an engine the model's current weights: a live vLLM, or each rank's whole copy of a model that is cut into pieces; else
+    a transformers engine is the model itself and has them."""
     if engine is model:
         return
-    weights = ((name, tensor.detach()) for name, tensor in model.state_dict().items())
+    weights = ranks.whole_weights(model)
+    if isinstance(engine, torch.nn.Module):
+        own = engine.state_dict()
+        for name, tensor in weights:
+            own[name].copy_(tensor)
+        return
     engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     engine.reset_prefix_cache()  # cached keys and values belong to the old weights
 
@@ -140,14 +149,15 @@ def sample(engine, prompts, sampling, seed, places=None):
     """prompts: list of lists of token ids -> for each prompt a list of n Samples.
 
     A sample depends on the model, its prompt, the seed, its prompt's place (`places`; by default 0, 1, ...) and its index among the
-    n; but for rounding, it does not depend on what is sampled beside it. So batches, chunks and processes change no result."""
-    places = range(len(prompts)) if places is None else places
-    requests = [prompt for prompt in prompts for _ in range(sampling.n)]
-    seeds = [derive_seed(seed, place, index) for place in places for index in range(sampling.n)]
+    n; but for rounding, it does not depend on what is sampled beside it. So batches, chunks and ranks (which share the prompts out)
+    change no result."""
+    mine, places = ranks.mine(len(prompts)), range(len(prompts)) if places is None else places
+    requests = [prompt for prompt in prompts[mine] for _ in range(sampling.n)]
+    seeds = [derive_seed(seed, place, index) for place in places[mine] for index in range(sampling.n)]
     generate = sample_hf if isinstance(engine, torch.nn.Module) else sample_vllm
-    flat = generate(engine, requests, sampling, seeds)
+    flat = generate(engine, requests, sampling, seeds) if requests else []
     assert len(flat) == len(requests), (len(flat), len(requests))
-    return [flat[i:i + sampling.n] for i in range(0, len(flat), sampling.n)]
+    return ranks.gather([flat[i:i + sampling.n] for i in range(0, len(flat), sampling.n)])
 
 
 def sample_vllm(llm, requests, sampling, seeds):
@@ -265,19 +275,28 @@ def sample_kept(args, engine, tokenizer, prompts, sampling, seed, counts, first=
 
 
 def write_rollouts(file, tokenizer, problems, prompts, groups):
-    """Append one row a response to an open rollouts.jsonl; a None in a group is a dropped one."""
+    """Append one row a response to a rollouts.jsonl; a None in a group is a dropped one."""
     for problem, prompt, group in zip(problems, prompts, groups, strict=True):
         for index, one in ((index, one) for index, one in enumerate(group) if one):
             row = {"id": problem["id"], "sample": index, "prompt_ids": prompt, "response_ids": one.response_ids,
                    "response": tokenizer.decode(one.response_ids, skip_special_tokens=True), "finish_reason": one.finish_reason,
                    "answer": problem["answer"]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    file.flush()
 
 
-def read_rollouts(path):
-    """Yields the rows of a rollouts artifact whose meta.json was checked."""
-    return (row for _, row in read_jsonl(os.path.join(path, "rollouts.jsonl")))
+def read_rollouts(path, vocab_size=2**31):
+    """Yields the rows of a rollouts artifact whose meta.json was checked; a row that rollout.py cannot have written is refused."""
+    for where, row in read_jsonl(os.path.join(path, "rollouts.jsonl")):
+        for name in ("prompt_ids", "response_ids"):
+            ids = row.get(name)
+            if not isinstance(ids, list) or set(map(type, ids)) != {int} or not 0 <= min(ids) <= max(ids) < vocab_size:
+                refuse(f"{where}: `{name}` must be a list of token ids from 0 to {vocab_size - 1}, at least one")
+        for name, kind in {"id": str, "sample": int, "response": str, "answer": str}.items():
+            if type(row.get(name)) is not kind:
+                refuse(f"{where}: `{name}` must be of type {kind.__name__}")
+        if row.get("finish_reason") not in ("stop", "length"):
+            refuse(f"{where}: `finish_reason` must be stop or length")
+        yield row
 
 
 def finish_rollouts(args, tokenizer, faults=None, **facts):
@@ -309,27 +328,24 @@ def main(args):
     start_artifact(args)
     print(f"rollout: {len(problems)} problems x {args.n}, engine {args.engine}, {args.dtype}, stop ids {stops}")
 
-    # Problems go through in chunks, so that a resumed run repeats at most one. A line of progress.jsonl says after each up to where
-    # the file is good.
+    # Problems go through in chunks, so that a resumed run repeats at most one.
     chunk = max(1, args.sample_batch // args.n)
-    path, progress = os.path.join(args.out, "rollouts.jsonl.tmp"), os.path.join(args.out, "progress.jsonl")
+    path = os.path.join(args.out, "rollouts.jsonl.tmp")
     if os.path.isfile(path.removesuffix(".tmp")):  # killed while it was finishing
         os.replace(path.removesuffix(".tmp"), path)
-    done = resume_point(progress, path, {"problems": 0, "bytes": 0, "faults": {}})
-    faults = Counter(done["faults"])
-    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(problems), initial=done["problems"], unit="problem") as bar:
-        file.truncate(done["bytes"])
-        for start in range(done["problems"], len(problems), chunk):
+    file = GrowingFile(path, problems=0, faults={})
+    done, faults = file.done["problems"], Counter(file.done["faults"])
+    with tqdm(total=len(problems), initial=done, unit="problem") as bar:
+        for start in range(done, len(problems), chunk):
+            if stop_requested():
+                stop(args)
             rows = slice(start, start + chunk)
             groups = sample_kept(args, engine, tokenizer, prompts[rows], sampling, derive_seed(args.seed, "rollout"), faults, start)
             write_rollouts(file, tokenizer, problems[rows], prompts[rows], groups)
-            mark = {"problems": start + len(prompts[rows]), "bytes": os.path.getsize(path), "faults": faults}
-            with open(progress, "a", encoding="utf-8") as marks_file:
-                marks_file.write(json.dumps(mark) + "\n")
+            file.mark(problems=start + len(prompts[rows]), faults=faults)
             bar.update(len(prompts[rows]))
     finish_rollouts(args, tokenizer, faults, model=os.path.realpath(directory), stop_ids=stops)
-    os.remove(progress)
 
 
 if __name__ == "__main__":
-    main(get_args())
+    run_stage(main, get_args())

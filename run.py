@@ -16,7 +16,9 @@ import time
 import torch
 from safetensors.torch import load_file, save_file
 
-from artifacts import finish_artifact, read_jsonl, refuse, start_artifact, write_json
+import ranks
+from artifacts import (defer_signals, file_sha256, finish_artifact, read_sealed, refuse, rewind_log, start_artifact, stop,
+                       stop_requested, write_json, write_sealed)
 from evaluate import EVAL_SAMPLING, evaluate
 from inputs import context_of, default_dtype, encode_problems, load_model, load_problems, template_sha256, tokenizer_sha256
 from rollout import derive_seed, load_vllm, push_weights, sample, sampling_from
@@ -41,6 +43,7 @@ def add_training_flags(p, steps, batch_size, lr):
     p.add_argument("--eval_max_response_tokens", type=int, help="limit of response tokens in evaluations (default: the run's own)")
     p.add_argument("--log_every", type=int, default=1, help="print every N-th step; metrics.jsonl has them all")
     p.add_argument("--save_every", type=int, default=0, help="save a checkpoint to resume from every N steps (0: only the last)")
+    p.add_argument("--keep_checkpoints", type=int, default=0, help="of these, keep the newest N (0: all)")
 
 
 def check_training_flags(p, args):
@@ -50,6 +53,8 @@ def check_training_flags(p, args):
     for name in ("steps", "batch_size", "micro_batch_tokens", "log_every", "eval_n", "eval_max_response_tokens"):
         if getattr(args, name) < 1:
             p.error(f"--{name} must be at least 1")
+    if args.keep_checkpoints < 0:
+        p.error("--keep_checkpoints must be at least 0")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The ledger
@@ -102,9 +107,11 @@ def optimizer_step(args, model, optimizer, step, ids):
     lr = args.lr * min(1.0, (step + 1) / max(1, round(args.warmup * args.steps)))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+    ranks.reshard(model)
+    norm = ranks.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)).item()
     if norm != norm or norm == float("inf"):
-        write_json(os.path.join(args.out, "failed_step.json"), {"step": step + 1, "grad_norm": str(norm), "ids": ids})
+        if ranks.rank() == 0:
+            write_json(os.path.join(args.out, "failed_step.json"), {"step": step + 1, "grad_norm": str(norm), "ids": ids})
         refuse(f"step {step + 1}: the gradient is {norm}; the run ends here. Its checkpoints are kept in {args.out}, the ids of the "
                "step's problems are in failed_step.json there", code=1)
     optimizer.step()
@@ -121,12 +128,11 @@ class Run:
             self.problems = load_problems(args.eval_data)
             self.prompts = encode_problems(args, self.problems, tokenizer, context_of(directory), "eval_max_response_tokens")
             self.sampling = sampling_from(args, tokenizer, stops, n=args.eval_n, top_k=0, **EVAL_SAMPLING)
-        saved = sorted(glob.glob(os.path.join(args.out, "step_" + "[0-9]" * 6))) if args.resume else []
-        checkpoint = saved[-1] if saved else None
-        state = json.load(open(os.path.join(checkpoint, "checkpoint.json"))) if checkpoint else {"step": 0}
+        checkpoint = ([None] + checkpoints(args.out))[-1] if args.resume else None
+        state = read_checkpoint(checkpoint) if checkpoint else {"step": 0}
         self.first_step, self.curriculum = state["step"], state.get("curriculum")
         self.spent = {name: state.get(name, 0) for name in ("tflops", "tflops_uncached", "response_tokens")}
-        self.model = load_model(checkpoint or directory, "the starting model", "float32")
+        self.model = ranks.load_sharded(checkpoint or directory, "the starting model", "float32", trained=True)
         self.model.generation_config.eos_token_id = stops  # the checkpoint ends its responses as they end here
         output_head(self.model, "the starting model")
         self.config = self.model.config.to_dict()
@@ -135,15 +141,22 @@ class Run:
             load_optimizer(os.path.join(checkpoint, "optimizer.safetensors"), self.model, self.optimizer)
         if args.tensor_parallel != 1:
             refuse("--tensor_parallel: training gives its weights to a vLLM engine in its own process, on one GPU; use 1")
-        wants_vllm = args.engine == "vllm" and (samples or args.eval_every)
-        self.engine = load_vllm(args, directory) if wants_vllm else self.model
-        start_artifact(args)
-        for file in (os.path.join(args.out, name) for name in LOGS):
-            rows = [row for _, row in read_jsonl(file) if row["step"] <= self.first_step] if checkpoint else []
-            with open(file, "w", encoding="utf-8") as out:  # what came after the checkpoint comes again
-                out.writelines(json.dumps(row) + "\n" for row in rows)
+        self.engine = self.model
+        if samples or args.eval_every:  # pieces of a model cannot sample: then each rank samples from a whole copy
+            if args.engine == "vllm":
+                self.engine = load_vllm(args, directory)
+            elif ranks.count() > 1:
+                self.engine = load_model(directory, "the starting model", "float32")
+        ranks.barrier()  # all have found --out as it should be
+        if ranks.rank() == 0:
+            start_artifact(args)
+            for name in LOGS:
+                rewind_log(os.path.join(args.out, name), self.first_step if checkpoint else -1)  # what came after it comes again
+        else:
+            defer_signals()
         print(f"{self.name}: {cell['name']}, engine {args.engine}, stop ids {stops}"
-              + (f", resumed from step {self.first_step} ({checkpoint})" if args.resume else ""), flush=True)
+              + (f", {ranks.count()} ranks" if ranks.count() > 1 else "")
+              + (f", resumed from {checkpoint or 'the start'}" if args.resume else ""), flush=True)
         if not self.first_step:
             self.evaluate(0)
 
@@ -173,7 +186,8 @@ class Run:
               flush=True)
 
     def end_step(self, step, row, shown, last):
-        """Log the step's row of metrics, those named in `shown` on the screen too; evaluate and save when it is time."""
+        """Log the step's row of metrics, those named in `shown` on the screen too; evaluate and save when it is time; stop, where a
+        signal has asked for it and the next step samples anew."""
         self.append("metrics.jsonl", {"step": step, **row, **self.spent})
         if step % self.args.log_every == 0 or last:
             values = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
@@ -181,29 +195,49 @@ class Run:
             print(f"{self.name}: step {step}/{self.args.steps}  {values}  {row['seconds']:.2f} s ({phases}), "
                   f"{row['tokens_per_second']:.0f} tokens/s", flush=True)
         self.evaluate(step, last)
-        if self.args.save_every and step % self.args.save_every == 0 and step < self.args.steps:
+        signal = ranks.largest(stop_requested() or 0) if step % getattr(self.args, "refresh_every", 1) == 0 else 0
+        if not last and (signal or self.args.save_every and step % self.args.save_every == 0):
             self.save(f"step_{step:06d}", step)
+        if not last and signal:
+            stop(self.args, signal)
 
     def append(self, name, row):
+        if ranks.rank():
+            return
         with open(os.path.join(self.args.out, name), "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def save(self, name, step):
-        """A Hugging Face directory, complete by rename; with the optimizer's state unless it is the last one."""
+        """A Hugging Face directory, complete by rename; with the optimizer's state and all files' checksums unless it is the last one.
+        Then the oldest are removed of which --keep_checkpoints has no need."""
         path = os.path.join(self.args.out, name)
+        once = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}  # of a tied tensor's names one
+        weights = whole_state((name, tensor) for name, tensor in ranks.whole_weights(self.model) if name in once)
+        moments = whole_state(optimizer_state(self.model, self.optimizer)) if name != "final" else None
+        if ranks.rank():
+            return
         shutil.rmtree(path, ignore_errors=True)  # left by a run that was killed while it saved
         shutil.rmtree(path + ".tmp", ignore_errors=True)
-        self.model.save_pretrained(path + ".tmp")
+        self.model.save_pretrained(path + ".tmp", state_dict=weights)
         self.tokenizer.save_pretrained(path + ".tmp")
-        if name != "final":
-            save_optimizer(os.path.join(path + ".tmp", "optimizer.safetensors"), self.model, self.optimizer)
+        if moments is not None:
+            save_file(moments, os.path.join(path + ".tmp", "optimizer.safetensors"))
         state = {"run": self.name, "cell": self.cell, "step": step, "curriculum": self.curriculum, **self.spent}
-        write_json(os.path.join(path + ".tmp", "checkpoint.json"), state)
+        if name == "final":  # its checksums are in meta.json
+            write_json(os.path.join(path + ".tmp", "checkpoint.json"), state)
+        else:
+            files = {file: file_sha256(os.path.join(path + ".tmp", file)) for file in sorted(os.listdir(path + ".tmp"))}
+            write_sealed(os.path.join(path + ".tmp", "checkpoint.json"), state | {"files": files})
         os.replace(path + ".tmp", path)
+        if self.args.keep_checkpoints:
+            for old in checkpoints(self.args.out)[:-self.args.keep_checkpoints]:
+                shutil.rmtree(old)
 
     def finish(self, stage, step):
         args = self.args
         self.save("final", step)
+        if ranks.rank():
+            return
         files = [name for name in LOGS if os.path.getsize(os.path.join(args.out, name))]
         files += [os.path.join("final", name) for name in sorted(os.listdir(os.path.join(args.out, "final")))]
         finish_artifact(args, stage, files, cell=self.cell, stop_ids=self.model.generation_config.eos_token_id,
@@ -213,9 +247,32 @@ class Run:
               f"-> {args.out}/final")
 
 
-def save_optimizer(path, model, optimizer):
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    save_file({f"{names[p]}/{key}": value for p, state in optimizer.state.items() for key, value in state.items()}, path)
+def checkpoints(out):
+    """The run's checkpoints to resume from, oldest first."""
+    return sorted(glob.glob(os.path.join(glob.escape(out), "step_" + "[0-9]" * 6)))
+
+
+def read_checkpoint(path):
+    """The state in a checkpoint, of which every file is as it was written; else refused."""
+    state = read_sealed(os.path.join(path, "checkpoint.json"), f"--resume {path}")
+    for name, digest in state["files"].items():
+        file = os.path.join(path, name)
+        if not os.path.isfile(file) or file_sha256(file) != digest:
+            refuse(f"--resume: {file} is missing or was changed after it was written; remove {path} to go on from the checkpoint "
+                   "before it, or from the start")
+    return state
+
+
+def optimizer_state(model, optimizer):
+    """Yields ("parameter/key", tensor): AdamW's step and moments of every parameter that has had a gradient."""
+    for name, parameter in model.named_parameters():
+        for key, tensor in optimizer.state.get(parameter, {}).items():
+            yield f"{name}/{key}", ranks.whole(tensor)
+
+
+def whole_state(tensors):
+    """The pairs (name, tensor) as a dict on the CPU of rank 0; the others take part in putting the tensors together."""
+    return {name: tensor.cpu() for name, tensor in tensors if ranks.rank() == 0}
 
 
 def load_optimizer(path, model, optimizer):
@@ -223,5 +280,5 @@ def load_optimizer(path, model, optimizer):
     for name, parameter in model.named_parameters():
         if f"{name}/step" not in state:
             continue  # GRPO without a gradient so far
-        optimizer.state[parameter] = {key: state[f"{name}/{key}"].to("cpu" if key == "step" else parameter.device)
-                                      for key in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": state[f"{name}/step"]} | {
+            key: ranks.piece_of(state[f"{name}/{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")}

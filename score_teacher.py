@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,9 @@ from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from artifacts import add_output_flags, check_out, file_sha256, finish_artifact, read_artifact, refuse, start_artifact
+import ranks
+from artifacts import (GrowingFile, add_output_flags, check_out, check_space, file_sha256, finish_artifact, read_artifact, read_jsonl,
+                       refuse, run_stage, start_artifact, stop, stop_requested)
 from inputs import (default_dtype, load_model, load_tokenizer, model_dir, prompt_text, render_prompt, stop_ids, template_sha256,
                     tokenizer_sha256)
 from kernels import linear_streaming_kl
@@ -293,12 +294,13 @@ def teacher_signal(args, items):
             return Signal(head=head, **{name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]})
         return cached, scores.meta["teacher_config"]
     if args.teacher:
-        teacher = load_model(model_dir(args.teacher, "--teacher"), "--teacher", args.dtype).requires_grad_(False)
-        head = output_head(teacher, "--teacher")
+        teacher = ranks.load_sharded(model_dir(args.teacher, "--teacher"), "--teacher", args.dtype)
+        output_head(teacher, "--teacher")  # refused before anything is written
 
         @torch.no_grad()
         def live(batch):
-            return Signal(response_hidden(teacher, [r.prompt for r in batch], [r.tokens for r in batch]), head)
+            hidden = response_hidden(teacher, [r.prompt for r in batch], [r.tokens for r in batch])
+            return Signal(hidden, output_head(teacher, "--teacher"))
         return live, teacher.config.to_dict()
     return lambda batch: Signal(), None
 
@@ -346,54 +348,52 @@ def main(args):
     if template_sha256(tokenizer, meta["prompt_suffix"]) != meta["template_sha256"]:
         refuse(f"--rollouts {args.rollouts}: were made with another prompt template than the teacher's; "
                "a teacher that scores prompts it was not trained on gives a wrong signal")
-    lengths = [len(row["response_ids"]) for row in read_rollouts(args.rollouts)]
-    lengths = [min(length, args.max_tokens or length) for length in lengths]
+    lengths = [len(row["response_ids"][:args.max_tokens or None]) for row in read_rollouts(args.rollouts, len(tokenizer))]
     shards = shards_of(lengths, args.shard_tokens)
 
     from transformers import AutoConfig
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     if not 1 <= args.k <= len(tokenizer):
         refuse(f"--k {args.k}: must lie between 1 and the {len(tokenizer)} tokens of the vocabulary")
     state = config.hidden_size * getattr(torch, args.dtype).itemsize
     token_bytes = {"hidden": state, "topk": 8 * args.k, "sampled": 4}[args.signal]
     total = sum(lengths) * token_bytes + len(tokenizer) * state * (args.signal == "hidden")
-    parent = os.path.abspath(args.out)
-    while not os.path.isdir(parent):
-        parent = os.path.dirname(parent)
-    free = shutil.disk_usage(parent).free
     print(f"score_teacher: {len(lengths)} responses, {sum(lengths)} tokens, {token_bytes} bytes a token, {total / 1e9:.3g} GB")
-    if total > free:
-        refuse(f"--out {args.out}: the scores need {total / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB; "
-               "give --max_tokens or another disk")
+    check_space(args.out, total)
     model = load_model(directory, "--teacher", args.dtype)
     head = output_head(model, "--teacher")[:len(tokenizer)].detach()
     start_artifact(args)
-    files = []
     if args.signal == "hidden":
-        files.append("head.safetensors")
-        save_file({"head": head.cpu().contiguous()}, os.path.join(args.out, files[0]))
+        save_file({"head": head.cpu().contiguous()}, os.path.join(args.out, "head.safetensors"))
 
+    finished = GrowingFile(os.path.join(args.out, "shards.jsonl"))  # {"file", "sha256"} a shard, for a resumed run
+    known = {row["file"]: row["sha256"] for _, row in read_jsonl(finished.path)}
     rows, index = read_rollouts(args.rollouts), []
     with tqdm(total=sum(lengths), unit="token") as bar:
         for number, shard in enumerate(shards):
             batch = [next(rows) for _ in shard]
             name, tokens = f"shard_{number:05d}.safetensors", [lengths[i] for i in shard]
             path = os.path.join(args.out, name)
-            if not os.path.isfile(path):  # a resumed run keeps the shards it has
+            if not os.path.isfile(path) or file_sha256(path) != known.get(name):  # missing, or not as it was written
+                if stop_requested():
+                    stop(args)
                 scored = score(args, model, head, [row["prompt_ids"] for row in batch],
                                [row["response_ids"][:n] for row, n in zip(batch, tokens)])
                 save_file({key: torch.cat([row[key] for row in scored]) for key in scored[0]}, path + ".tmp")
+                known[name] = file_sha256(path + ".tmp")
+                finished.write(json.dumps({"file": name, "sha256": known[name]}) + "\n")
+                finished.mark()
                 os.replace(path + ".tmp", path)
             index.append({"file": name, "tokens": tokens})
             bar.update(sum(tokens))
-    finish_artifact(args, "score_teacher", files + [shard["file"] for shard in index], shards=index,
-                    teacher=os.path.realpath(directory), teacher_config=json.loads(config.to_json_string(use_diff=False)),
-                    rollouts_sha256=file_sha256(os.path.join(args.rollouts, "meta.json")),
-                    tokenizer_sha256=meta["tokenizer_sha256"], template_sha256=meta["template_sha256"],
+    files = ["head.safetensors"] * (args.signal == "hidden") + [shard["file"] for shard in index]
+    finish_artifact(args, "score_teacher", files, known, shards=index, teacher=os.path.realpath(directory),
+                    teacher_config=json.loads(config.to_json_string(use_diff=False)), tokenizer_sha256=meta["tokenizer_sha256"],
+                    template_sha256=meta["template_sha256"], rollouts_sha256=file_sha256(os.path.join(args.rollouts, "meta.json")),
                     counts={"responses": len(lengths), "response_tokens": sum(lengths), "longest_response": max(lengths),
                             "cut_by_max_tokens": meta["counts"]["response_tokens"] - sum(lengths)})
     print(f"{args.out}: {math.ceil(total / 1e6)} MB in {len(index)} shards")
 
 
 if __name__ == "__main__":
-    main(get_args())
+    run_stage(main, get_args())

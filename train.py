@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import torch
 
-from artifacts import add_output_flags, check_out, read_artifact, refuse
+import ranks
+from artifacts import add_output_flags, check_out, read_artifact, refuse, run_stage
 from inputs import add_problem_flags, context_of, encode_problems, load_problems, load_tokenizer, model_dir, stop_ids
 from kernels import linear_streaming_kl
 from rollout import add_sampling_flags, derive_seed, read_rollouts, sampling_from
@@ -203,13 +204,11 @@ def accumulate_gradients(args, student, teacher, batch, vocab_size):
     """Adds the gradient of the batch's loss to the student. Returns {metric: value} and {phase: seconds}."""
     weights, device = token_weights(batch, args.normalize), student.device
     total, lengths = sum(len(r.tokens) for r in batch), [len(r.prompt) + len(r.tokens) for r in batch]
-    parts = batches_by_tokens(lengths, args.micro_batch_tokens)
-    sums = {"loss": 0.0, "padding": 1 - sum(lengths) / sum(len(part) * max(lengths[i] for i in part) for part in parts)}
-    seconds = {"seconds_score": 0.0, "seconds_diagnostics": 0.0}
-    for part in parts:
+    sums, seconds = {"loss": 0.0, "padding": 0.0}, {"seconds_score": 0.0, "seconds_diagnostics": 0.0}
+    for part, counts in ranks.deal(batches_by_tokens(lengths, args.micro_batch_tokens)):
         micro = [batch[i] for i in part]
         tokens = torch.tensor([token for response in micro for token in response.tokens], device=device)          # (N,)
-        weight = torch.tensor([weights[i] for i in part for _ in batch[i].tokens], device=device)                 # (N,)
+        weight = torch.tensor([counts * weights[i] for i in part for _ in batch[i].tokens], device=device)        # (N,)
         started = clock()
         signal = teacher(micro).cut(vocab_size)
         seconds["seconds_score"] += clock() - started
@@ -218,16 +217,18 @@ def accumulate_gradients(args, student, teacher, batch, vocab_size):
         hidden = hidden.to(getattr(torch, args.dtype))  # autocast leaves it in float32
         head = output_head(student, "--student")[:vocab_size].to(hidden.dtype)  # rows beyond the tokenizer's are padding
         loss, metrics = objective(args, hidden, head, signal, tokens, weight)
-        loss.backward()
-        sums["loss"] += loss.item()
-        started = clock()
+        started = clock()  # before the backward pass, after which FSDP has taken the head apart
         metrics = diagnostics(args, metrics, hidden.detach(), head.detach(), signal)
         if args.prefix == "student" and truncates(args):
             metrics["sampler_kl"] = sampler_kl(hidden.detach(), head.detach(), args.temperature, args.top_p, args.top_k)
         seconds["seconds_diagnostics"] += clock() - started
+        loss.backward()
+        sums["loss"] += loss.item()
+        sums["padding"] += len(part) * max(lengths[i] for i in part)  # of all positions, until the tokens are taken off
         for name, values in metrics.items():
-            sums[name] = sums.get(name, 0.0) + values.sum().item() / total
-    return sums, seconds
+            sums[name] = sums.get(name, 0.0) + counts * values.sum().item() / total
+    sums = ranks.add_up(sums)
+    return sums | {"padding": 1 - sum(lengths) / sums["padding"]}, seconds
 
 
 def check_curriculum(p, args):
@@ -376,4 +377,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(get_args())
+    ranks.start()
+    run_stage(main, get_args())

@@ -14,6 +14,11 @@ total, then boxes the last total. The order is free, so a perfect teacher has en
                          +a3=0                    +b7=9
                          +c2=2                    +a3=2
                          \\boxed{2}                \\boxed{2}
+
+Flags make the world harder; without them it is that of recipes/toy.sh. --restate states a total again now and then (+b7=7=7), so
+that lengths have entropy too. --slips lets hasty solutions add one too much where a total passes 9. --student_end endoftext is a
+base student beside a chat teacher: it ends its responses with another token, but for --chat_share of them, and its samples end at
+that token alone.
 """
 import argparse
 import json
@@ -41,17 +46,22 @@ def get_args(argv=None):
     p.add_argument("--test", type=int, default=256, help="problems for the final evaluation")
     p.add_argument("--terms", type=int, nargs=2, default=[4, 8], help="fewest and most terms of a sum")
     p.add_argument("--haste", type=float, default=0.25, help="chance, after each line, that a hasty solution ends there")
+    p.add_argument("--slips", type=float, default=0.0, help="chance that a hasty solution adds one too much where a total passes 9")
+    p.add_argument("--restate", type=float, default=0.0, help="chance, after each total of a solution, that it is stated again")
+    p.add_argument("--student_end", choices=["im_end", "endoftext"], default="im_end",
+                   help="the token that ends hasty solutions; endoftext: the student's only stop id, as of a base model")
+    p.add_argument("--chat_share", type=float, default=0.0, help="share of hasty solutions that end with im_end nevertheless")
     p.add_argument("--seed", type=int, default=42)
     add_output_flags(p, resume=False)
     return p.parse_args(argv)
 
 
-def make_tokenizer():
+def make_tokenizer(end="<|im_end|>"):
     vocabulary = {token: index for index, token in enumerate(SPECIAL + WORDS)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r"user|assistant|\\boxed\{|[\s\S]"), "isolated")
     words.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, pad_token="<|endoftext|>",
                                    chat_template=TEMPLATE, additional_special_tokens=SPECIAL, clean_up_tokenization_spaces=False)
 
 
@@ -66,16 +76,24 @@ def make_model(tokenizer, hidden, layers, heads):
     return model
 
 
-def solve(problem, rng, haste):
-    """One solution, in a random order; with haste above 0 it ends too early, after any line with that probability."""
+def solve(problem, rng, haste=0.0, slips=0.0, restate=0.0, end="<|im_end|>", chat_share=0.0):
+    """One solution, in a random order. Chances: haste, to end too early after a line; slips, to add one too much where the total
+    passes 9; restate, to state the total of a line again, and again; chat_share, to end with <|im_end|> whatever `end` is."""
     terms, total, lines = problem.split(), 0, []
     for term in rng.sample(terms, len(terms)):
         name, digit = term.split("=")
-        total = (total + int(digit)) % 10
-        lines.append(f"+{name}{digit}={total}\n")
+        total += int(digit)
+        if slips and total > 9 and rng.random() < slips:
+            total += 1
+        total %= 10
+        lines.append(f"+{name}{digit}={total}")
+        while restate and rng.random() < restate:
+            lines[-1] += f"={total}"
         if rng.random() < haste:
             break
-    return "".join(lines) + f"\\boxed{{{total}}}<|im_end|>"
+    if chat_share and rng.random() < chat_share:
+        end = "<|im_end|>"
+    return "".join(line + "\n" for line in lines) + f"\\boxed{{{total}}}{end}"
 
 
 def main(args):
@@ -95,22 +113,26 @@ def main(args):
                 file.write(json.dumps({"id": index, "problem": problem, "answer": str(sum(digits) % 10)}) + "\n")
     tokenizer = make_tokenizer()
     for name, shape in {"teacher_init": (128, 2, 4), "student_init": (64, 2, 2)}.items():
-        model = make_model(tokenizer, *shape)
+        model, own = make_model(tokenizer, *shape), tokenizer
+        if name == "student_init" and args.student_end == "endoftext":
+            own = make_tokenizer("<|endoftext|>")
+            model.config.eos_token_id = model.generation_config.eos_token_id = own.eos_token_id
         model.save_pretrained(os.path.join(args.out, name))
-        tokenizer.save_pretrained(os.path.join(args.out, name))
+        own.save_pretrained(os.path.join(args.out, name))
         files += [f"{name}/{file}" for file in sorted(os.listdir(os.path.join(args.out, name)))]
         print(f"{name}: {model.num_parameters() / 1e6:.2f} M parameters")
 
     problems = load_problems(os.path.join(args.out, "train.jsonl"))
-    for name, haste in {"gold": 0.0, "hasty": args.haste}.items():
+    hasty = {"haste": args.haste, "slips": args.slips, "chat_share": args.chat_share, "end": own.eos_token}
+    for name, ways, end in (("gold", {}, tokenizer), ("hasty", hasty, own)):
         rollouts = argparse.Namespace(**(vars(args) | {"out": os.path.join(args.out, name), "prompt_suffix": ""}))
         start_artifact(rollouts)
         prompts = [render_prompt(tokenizer, problem["problem"]) for problem in problems]
         with open(os.path.join(rollouts.out, "rollouts.jsonl.tmp"), "w", encoding="utf-8") as file:
             for problem, prompt in zip(problems, prompts):
-                ids = tokenizer(solve(problem["problem"], rng, haste), add_special_tokens=False).input_ids
+                ids = tokenizer(solve(problem["problem"], rng, restate=args.restate, **ways), add_special_tokens=False).input_ids
                 write_rollouts(file, tokenizer, [problem], [prompt], [[Sample(ids, "stop")]])
-        finish_rollouts(rollouts, tokenizer, model="recipes/toy_world.py", stop_ids=stop_ids(tokenizer))
+        finish_rollouts(rollouts, tokenizer, model="recipes/toy_world.py", stop_ids=stop_ids(end))
     finish_artifact(args, "toy_world", files)
 
 

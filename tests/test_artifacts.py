@@ -1,11 +1,12 @@
 """artifacts.py: what is accepted as an artifact, and where a stage may write."""
 import argparse
+import hashlib
 import json
 import shutil
 
 import pytest
 
-from artifacts import finish_artifact, read_artifact, read_jsonl, start_artifact
+from artifacts import GrowingFile, finish_artifact, is_finished, read_artifact, read_jsonl, rewind_log, start_artifact
 
 
 def flags(out, **more):
@@ -38,9 +39,14 @@ def test_a_finished_artifact_is_read_back(tmp_path):
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["data.txt", "final", "meta.json"]
 
 
-def edit_meta(path, **changes):
+def edit_meta(path, seal=False, **changes):
+    """Change fields of meta.json, with its own sha256 made anew or not."""
     file = path / "meta.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    meta = json.loads(file.read_text()) | changes
+    if seal:
+        del meta["sha256"]
+        meta["sha256"] = hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+    file.write_text(json.dumps(meta))
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -48,10 +54,13 @@ def edit_meta(path, **changes):
     (lambda path: shutil.rmtree(path), ["no meta.json"]),
     (lambda path: (path / "meta.json").write_text('{"schema": 1, "sta'), ["damaged"]),
     (lambda path: (path / "meta.json").write_text("[]"), ["damaged"]),
-    (lambda path: (path / "meta.json").write_text('{"schema": 1, "stage": "stage"}'), ["damaged", "files"]),
+    (lambda path: (path / "meta.json").write_text('{"schema": 2, "stage": "stage"}'), ["damaged", "changed"]),
     (lambda path: (path / "meta.json").write_bytes(b"\xff\xfe"), ["damaged"]),
     (lambda path: edit_meta(path, schema=99), ["schema", "99"]),
-    (lambda path: edit_meta(path, stage="evaluate"), ["evaluate", "stage"]),
+    (lambda path: edit_meta(path, seal=True, stage="evaluate"), ["evaluate", "stage"]),
+    (lambda path: edit_meta(path, counts={"rows": 2}), ["meta.json", "damaged", "changed"]),
+    (lambda path: edit_meta(path, finished="2030-01-01T00:00:00+00:00"), ["meta.json", "damaged", "changed"]),
+    (lambda path: (path / "meta.json").write_text("[" * 100_000), ["meta.json", "damaged"]),
     (lambda path: (path / "data.txt").unlink(), ["data.txt", "missing"]),
     (lambda path: (path / "data.txt").write_text("43"), ["data.txt", "changed"]),
     (lambda path: (path / "final/config.json").write_text("{ }"), ["final/config.json", "changed"]),
@@ -78,7 +87,7 @@ def test_directories_in_use_are_refused_and_stay_as_they_are(tmp_path, refused):
     before = files_of(tmp_path)
     for path, more, words in [
         (finished, {}, [f"--out {finished}", "finished artifact", "--overwrite"]),
-        (finished, {"resume": True}, [finished]),
+        (finished, {"resume": True, "lr": 0.2}, ["--lr", "0.1", "0.2"]),
         (unfinished, {}, [f"--out {unfinished}", "unfinished run", "--resume", "--overwrite"]),
         (unfinished, {"resume": True, "lr": 0.2}, ["--lr", "0.1", "0.2"]),
         (foreign, {}, [f"--out {foreign}", "files"]),
@@ -86,28 +95,53 @@ def test_directories_in_use_are_refused_and_stay_as_they_are(tmp_path, refused):
         (foreign, {"resume": True}, [foreign]),
         (tmp_path / "file", {"overwrite": True}, ["is a file"]),
         (tmp_path / "file", {"resume": True}, ["is a file"]),
-        (tmp_path / "absent", {"resume": True}, ["no unfinished run"]),
     ]:
         refused(lambda: start_artifact(flags(path, **more)), *words)
-        assert files_of(tmp_path) == before and not (tmp_path / "absent").exists()
+        assert files_of(tmp_path) == before
 
 
 def test_overwrite_replaces_what_this_project_wrote(tmp_path):
     for path in (made(tmp_path / "finished"), begun(tmp_path / "unfinished")):
         start_artifact(flags(path, overwrite=True))
-        assert list(files_of(path)) == ["meta.partial.json"]
+        assert sorted(files_of(path)) == ["meta.lock", "meta.partial.json"]
     (tmp_path / "empty").mkdir()
     start_artifact(flags(tmp_path / "empty"))
 
 
+def test_resume_begins_what_was_never_begun_and_leaves_what_is_finished(tmp_path, capsys):
+    """So that a scheduler can always start a job with the same command."""
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "absent", tmp_path / "empty"):
+        args = flags(path, resume=True)
+        start_artifact(args)
+        assert not args.resume and (path / "meta.partial.json").exists()  # no later code takes it for a resumed run
+    path = made(tmp_path / "finished")
+    (path / "meta.lock").touch()  # killed between its last two steps
+    before = files_of(path)
+    with pytest.raises(SystemExit) as end:
+        start_artifact(flags(path, resume=True))
+    assert end.value.code == 0 and files_of(path) == before and "is finished" in capsys.readouterr().out
+    assert is_finished(flags(path, resume=True)) and not is_finished(flags(path)) and not is_finished(flags(tmp_path / "absent"))
+
+
+def test_a_replacement_that_was_killed_needs_overwrite_again(tmp_path, refused):
+    path = made(tmp_path / "a")
+    (path / "meta.json").unlink()
+    (path / "meta.lock").touch()
+    for more in ({}, {"resume": True}):
+        refused(lambda: start_artifact(flags(path, **more)), f"--out {path}", "--overwrite")
+    start_artifact(flags(path, overwrite=True, resume=True))
+    assert sorted(files_of(path)) == ["meta.lock", "meta.partial.json"]
+
+
 def test_resume_keeps_what_there_is_and_when_it_started(tmp_path):
     path = begun(tmp_path / "a")
-    partial = json.loads((path / "meta.partial.json").read_text())
-    (path / "meta.partial.json").write_text(json.dumps(partial | {"started": "2001-01-01T00:00:00+00:00"}))
+    started = json.loads((path / "meta.partial.json").read_text())["started"]
     args = flags(path, resume=True)
     start_artifact(args)
     meta = finish_artifact(args, "stage", ["half.txt"])
-    assert meta["started"].startswith("2001") and read_artifact(str(path), "-", "stage") == meta
+    assert meta["started"] == started and read_artifact(str(path), "-", "stage").items() >= meta.items()
+    assert list(meta["files"]) == ["half.txt"]
 
 
 def test_overwrite_never_deletes_an_input(tmp_path, refused):
@@ -133,9 +167,91 @@ def test_resume_is_refused_after_an_input_changed(tmp_path, refused):
     refused(lambda: start_artifact(flags(path, resume=True, **given)), "--resume", "--rollouts")
 
 
+@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace("0.1", "0.2"), lambda text: "[]", lambda text: ""])
+def test_a_damaged_mark_of_an_unfinished_run_is_refused(tmp_path, refused, damage):
+    path = begun(tmp_path / "a")
+    file = path / "meta.partial.json"
+    file.write_text(damage(file.read_text()))
+    refused(lambda: start_artifact(flags(path, resume=True)), "--resume", "meta.partial.json", "damaged")
+    start_artifact(flags(path, overwrite=True))
+
+
+def test_a_model_that_the_output_was_put_into_has_not_changed(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    path = begun(model / "eval", model=str(model))
+    (path / "more").mkdir()
+    start_artifact(flags(path, resume=True, model=str(model)))
+
+
 def test_read_jsonl_names_the_line(tmp_path, refused):
     file = tmp_path / "a.jsonl"
     file.write_text('{"a": 1}\n\n{"a": "\u2028"}\n{"a"\n')
     rows = read_jsonl(str(file))
     assert next(rows) == (f"{file} line 1", {"a": 1}) and next(rows) == (f"{file} line 3", {"a": "\u2028"})
     refused(lambda: next(rows), f"{file} line 4", "not JSON")
+
+
+CHUNKS = [["a\n", "b\n"], [], ["\u00e9\n"], ["c\n"]]
+
+
+def grown(folder, count):
+    """A file of the first `count` chunks."""
+    folder.mkdir(exist_ok=True)
+    file = GrowingFile(str(folder / "rows.jsonl"), chunks=0)
+    for number in range(file.done["chunks"], count):
+        for row in CHUNKS[number]:
+            file.write(row)
+        file.mark(chunks=number + 1)
+    return file
+
+
+def test_a_growing_file_goes_on_after_its_last_whole_chunk(tmp_path):
+    """Cut at every byte of either file, it goes on from the last mark that both reach, and ends the same."""
+    whole = grown(tmp_path / "whole", 4)
+    rows, marks = ((tmp_path / "whole" / name).read_bytes() for name in ("rows.jsonl", "progress.jsonl"))
+    assert rows == "a\nb\n\u00e9\nc\n".encode() and whole.done["bytes"] == len(rows)
+    ends, lines = [0, 4, 4, 7, 9], marks.splitlines(keepends=True)
+    for cut in range(len(rows) + 1):
+        for cut_marks in (0, 1, len(lines[0]), len(lines[0] + lines[1]) - 1, len(marks) - 1, len(marks)):
+            folder = tmp_path / "cut"
+            folder.mkdir()
+            (folder / "rows.jsonl").write_bytes(rows[:cut])
+            (folder / "progress.jsonl").write_bytes(marks[:cut_marks])
+            whole_marks = [line for line in marks[:cut_marks].splitlines(keepends=True) if line in lines]
+            expected = max(chunks for chunks in range(len(whole_marks) + 1) if ends[chunks] <= cut)
+            assert GrowingFile(str(folder / "rows.jsonl"), chunks=0).done["chunks"] == expected
+            grown(folder, 4)
+            assert (folder / "rows.jsonl").read_bytes() == rows and (folder / "progress.jsonl").read_bytes() == marks
+            shutil.rmtree(folder)
+
+
+def test_a_growing_file_does_not_trust_what_was_changed(tmp_path, capsys):
+    """A flipped bit anywhere in the rows or the marks: what is before it is kept, what is behind it is made again."""
+    grown(tmp_path / "whole", 4)
+    files = {name: (tmp_path / "whole" / name).read_bytes() for name in ("rows.jsonl", "progress.jsonl")}
+    for name, data in files.items():
+        for place in range(0, len(data), 1 if name == "rows.jsonl" else 7):
+            grown(tmp_path / "flipped", 4)
+            (tmp_path / "flipped" / name).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1:])
+            done = GrowingFile(str(tmp_path / "flipped/rows.jsonl"), chunks=0).done["chunks"]
+            assert done == (sum(end <= place for end in (4, 4, 7, 9)) if name == "rows.jsonl" else data[:place].count(b"\n"))
+            assert f"{4 - done} chunks were cut or damaged" in capsys.readouterr().out
+            grown(tmp_path / "flipped", 4)
+            assert {name: (tmp_path / "flipped" / name).read_bytes() for name in files} == files
+
+
+def test_a_log_is_rewound_to_a_step(tmp_path, refused):
+    rows = [json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (1, 2, 2, 3)]
+    file = tmp_path / "metrics.jsonl"
+    for step, kept in [(0, 0), (1, 1), (2, 3), (3, 4), (9, 4)]:
+        file.write_text("".join(rows) + '{"step": 4, "lo')
+        rewind_log(str(file), step)
+        assert file.read_text() == "".join(rows[:kept])
+    rewind_log(str(tmp_path / "absent.jsonl"), 5)
+    assert (tmp_path / "absent.jsonl").read_text() == ""
+    for bad in ('{"step": 2, "loss"\n', '{"loss": 1}\n', "7\n", '{"step": Infinity}\n', '{"step": "x"}\n'):
+        file.write_text(rows[0] + bad + rows[3])
+        refused(lambda: rewind_log(str(file), 9), f"{file} line 2", "damaged")
+        assert file.read_text() == rows[0] + bad + rows[3]

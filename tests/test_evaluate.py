@@ -173,7 +173,7 @@ def test_right_responses_count(world, tmp_path, monkeypatch):
     tokenizer = make_tokenizer()
     answers = iter([p["answer"] for p in load_problems(str(world / "test.jsonl"))])
 
-    def solve(engine, prompts, sampling, seed):
+    def solve(engine, prompts, sampling, seed, places):
         ids = [tokenizer(f"\\boxed{{{answer}}}<|im_end|>").input_ids for answer in itertools.islice(answers, len(prompts))]
         return [[(good, "stop"), (good[:2], "length")] for good in ids]
     monkeypatch.setattr(evaluate, "sample", solve)

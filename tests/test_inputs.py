@@ -28,7 +28,7 @@ def test_problems_of_a_local_file(tmp_path):
     path = write(tmp_path / "mine.jsonl", {"problem": "1+1?", "answer": "2"}, "",
                  {"question": "2+2?", "answer": "a\nso 4\n#### 1,234", "id": "x"},
                  {"problem": "3?", "answer": 27.0, "unique_id": "test/7"}, {"problem": "é?", "answer": 2.5},
-                 {"problem": "n", "answer": 3})
+                 {"problem": "n", "answer": 3, "id": None})
     assert load_problems(path) == [
         {"id": "mine/0", "problem": "1+1?", "answer": "2"}, {"id": "mine/x", "problem": "2+2?", "answer": "1234"},
         {"id": "mine/test/7", "problem": "3?", "answer": "27"}, {"id": "mine/3", "problem": "é?", "answer": "2.5"},
@@ -52,6 +52,12 @@ def test_gold_answer(answer, gold):
     ({"problem": "1", "answer": "####  "}, ["line 2", "answer"]),
     ({"problem": "1", "answer": ["1"]}, ["line 2", "answer"]),
     ({"problem": "1", "answer": "1", "id": "a"}, ["line 2", "line 1", "'a'"]),
+    ({"problem": "1", "answer": "1", "id": ["a"]}, ["line 2", "id", "['a']"]),
+    ({"problem": "half a pair: \ud83d", "answer": "1"}, ["line 2", "surrogates"]),
+    ({"problem": "1", "answer": float("nan")}, ["line 2", "answer"]),
+    ('{"problem": "1", "answer": 1e999}', ["line 2", "answer"]),
+    ('{"problem": "1", "answer": ' + "1" * 5000 + "}", ["line 2", "not JSON"]),
+    ("[" * 100_000, ["line 2", "not JSON"]),
 ])
 def test_bad_lines_are_refused_with_file_and_line(tmp_path, refused, bad, words):
     path = write(tmp_path / "p.jsonl", {"problem": "1+1?", "answer": "2", "id": "a"}, bad)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from grpo import Response, accumulate_gradients
+from kernels import streaming_kl
 from recipes.toy_world import make_model, make_tokenizer
 
 pytestmark = pytest.mark.peer
@@ -79,3 +80,22 @@ def own_logps(model):
         logps = model(input_ids=torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)[len(prompt) - 1:-1]
         found.append(logps[torch.arange(len(tokens)), tokens].tolist())
     return found
+
+
+@pytest.mark.parametrize("beta, fkl_weight", [(0.0, 1.0), (1.0, 0.0)])
+def test_the_kls_and_their_gradients_are_trls_at_the_ends(beta, fkl_weight, record_property):
+    """GKD's generalised Jensen-Shannon divergence is the forward KL at beta 0 and the reverse KL at beta 1."""
+    trl = pytest.importorskip("trl")
+    gkd = pytest.importorskip("trl.experimental.gkd")
+    record_property("trl", trl.__version__)
+    torch.manual_seed(4)
+    student, teacher = 3 * torch.randn(2, 4, 1000), 3 * torch.randn(2, 4, 1000)
+    labels = torch.tensor([[1, 1, -100, 1], [-100, 1, 1, 1]])
+    theirs, ours = student.clone().requires_grad_(), student.clone().requires_grad_()
+    loss = gkd.GKDTrainer.generalized_jsd_loss(theirs, teacher, labels, beta=beta)
+    loss.backward()
+    out = streaming_kl(ours.view(-1, 1000), teacher.view(-1, 1000), fkl_weight=fkl_weight, weight=(labels.view(-1) > 0).float(),
+                       reduction="mean")
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+import grpo
 import rollout
 import train
 from artifacts import read_artifact
@@ -163,3 +164,13 @@ def test_on_policy_training_is_equal_on_both_engines(world, tmp_path):
     a, b = (load_model(str(tmp_path / name / "final"), "-", "float32").state_dict() for name in ("hf", "vllm"))
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=1e-3)
+
+
+def test_grpo_with_vllm_measures_a_mismatch_of_rounding_alone(world, tmp_path, monkeypatch):
+    """After an update too: the engine's log-probabilities are those of the weights that are trained."""
+    monkeypatch.setattr(grpo, "rewards_of", lambda tokenizer, problems, groups: torch.tensor([[0.0, 1.0]] * len(groups)))
+    grpo.main(grpo.get_args(["--model", str(world / "student_init"), "--data", str(world / "train.jsonl"), "--engine", "vllm",
+                             *"--n 2 --batch_size 4 --steps 2 --lr 3e-2 --warmup 0 --max_response_tokens 12 --dtype float32".split(),
+                             *"--kl_weight 0.1 --out".split(), str(tmp_path / "run")]))
+    rows = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
+    assert [0 < row["mismatch"] < 1e-4 for row in rows] == [True, True] and rows[1]["reference_kl"] > 1e-3

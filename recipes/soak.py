@@ -1,0 +1,253 @@
+"""Soak: the stages over and over on the toy world, disturbed at random; all must end with the bits of an undisturbed run.
+
+    OMP_NUM_THREADS=1 python -m recipes.soak --minutes 30 --out out/soak --seed 0
+
+A cycle makes six artifacts, each from those before it. Each is begun one to three times with a fault, and then continued to its end:
+
+    kill, terminate, interrupt    SIGKILL; SIGTERM; SIGINT to the process group, as Ctrl-C sends it; at a random moment
+    disk                          no file may grow beyond a random size
+    second                        while it writes, a second run in the same directory, which must be refused
+    damage                        a bit of the finished artifact is flipped: its reader must refuse it, and it is made again
+
+Stages are forks of this process, which has imported everything; one in twenty is a real `python STAGE.py`. A finding is anything
+else: another exit code, a traceback, a run that hangs, another result, a file or a process left. --out/findings keeps them.
+"""
+import argparse
+import collections
+import ctypes
+import glob
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+
+import evaluate
+import grading
+import grpo
+import rollout
+import score_teacher
+import train
+from artifacts import file_sha256, read_artifact, read_jsonl, refuse, run_stage
+from recipes import toy_world
+
+STAGES = {"rollout": rollout, "score_teacher": score_teacher, "train": train, "grpo": grpo, "evaluate": evaluate, "toy_world": toy_world}
+SFT = "train --prefix teacher --kl forward --vocab sampled --normalize token --steps 60 --lr 3e-3 --dtype float32 --engine hf"
+COMMON, HELD = "--dtype float32 --engine hf --max_response_tokens 24", "--eval_data ../setup/world/heldout.jsonl"
+TRAIN = f"{COMMON} --lr 1e-3 --save_every 2 --keep_checkpoints 2 --batch_size 4"
+SETUP = {"world": "toy_world --train 120 --heldout 4 --test 8 --terms 2 4",
+         "teacher": f"{SFT} --student world/teacher_init --rollouts world/gold",
+         "base": f"{SFT} --student world/student_init --rollouts world/hasty"}
+CYCLE = {"rollouts": f"rollout {COMMON} --model ../setup/teacher/final --data ../setup/hard.jsonl --n 2 --sample_batch 8 --drop unboxed",
+         "scores": "score_teacher --teacher ../setup/teacher/final --rollouts rollouts --shard_tokens 200 --dtype float32",
+         "offline": f"train {TRAIN} --prefix teacher --kl forward --student ../setup/base/final --rollouts rollouts --scores scores "
+                    f"--steps 9 {HELD} --eval_every 4",
+         "onpolicy": f"train {TRAIN} --prefix student --kl reverse --student offline/final --teacher ../setup/teacher/final --steps 8 "
+                     f"--refresh_every 2 {HELD} --curriculum entropy --horizons 8,16,24 --entropy_floor 0.01 --gate_every 2 "
+                     "--data ../setup/hard.jsonl",
+         "grpo": f"grpo {TRAIN} --model onpolicy/final --data ../setup/world/train.jsonl --n 4 --updates 2 --steps 6",
+         "eval": f"evaluate {COMMON} --model grpo/final --data ../setup/hard.jsonl --n 4 --k 1 4 --sample_batch 16"}
+SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
+CODES = {"none": [0], "second": [0], "disk": [0, 1, 2], "kill": [0, -9], "terminate": [0, -15, 143], "interrupt": [0, -2, 130]}
+HANGS = 240  # seconds after which a run is taken to hang
+BAD = ("mismatches", "exit codes", "tracebacks", "second runs accepted", "damage accepted", "files left", "open files left",
+       "processes left", "temporary files left", "/dev/shm files left")
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--minutes", type=float, default=30)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", required=True, help="directory to write; one that exists is refused")
+    return p.parse_args(argv)
+
+
+class Process:
+    """A stage in the directory `place`, in a session of its own. real: python STAGE.py; limit: bytes that a file may have."""
+
+    def __init__(self, place, command, real=False, limit=resource.RLIM_INFINITY):
+        self.place, self.command, (stage, *words) = place, command, command.split()
+        self.output, into = os.pipe()
+        self.pid = os.fork()
+        if self.pid:
+            return os.close(into)
+        os.setsid()
+        os.chdir(place)
+        os.dup2(into, 1), os.dup2(into, 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        if real:
+            os.execv(sys.executable, [sys.executable, os.path.join(os.path.dirname(rollout.__file__), f"{stage}.py"), *words])
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        code, files = 0, len(os.listdir("/proc/self/fd"))
+        try:
+            run_stage(STAGES[stage].main, STAGES[stage].get_args(words))
+            if len(os.listdir("/proc/self/fd")) > files + 2 * len(grading.idle):
+                print("OPEN FILES", [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")[:-1]])
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 99
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+    def wait(self, seconds, until=lambda: False):
+        """Whether it is still there, after some seconds or when until() holds."""
+        end = time.monotonic() + seconds
+        while there := os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() > end or until():
+                break
+            time.sleep(0.002)
+        return there
+
+
+class Soak:
+    def __init__(self, args):
+        self.out, self.rng, self.counts = args.out, random.Random(args.seed), collections.Counter()
+        self.seconds, self.expected = {}, {}
+
+    def finding(self, kind, what, run):
+        self.counts[kind] += 1
+        path = os.path.join(self.out, "findings", f"{self.counts['runs']}_{kind.replace(' ', '_')}")
+        shutil.copytree(run.place, path, dirs_exist_ok=True)
+        with open(os.path.join(path, "output.txt"), "a", encoding="utf-8") as file:
+            file.write(f"{kind}: {what}\n{run.command}\n\n{run.text}")
+        print(f"FINDING {kind}: {run.command.split()[0]}: {what}; see {path}", flush=True)
+
+    def ended(self, run, codes, alone=True):
+        """Exit code of a run, when it has ended; it must be one of `codes`. alone: no other is running."""
+        if run.wait(HANGS):
+            os.killpg(run.pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(run.pid, 0)[1])
+        left, end = alone, time.monotonic() + 20
+        while left and time.monotonic() < end:  # what it has left is now a child of this process, the subreaper
+            try:
+                time.sleep(0.01 * (os.waitpid(-1, os.WNOHANG)[0] == 0))
+            except ChildProcessError:
+                left = False
+        os.set_blocking(run.output, False)
+        with open(run.output, encoding="utf-8", errors="replace") as output:
+            run.text = output.read() or ""
+        self.counts["runs"] += 1
+        for kind, found in {"exit codes": code not in codes, "tracebacks": "Traceback" in run.text,
+                            "open files left": "OPEN FILES" in run.text, "processes left": left}.items():
+            if found:
+                self.finding(kind, f"ended with {code}", run)
+        return code
+
+    def attempt(self, place, name, flags, fault="none"):
+        """Begins or continues an artifact, with a fault on the way. Returns the run and its exit code."""
+        out, rng, limit = os.path.join(place, name), self.rng, resource.RLIM_INFINITY
+        self.counts["resumes"] += os.path.exists(os.path.join(out, "meta.partial.json")) and "--resume" in flags
+        if fault == "disk":
+            limit = int(2 ** rng.uniform(7, 21))
+        real = name in self.seconds and fault != "interrupt" and rng.random() < 0.05  # Python itself answers Ctrl-C while it imports
+        moment = self.seconds.get(name, 0) * rng.uniform(0, 1.2) + 6 * real
+        run = Process(place, f"{flags} --out {name}", real, limit)
+
+        def writes():
+            lock = os.path.join(out, "meta.lock")
+            return os.path.isfile(lock) and f"process {run.pid} " in open(lock).read()
+        if fault == "second" and run.wait(HANGS, writes) and run.wait(moment / 2):
+            os.kill(run.pid, signal.SIGSTOP)
+            finished = os.path.exists(os.path.join(out, "meta.json"))
+            second = Process(place, f"{CYCLE[name]} --out {name} {rng.choice(['--resume', '--overwrite'])}")
+            refused = self.ended(second, [0, 2], alone=False) == 2 and "is being written by process" in second.text
+            if not refused and not finished:
+                self.finding("second runs accepted", "while the first one wrote", second)
+            self.counts[fault] += refused
+            os.kill(run.pid, signal.SIGCONT)
+        if fault in SIGNALS and run.wait(moment):
+            (os.killpg if fault == "interrupt" else os.kill)(run.pid, SIGNALS[fault])
+        code = self.ended(run, CODES[fault])
+        self.counts[fault] += code != 0
+        return run, code
+
+    def made(self, place, name, flags):
+        """Makes or continues an artifact undisturbed; it must be as it was when it was made for the first time."""
+        started, (run, code) = time.monotonic(), self.attempt(place, name, flags)
+        if code:
+            return self.made(place, name, flags.replace("--resume", "") + " --overwrite")
+        self.seconds.setdefault(name, time.monotonic() - started)
+        found = contents(os.path.join(place, name))
+        expected = self.expected.setdefault(name, found)
+        self.counts["artifacts compared"] += found is not expected
+        for kind, names in {"files left": sorted(found.keys() - expected.keys()),
+                            "mismatches": [key for key in expected if found.get(key) != expected[key]]}.items():
+            if names:
+                self.finding(kind, f"in {name}: {names}", run)
+
+    def damaged(self, place, name, reader):
+        """Flips a bit of a finished artifact, shows it to the stage that reads it, and makes it again."""
+        files = list(read_artifact(os.path.join(place, name), name)["files"])
+        files = [file for file in files if file.startswith("final/")] or files  # of a run the next stage reads the model
+        path = os.path.join(place, name, self.rng.choice(["meta.json", *files]))
+        data = bytearray(open(path, "rb").read())
+        at = self.rng.randrange(len(data))
+        data[at] ^= 1 << self.rng.randrange(8)
+        with open(path, "wb") as file:
+            file.write(data)
+        run = Process(place, reader)
+        self.counts["damage"] += 1
+        if self.ended(run, [0, 2]) != 2 or name not in run.text:
+            self.finding("damage accepted", f"byte {at} of {os.path.relpath(path, place)}", run)
+        shutil.rmtree(os.path.join(place, "reader"), ignore_errors=True)
+        self.made(place, name, f"{CYCLE[name]} --overwrite")
+
+
+def contents(path):
+    """{file: sha256, or rows without times} of a finished artifact, and counts of its meta.json. Whole checkpoints do not belong to it."""
+    meta, found = read_artifact(path, "-"), {}
+    for name in glob.glob("**", root_dir=path, recursive=True):
+        file = os.path.join(path, name)
+        if os.path.basename(name) in ("metrics.jsonl", "evals.jsonl", "gates.jsonl"):
+            found[name] = [{key: value for key, value in row.items() if "second" not in key} for _, row in read_jsonl(file)]
+        elif os.path.isfile(file) and name != "meta.json" and (".tmp" in name or not name.startswith("step_")):
+            found[name] = file_sha256(file)
+    return found | {name: meta.get(name) for name in ("counts", "cell", "stop_ids", "tflops", "response_tokens")}
+
+
+def main(args):
+    if os.path.exists(args.out):
+        refuse(f"--out {args.out}: exists; choose another directory")
+    setup, cycle, temporary = (os.path.join(os.path.abspath(args.out), name) for name in ("setup", "cycle", "temporary"))
+    for path in (setup, cycle, temporary):
+        os.makedirs(path)
+    os.environ["TMPDIR"] = tempfile.tempdir = temporary
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans become this process's children
+    started, soak, shared, files = time.monotonic(), Soak(args), set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+    for name, command in SETUP.items():
+        soak.made(setup, name, command)
+    with open(os.path.join(setup, "hard.jsonl"), "w", encoding="utf-8") as hard:  # answers that need a grading worker
+        for _, row in list(read_jsonl(os.path.join(setup, "world", "train.jsonl")))[:24]:
+            hard.write(json.dumps(row | {"answer": f"\\left|-{row['answer']}\\right|"}) + "\n")
+    for name, command in CYCLE.items():
+        soak.made(cycle, name, command)
+    readers = dict(zip(CYCLE, [*(f"{command} --out reader" for command in list(CYCLE.values())[1:]), "evaluate --table eval"]))
+    print("seconds undisturbed:", {name: round(seconds, 1) for name, seconds in soak.seconds.items()}, flush=True)
+    while time.monotonic() < started + 60 * args.minutes:
+        shutil.rmtree(cycle)
+        os.makedirs(cycle)
+        for name, command in CYCLE.items():
+            for fault in soak.rng.choices(["second", "disk", *2 * list(SIGNALS)], k=soak.rng.randint(1, 3)):
+                soak.attempt(cycle, name, f"{command} --resume", fault)
+            soak.made(cycle, name, f"{command} --resume")
+            if soak.rng.random() < 0.25:
+                soak.damaged(cycle, name, readers[name])
+        soak.counts["cycles"] += 1
+        print(f"{(time.monotonic() - started) / 60:.1f} minutes: {dict(soak.counts)}", flush=True)
+    soak.counts |= {"open files left": soak.counts["open files left"] + len(os.listdir("/proc/self/fd")) - files,
+                    "temporary files left": len(os.listdir(temporary)), "/dev/shm files left": len(set(os.listdir("/dev/shm")) - shared)}
+    for name in ("cycles", "runs", *SIGNALS, "disk", "second", "damage", "resumes", "artifacts compared", *BAD):
+        print(f"| {name} | {soak.counts[name]} |")
+    if any(soak.counts[name] for name in BAD):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main(get_args())

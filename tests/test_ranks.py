@@ -1,0 +1,210 @@
+"""Two ranks on a CPU (gloo) give what one process gives. Ranks are forked from the tests' process, which has imported all there is."""
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+import grpo
+import ranks
+import train
+from artifacts import refuse
+from conftest import ROOT
+from inputs import load_tokenizer
+from recipes.toy_world import make_model
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def as_rank(rank, count, port, work, words):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}  # what torchrun sets
+    ranks.start()
+    work(*words)
+    torch.distributed.destroy_process_group()
+
+
+def on_ranks(work, *words, count=2):
+    mp.start_processes(as_rank, (count, free_port(), work, words), nprocs=count, start_method="fork")
+
+
+def run_stage(stage, words):
+    stage.main(stage.get_args([str(word) for word in words]))
+
+
+def rows_of(file):
+    return [{name: value for name, value in json.loads(line).items() if "second" not in name} for line in open(file)]
+
+
+def flat(row):
+    """A row without the evaluations' intervals and the gates' words."""
+    return {name: value for name, value in row.items() if not isinstance(value, (dict, list, str))}
+
+
+@pytest.fixture(scope="module")
+def untied(world):
+    """A student whose output head is not its embedding."""
+    path, tokenizer = world.parent / "untied", load_tokenizer(world / "student_init", "--student")
+    torch.manual_seed(5)
+    model = make_model(tokenizer, 32, 2, 1)
+    model.config.tie_word_embeddings = False
+    model = type(model)(model.config)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def flags_of(case, world, rollouts, scores, student):
+    teacher_prefix = ["--prefix", "teacher", "--rollouts", rollouts, "--scores", scores, "--student", student]
+    student_prefix = ["--prefix", "student", "--teacher", world / "teacher_init", "--data", world / "train.jsonl", "--student", student]
+    evaluation = ["--eval_data", world / "heldout.jsonl", "--eval_every", 2, "--eval_n", 2]
+    common = "--engine hf --dtype float32 --steps 4 --lr 2e-3 --max_response_tokens 12 --save_every 2".split()
+    model = ["--model", student, "--data", world / "train.jsonl", *"--batch_size 4 --n 3 --updates 2 --kl_weight 0.1".split()]
+    return {
+        "teacher forward": [train, *teacher_prefix, "--kl", "forward", "--batch_size", 5, "--micro_batch_tokens", 60, *evaluation],
+        "teacher reverse": [train, *teacher_prefix, "--kl", "reverse", "--batch_size", 3, "--normalize", "token"],
+        "student forward": [train, *student_prefix, "--kl", "forward", "--batch_size", 4],
+        "student reverse": [train, *student_prefix, "--kl", "reverse", "--batch_size", 3, "--n", 2, *evaluation],
+        "one response": [train, *student_prefix, "--kl", "reverse", "--batch_size", 1, "--vocab", "sampled"],
+        "curriculum": [train, *student_prefix, *"--kl mix --fkl_weight 0.3 --batch_size 4 --curriculum entropy".split(),
+                       *"--horizons 4,8,12 --entropy_floor 0.5 --gate_every 1".split(), *evaluation],
+        "grpo": [grpo, *model, *evaluation],
+        "grpo, equal groups": [grpo, *model[:4], *"--batch_size 2 --n 2 --overlong mask --scale_advantages none".split()],
+    }[case] + common
+
+
+@pytest.mark.parametrize("case, tied", [("teacher forward", True), ("teacher reverse", False), ("student forward", False),
+                                        ("student reverse", True), ("one response", True), ("curriculum", True), ("grpo", True),
+                                        ("grpo", False), ("grpo, equal groups", True)])
+def test_two_ranks_end_as_one_process_does(world, rollouts, scores, untied, tmp_path, monkeypatch, case, tied):
+    monkeypatch.setattr(grpo, "rewards_of", lambda tokenizer, problems, groups: torch.tensor(  # untrained models are never right
+        [[float(sum(one.response_ids) % 2) for one in group] for group in groups]))
+    stage, *flags = flags_of(case, world, rollouts, scores, world / "student_init" if tied else untied)
+    run_stage(stage, [*flags, "--out", tmp_path / "one"])
+    on_ranks(run_stage, stage, [*flags, "--out", tmp_path / "two"])
+    for name in ("metrics.jsonl", "evals.jsonl", "gates.jsonl"):
+        one, two = rows_of(tmp_path / "one" / name), rows_of(tmp_path / "two" / name)
+        assert len(one) == len(two) and (one or name != "metrics.jsonl")
+        for a, b in zip(one, two):
+            a.pop("padding", None), b.pop("padding", None)  # micro-batches are cut in another way
+            assert flat(a) == pytest.approx(flat(b), rel=1e-2, abs=1e-4)
+    for checkpoint in ("step_000002", "final"):
+        one, two = (load_file(tmp_path / run / checkpoint / "model.safetensors") for run in ("one", "two"))
+        start = load_file((world / "student_init" if tied else untied) / "model.safetensors")
+        assert one.keys() == two.keys() == start.keys()
+        for name in one:  # where a gradient is all rounding, Adam makes a step of it
+            torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-3)
+            assert (one[name] - two[name]).abs().mean() < 2e-5
+        assert max((one[name] - start[name]).abs().max() for name in one) > 1e-3  # Adam moves by the learning rate
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_ranks_resume_what_two_ranks_have_saved(world, rollouts, scores, tmp_path, count):
+    """On two bit for bit; on one, to rounding: a checkpoint does not depend on the number of ranks."""
+    stage, *flags = flags_of("student reverse", world, rollouts, scores, world / "student_init")
+    (tmp_path / "again").mkdir()
+    out = tmp_path / "again/run"
+    on_ranks(run_stage, stage, [*flags, "--out", tmp_path / "run"])
+    with pytest.raises(Exception, match="cut short"):
+        on_ranks(cut_short, stage, [*flags, "--out", out])
+    assert not (out / "final").exists()
+    if count == 1:
+        run_stage(stage, [*flags, "--out", out, "--resume"])
+    else:
+        on_ranks(run_stage, stage, [*flags, "--out", out, "--resume"])
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        for a, b in zip(rows_of(out / name), rows_of(tmp_path / "run" / name), strict=True):
+            a.pop("padding", None), b.pop("padding", None)
+            assert (a == b) if count == 2 else flat(a) == pytest.approx(flat(b), rel=1e-2, abs=1e-4)
+    whole, resumed = (load_file(path / "final/model.safetensors") for path in (tmp_path / "run", out))
+    for name in whole:
+        torch.testing.assert_close(whole[name], resumed[name], rtol=0, atol=0 if count == 2 else 1e-3)
+
+
+def cut_short(stage, words):
+    def step(args, model, optimizer, step, ids):
+        if step == 3:
+            raise RuntimeError("cut short")
+        return whole_step(args, model, optimizer, step, ids)
+    whole_step, stage.optimizer_step = stage.optimizer_step, step
+    run_stage(stage, words)
+
+
+def test_a_rank_holds_its_share_of_weights_gradients_and_moments(world, tmp_path):
+    def measure(out):
+        model = ranks.load_sharded(world / "teacher_init", "--student", "float32", trained=True)
+        optimizer = torch.optim.AdamW(model.parameters())
+        train.response_hidden(model, [[3, 4]], [[5, 6, 7]]).sum().backward()
+        optimizer.step()
+        held = [*model.parameters(), *(p.grad for p in model.parameters()), *(t for s in optimizer.state.values() for t in s.values())]
+        local = [t.to_local() if hasattr(t, "to_local") else t for t in held]
+        (out / str(ranks.rank())).write_text(str(sum(t.numel() * t.element_size() for t in local)))
+    sizes = {}
+    for count in (1, 2, 4):
+        (tmp_path / str(count)).mkdir()
+        on_ranks(measure, tmp_path / str(count), count=count)
+        sizes[count] = [int(file.read_text()) for file in sorted((tmp_path / str(count)).iterdir())]
+    assert sum(sizes[2]) < 1.02 * sizes[1][0] > sum(sizes[4]) / 1.02  # steps are counted on each
+    assert max(sizes[2]) < 0.52 * sizes[1][0] and max(sizes[4]) < 0.27 * sizes[1][0]
+
+
+def test_shares_and_sums(tmp_path):
+    def check(out):
+        n = ranks.count()
+        assert ranks.gather(list(range(7))[ranks.mine(7)]) == list(range(7)) and ranks.gather([][ranks.mine(0)]) == []
+        for batches in ([[0, 1, 2]], [[0], [1], [2], [3]], [[0, 1], [2, 3, 4, 5, 6], [7]], [[0]], []):
+            dealt = ranks.deal(batches)
+            assert len(ranks.gather([len(dealt)])) == n and len(set(ranks.gather([len(dealt)]))) == 1
+            counted = ranks.gather([i for part, counts in dealt if counts for i in part])
+            assert sorted(counted) == sorted(i for batch in batches for i in batch)
+        assert ranks.add_up({"a": 1.5, "b": ranks.rank()}) == {"a": 1.5 * n, "b": n * (n - 1) / 2}
+        assert ranks.largest(10 * ranks.rank()) == 10 * (n - 1)
+        (out / str(ranks.rank())).write_text("checked")
+    on_ranks(check, tmp_path, count=3)
+    assert len(list(tmp_path.iterdir())) == 3
+    assert ranks.deal([[0, 1], [2]]) == [([0, 1], True), ([2], True)] and ranks.mine(5) == slice(0, 5)
+
+
+FAILS = """
+import sys, ranks, train
+def optimizer_step(args, model, optimizer, step, ids):
+    if step == 1 and ranks.rank() == 1:
+        raise RuntimeError("this rank has lost its GPU")
+    return whole_step(args, model, optimizer, step, ids)
+whole_step, train.optimizer_step = train.optimizer_step, optimizer_step
+ranks.start()
+train.main(train.get_args(sys.argv[1:]))
+"""
+
+
+def torchrun(*words):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", *map(str, words)],
+                          cwd=ROOT, capture_output=True, text=True, timeout=240, env=os.environ | {"PYTHONPATH": ROOT})
+
+
+def test_torchrun_ends_when_one_rank_fails_and_shows_why(world, rollouts, scores, tmp_path):
+    (tmp_path / "fails.py").write_text(FAILS)
+    _, *flags = flags_of("teacher reverse", world, rollouts, scores, world / "student_init")
+    started = time.monotonic()
+    done = torchrun(tmp_path / "fails.py", *flags, "--out", tmp_path / "run")
+    assert done.returncode == 1 and "this rank has lost its GPU" in done.stderr
+    assert time.monotonic() - started < 120 and not (tmp_path / "run/meta.json").exists()
+    assert done.stdout.count("step 1/4") == 1  # printed by one rank
+
+
+def test_bad_input_is_refused_once(world, rollouts, scores, tmp_path):
+    _, *flags = flags_of("teacher reverse", world, rollouts, scores, tmp_path / "absent")
+    done = torchrun("train.py", *flags, "--out", tmp_path / "run")
+    assert done.returncode == 1 and len(re.findall("error: --student .*absent", done.stderr)) == 1
+    assert not (tmp_path / "run").exists()

@@ -29,5 +29,6 @@ endif
 demo: .venv/installed
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash recipes/toy.sh out/toy
 
+# On a CPU two files of tests at a time; on a GPU, which the tests share, one.
 test: .venv/vllm
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q $(if $(GPU),,-n 2 --dist loadfile)

@@ -141,6 +141,8 @@ def is_finished(args):
     if not args.resume or not os.path.isfile(os.path.join(args.out, "meta.json")):
         return False
     check_same(args, read_artifact(args.out, "--out"))
+    for name in WORKING:  # left by a run that was killed after it had written meta.json
+        pathlib.Path(args.out, name).unlink(missing_ok=True)
     print(f"{args.out}: is finished", flush=True)
     return True
 
@@ -241,9 +243,8 @@ def finish_artifact(args, stage, files, known=None, **facts):
     meta = {"stage": stage, "argv": sys.argv, **partial, "args": vars(args), "finished": now_utc(), **provenance(), **facts,
             "files": hashes}
     write_sealed(os.path.join(args.out, "meta.json"), meta)
-    for path in (os.path.join(args.out, name) for name in WORKING):
-        if os.path.isfile(path):
-            os.remove(path)
+    for name in WORKING:
+        pathlib.Path(args.out, name).unlink(missing_ok=True)
     locks.pop(os.path.realpath(args.out)).close()
     return meta
 

@@ -397,6 +397,7 @@ def serve():
     for text in ("\\sqrt{8}", "\\cot(x)", "(1,3]", "y=2x+3", "x>3", "\\{1,x\\}", "0.5"):
         math_verify.verify(parsed(text), parsed(text + "+1"), timeout_seconds=None)  # imports all it needs, once for all forks
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_MEMORY, LIMIT_MEMORY))
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a worker whose stage was killed ends in silence
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     while os.fork():

@@ -19,8 +19,6 @@ PAPER: the division by the deviation, the mean over tokens, the clipping and wha
 stated. Tokens are sampled with top-p 0.95 there and here, while pi and pi_old are the whole softmax.
 """
 import argparse
-import json
-import os
 from collections import Counter
 from typing import NamedTuple
 
@@ -28,6 +26,7 @@ import torch
 
 import ranks
 from artifacts import add_output_flags, run_stage
+from evaluate import origin_of
 from grading import grade
 from inputs import add_problem_flags, load_tokenizer, model_dir, tokenizer_sha256
 from kernels import linear_streaming_kl
@@ -231,9 +230,8 @@ def main(args):
     directory, tokenizer, stops, problems, prompts, sampling = prepare(args)
     sampling = sampling._replace(logprobs=True)
     reference = load_reference(args, tokenizer) if args.kl_weight else None
-    origin = os.path.join(directory, "checkpoint.json")  # which cell the checkpoint was distilled in, if it was
-    cell = json.load(open(origin))["cell"] if os.path.isfile(origin) else {"name": args.model, "prefix": "-", "kl": "-"}
-    run = Run(args, directory, tokenizer, stops, cell | {"name": cell["name"] + ", then GRPO"})
+    cell = origin_of(args, directory)["cell"]  # in which the checkpoint was distilled, if it was
+    run = Run(args, directory, tokenizer, stops, cell | {"name": cell.get("name", args.model) + ", then GRPO"})
 
     for step in range(run.first_step, args.steps):
         started = clock()

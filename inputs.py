@@ -10,8 +10,9 @@ import urllib.error
 import urllib.request
 
 import torch
+from safetensors import SafetensorError
 
-from artifacts import read_jsonl, refuse
+from artifacts import read_artifact, read_jsonl, refuse
 
 # The hub data sets of the field: alias -> (hub id, configuration, split).
 ALIASES = {
@@ -128,6 +129,9 @@ def model_dir(name, flag):
                 damaged = True
             if damaged:
                 refuse(f"{flag} {name}: {os.path.basename(path)} is not a JSON object")
+        run = os.path.dirname(os.path.realpath(name))
+        if os.path.isfile(os.path.join(run, "meta.json")):  # it is final/ of a run, and its checksums are there
+            read_artifact(run, flag)
         return name
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         refuse(f"{flag} {name}: no such directory")
@@ -159,9 +163,12 @@ def load_model(directory, flag, dtype, device="cuda" if torch.cuda.is_available(
     from transformers.utils import logging
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                                                             output_loading_info=True)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
         refuse(f"{flag} {directory}: the model cannot be loaded: {error}")
+    if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:  # these weights would be random
+        refuse(f"{flag} {directory}: {len(wrong)} of its weights are missing or of another shape, such as {sorted(map(str, wrong))[0]}")
     return model.to(device).eval()
 
 

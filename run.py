@@ -150,6 +150,8 @@ class Run:
         ranks.barrier()  # all have found --out as it should be
         if ranks.rank() == 0:
             start_artifact(args)
+            for half in glob.glob(os.path.join(glob.escape(args.out), "*.tmp")):  # left by a run that was killed while it saved
+                shutil.rmtree(half)
             for name in LOGS:
                 rewind_log(os.path.join(args.out, name), self.first_step if checkpoint else -1)  # what came after it comes again
         else:
@@ -216,8 +218,7 @@ class Run:
         moments = whole_state(optimizer_state(self.model, self.optimizer)) if name != "final" else None
         if ranks.rank():
             return
-        shutil.rmtree(path, ignore_errors=True)  # left by a run that was killed while it saved
-        shutil.rmtree(path + ".tmp", ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)  # left by a run that was killed while it finished
         self.model.save_pretrained(path + ".tmp", state_dict=weights)
         self.tokenizer.save_pretrained(path + ".tmp")
         if moments is not None:

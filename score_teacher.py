@@ -33,7 +33,7 @@ from artifacts import (GrowingFile, add_output_flags, check_out, check_space, fi
                        refuse, run_stage, start_artifact, stop, stop_requested)
 from inputs import (default_dtype, load_model, load_tokenizer, model_dir, prompt_text, render_prompt, stop_ids, template_sha256,
                     tokenizer_sha256)
-from kernels import linear_streaming_kl
+from kernels import chunk_of, linear_streaming_kl
 from rollout import Sampling, read_rollouts, sample
 
 PROBES = ["What is 17 * 23?", "A train covers 120 km in 1.5 hours. What is its average speed in km/h?",
@@ -197,21 +197,22 @@ def response_hidden(model, prompts, responses):
     return hidden[(column >= first) & (column < length)]
 
 
-def token_logps(hidden, head, tokens, chunk=1024):
+def token_logps(hidden, head, tokens):
     """log p(token) in fp32, from hidden states (N, H), head (V, H) and tokens (N,) or (N, m): the shape of `tokens`.
 
-    Logits exist for `chunk` positions at a time, and are computed again in the backward pass."""
+    Logits exist for chunk_of(head) positions at a time, and are computed again in the backward pass."""
     def logps(hidden, tokens):
         return (hidden @ head.T.to(hidden.dtype)).float().log_softmax(-1).gather(1, tokens)
     picked = tokens if tokens.dim() == 2 else tokens[:, None]
-    pieces = [checkpoint(logps, h, t, use_reentrant=False) for h, t in zip(hidden.split(chunk), picked.split(chunk))]
+    chunks = zip(hidden.split(chunk_of(head)), picked.split(chunk_of(head)))
+    pieces = [checkpoint(logps, h, t, use_reentrant=False) for h, t in chunks]
     return torch.cat(pieces).view_as(tokens)
 
 
 @torch.no_grad()
-def top_tokens(hidden, head, k, chunk=1024):
+def top_tokens(hidden, head, k):
     """The k likeliest tokens of each position, likeliest first: (log-probabilities (N, k) fp32, ids (N, k))."""
-    tops = [(h @ head.T.to(h.dtype)).float().log_softmax(-1).topk(k) for h in hidden.split(chunk)]
+    tops = [(h @ head.T.to(h.dtype)).float().log_softmax(-1).topk(k) for h in hidden.split(chunk_of(head))]
     return torch.cat([top.values for top in tops]), torch.cat([top.indices for top in tops])
 
 

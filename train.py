@@ -26,7 +26,7 @@ import torch
 import ranks
 from artifacts import add_output_flags, check_out, read_artifact, refuse, run_stage
 from inputs import add_problem_flags, context_of, encode_problems, load_problems, load_tokenizer, model_dir, stop_ids
-from kernels import linear_streaming_kl
+from kernels import chunk_of, linear_streaming_kl
 from rollout import add_sampling_flags, derive_seed, read_rollouts, sampling_from
 from run import Run, add_training_flags, autocast, batch_indices, check_training_flags, clock, optimizer_step, tflops
 from score_teacher import (batches_by_tokens, check_pair, check_signal, match_tokenizers, output_head, overlap, print_preflight,
@@ -178,10 +178,10 @@ def truncates(args):
     return (args.temperature, args.top_p, args.top_k) != (1.0, 1.0, 0)
 
 
-def sampler_kl(hidden, head, temperature, top_p, top_k, chunk=1024):
+def sampler_kl(hidden, head, temperature, top_p, top_k):
     """(N,) KL(sampler || student), nats: how far temperature, then top-k, then top-p take the sampler from the student."""
     pieces = []
-    for part in hidden.split(chunk):
+    for part in hidden.split(chunk_of(head)):
         log_q, order = (part @ head.T.to(part.dtype)).float().log_softmax(-1).sort(-1, descending=True)
         log_s = (log_q / temperature).log_softmax(-1) if temperature else torch.where(order == order[:, :1], 0.0, -torch.inf)
         if top_k:
@@ -265,17 +265,18 @@ def ended(args, run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def stored_responses(args, context):
+def stored_responses(args, context, vocab_size):
     """The rollouts as Responses, cut to --max_response_tokens."""
-    responses = []
-    for row, stored in enumerate(read_rollouts(args.rollouts)):
-        tokens = stored["response_ids"][:args.max_response_tokens]
-        length = len(stored["prompt_ids"]) + len(tokens)
+    responses, same = [], {}  # one int object for equal ids: 8 bytes a token, not 36
+    for row, stored in enumerate(read_rollouts(args.rollouts, vocab_size)):
+        prompt, ids = ([same.setdefault(i, i) for i in stored[name]] for name in ("prompt_ids", "response_ids"))
+        tokens = ids[:args.max_response_tokens]
+        length = len(prompt) + len(tokens)
         if length > context:
             refuse(f"--rollouts {args.rollouts}: {stored['id']} has {length} tokens, more than the student's context of {context}; "
                    "give a smaller --max_response_tokens")
         cut = stored["finish_reason"] == "length" or len(tokens) < len(stored["response_ids"])
-        responses.append(Response(stored["prompt_ids"], tokens, cut, stored["id"], row))
+        responses.append(Response(prompt, tokens, cut, stored["id"], row))
     return responses
 
 
@@ -326,17 +327,18 @@ def main(args):
         prompts = encode_problems(args, problems, tokenizer, context_of(student_dir))
         items = [(problem["id"], prompt) for problem, prompt in zip(problems, prompts)]
     else:
-        items = stored_responses(args, context_of(student_dir))
+        items = stored_responses(args, context_of(student_dir), len(tokenizer))
     teacher, teacher_config = teacher_signal(args, items)
     kl = (f"mix {args.fkl_weight:g}" if args.kl == "mix" else args.kl) + ("" if args.vocab == "full" else f" ({args.vocab})")
     cell = {"name": f"{args.prefix} prefix, {kl} KL", "prefix": args.prefix, "kl": kl}
     run = Run(args, student_dir, tokenizer, stops, cell, samples=on_policy)
     if not run.first_step and teacher_config:
-        few = items[:8]
         if on_policy:
             short = sampling._replace(n=1, max_response_tokens=min(256, args.max_response_tokens))
             few = [Response(prompt, group[0].response_ids, False)
                    for prompt, group in zip(prompts, run.sample(prompts[:8], short, args.seed))]
+        else:
+            few = [response._replace(tokens=response.tokens[:256]) for response in items[:8]]
         first_look(args, run, teacher, few, tokenizer, student_stops, teacher_stops)
     if on_policy and truncates(args):
         print(f"{run.name}: WARNING: with --temperature {args.temperature} --top_p {args.top_p} --top_k {args.top_k} the student "

@@ -401,6 +401,11 @@ def _accumulate(total, a, b):
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
+def chunk_of(head):
+    """Tokens that may have logits at a time, at 16 bytes a logit, for who computes with a head (V, H) outside of the kernels."""
+    return max(1, LOGITS_BYTES[head.device.type] // (16 * len(head)))
+
+
 def _default_chunk(vocab_size, dtypes, logits_dtype, device):
     """Tokens whose logits fill LOGITS_BYTES, counting the copy that turns float32 gradients into the matrix products' dtype."""
     width = sum((logits_dtype or dtype).itemsize for dtype in dtypes)

@@ -1,12 +1,13 @@
-"""Peak memory of each stage against responses, their length, the batch and the vocabulary; and what a rank holds. Two Markdown tables.
+"""Peak memory of each stage against responses, response length, batch and vocabulary; and what a rank holds. Two Markdown tables.
 
     OMP_NUM_THREADS=1 python -m recipes.memory --out out/memory
 
-The toy architecture (student 64 wide, teacher 128, two layers) with random weights and a large vocabulary. One thing is changed at a
-time from: 16 responses of 128 tokens, 32,768 tokens of vocabulary, batches of 16 responses in sampling (--sample_batch) and of 1200
-tokens in forward passes (--micro_batch_tokens). A point is a process of its own: on a GPU what torch has allocated at most, on a CPU
-the largest resident set above that after the imports. Subtracted is the peak of a process that only loads and saves what the stage
-does: tokenizers, models and, for a model that is trained, its gradients and moments.
+The toy architecture (student 64 wide, teacher 128, two layers) with random weights and a large vocabulary. One thing is changed at
+a time from: 16 responses of 128 tokens, a vocabulary of 32,768 tokens, batches of 16 responses in sampling (--sample_batch) and of
+600 tokens in forward passes (--micro_batch_tokens), which a response of 1024 tokens exceeds alone. A point is a process of its own:
+on a GPU the most that torch has allocated, on a CPU the largest resident set above that after the imports. Subtracted is the peak
+of a process that only loads and saves what the stage does: tokenizers, models and, where one is trained, gradients and moments.
+Training makes two steps with a micro-batch each, without the preflight.
 """
 import argparse
 import functools
@@ -47,8 +48,9 @@ STAGES = {  # file, models that it loads, whether the first is trained, flags
              "--kl_weight 0.1 " + TRAIN),
     "evaluate": (evaluate, ["student"], False, "--model {student} --micro_batch_tokens {tokens} " + SAMPLE)}
 BASE = {"responses": 16, "length": 128, "batch": 1, "vocabulary": 2**15}
-POINTS = {"MB": {}, "responses x4": {"responses": 64}, "x16": {"responses": 256}, "length x4": {"length": 512}, "x8": {"length": 1024},
-          "batch x2": {"batch": 2}, "x4": {"batch": 4}, "vocabulary x2": {"vocabulary": 2**16}, "x4 ": {"vocabulary": 2**17}}
+POINTS = {"MB": {}, "responses x4": {"responses": 64}, "x16": {"responses": 256}, "length x4": {"length": 512},
+          "x8": {"length": 1024}, "batch x2": {"batch": 2}, "x4": {"batch": 4}, "vocabulary x2": {"vocabulary": 2**16},
+          "x4 ": {"vocabulary": 2**17}}
 
 
 def get_args(argv=None):
@@ -121,6 +123,7 @@ def hold(out, trained, *models):
 
 def run(stage, words, log):
     sys.stdout = sys.stderr = open(log, "a", encoding="utf-8")
+    train.first_look = lambda *args: None
     stage.main(stage.get_args(words.split()))
 
 
@@ -131,7 +134,8 @@ def point(out, name, responses, length, batch, vocabulary):
     in_process(make_world, world, vocabulary)
     if "prefix" not in name:
         responses = max(responses, 16 * batch)  # enough to fill a batch
-    sizes = {"tokens": 1200 * batch, "rows": 16 * batch, "trained": 1024 * batch // length, "groups": max(1, 512 * batch // length)}
+    sizes = {"tokens": 600 * batch, "rows": 16 * batch, "trained": max(1, 512 * batch // length),
+             "groups": max(1, 256 * batch // length)}
     paths = {"teacher": os.path.join(world, "teacher"), "student": os.path.join(world, "student"),
              "data": os.path.join(world, "problems.jsonl"), "rollouts": os.path.join(world, f"rollouts_{responses}_{length}"),
              "scores": os.path.join(world, f"scores_{responses}_{length}")}
@@ -139,8 +143,8 @@ def point(out, name, responses, length, batch, vocabulary):
         in_process(make_rollouts, paths["rollouts"], world, responses, length)
     if "{scores}" in flags:
         make = STAGES["score_teacher"][3] + " --out " + paths["scores"]
-        in_process(run, score_teacher, make.format(**paths, tokens=1200), os.path.join(out, "log.txt"))
-    words = (flags + " --overwrite --out {out}").format(**paths, **sizes, responses=responses, length=length, out=os.path.join(out, "run"))
+        in_process(run, score_teacher, make.format(**paths, tokens=600), os.path.join(out, "log.txt"))
+    words = f"{flags} --overwrite --out {os.path.join(out, 'run')}".format(**paths, **sizes, responses=responses, length=length)
     held = in_process(hold, os.path.join(out, "held"), trained, *(paths[model] for model in models))
     return (in_process(run, stage, words, os.path.join(out, "log.txt")) - held) / 1e6
 

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m recipes.soak --minutes 30 --out out/soak --seed 0
 
-A cycle makes six artifacts, each from those before it. Each is begun one to three times with a fault, and then continued to its end:
+A cycle makes six artifacts, each from those before it. Each is begun with one to three faults, and then continued to its end:
 
     kill, terminate, interrupt    SIGKILL; SIGTERM; SIGINT to the process group, as Ctrl-C sends it; at a random moment
     disk                          no file may grow beyond a random size
@@ -36,22 +36,23 @@ import train
 from artifacts import file_sha256, read_artifact, read_jsonl, refuse, run_stage
 from recipes import toy_world
 
-STAGES = {"rollout": rollout, "score_teacher": score_teacher, "train": train, "grpo": grpo, "evaluate": evaluate, "toy_world": toy_world}
+STAGES = {module.__name__.split(".")[-1]: module for module in (rollout, score_teacher, train, grpo, evaluate, toy_world)}
 SFT = "train --prefix teacher --kl forward --vocab sampled --normalize token --steps 60 --lr 3e-3 --dtype float32 --engine hf"
 COMMON, HELD = "--dtype float32 --engine hf --max_response_tokens 24", "--eval_data ../setup/world/heldout.jsonl"
-TRAIN = f"{COMMON} --lr 1e-3 --save_every 2 --keep_checkpoints 2 --batch_size 4"
+TRAIN = "--lr 1e-3 --save_every 2 --keep_checkpoints 2 --batch_size 4"
 SETUP = {"world": "toy_world --train 120 --heldout 4 --test 8 --terms 2 4",
          "teacher": f"{SFT} --student world/teacher_init --rollouts world/gold",
          "base": f"{SFT} --student world/student_init --rollouts world/hasty"}
-CYCLE = {"rollouts": f"rollout {COMMON} --model ../setup/teacher/final --data ../setup/hard.jsonl --n 2 --sample_batch 8 --drop unboxed",
+SAMPLE = f"{COMMON} --data ../setup/hard.jsonl"
+CYCLE = {"rollouts": f"rollout {SAMPLE} --model ../setup/teacher/final --n 2 --sample_batch 8 --drop unboxed",
          "scores": "score_teacher --teacher ../setup/teacher/final --rollouts rollouts --shard_tokens 200 --dtype float32",
-         "offline": f"train {TRAIN} --prefix teacher --kl forward --student ../setup/base/final --rollouts rollouts --scores scores "
-                    f"--steps 9 {HELD} --eval_every 4",
-         "onpolicy": f"train {TRAIN} --prefix student --kl reverse --student offline/final --teacher ../setup/teacher/final --steps 8 "
-                     f"--refresh_every 2 {HELD} --curriculum entropy --horizons 8,16,24 --entropy_floor 0.01 --gate_every 2 "
-                     "--data ../setup/hard.jsonl",
-         "grpo": f"grpo {TRAIN} --model onpolicy/final --data ../setup/world/train.jsonl --n 4 --updates 2 --steps 6",
-         "eval": f"evaluate {COMMON} --model grpo/final --data ../setup/hard.jsonl --n 4 --k 1 4 --sample_batch 16"}
+         "offline": f"train {TRAIN} {COMMON} --prefix teacher --kl forward --student ../setup/base/final --rollouts rollouts "
+                    f"--scores scores --steps 9 {HELD} --eval_every 4",
+         "onpolicy": f"train {TRAIN} {SAMPLE} --prefix student --kl reverse --student offline/final --steps 8 --refresh_every 2 "
+                     f"--teacher ../setup/teacher/final {HELD} --curriculum entropy --horizons 8,16,24 --entropy_floor 0.01 "
+                     "--gate_every 2",
+         "grpo": f"grpo {TRAIN} {COMMON} --model onpolicy/final --data ../setup/world/train.jsonl --n 4 --updates 2 --steps 6",
+         "eval": f"evaluate {SAMPLE} --model grpo/final --n 4 --k 1 4 --sample_batch 16"}
 SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
 CODES = {"none": [0], "second": [0], "disk": [0, 1, 2], "kill": [0, -9], "terminate": [0, -15, 143], "interrupt": [0, -2, 130]}
 HANGS = 240  # seconds after which a run is taken to hang
@@ -146,7 +147,7 @@ class Soak:
         self.counts["resumes"] += os.path.exists(os.path.join(out, "meta.partial.json")) and "--resume" in flags
         if fault == "disk":
             limit = int(2 ** rng.uniform(7, 21))
-        real = name in self.seconds and fault != "interrupt" and rng.random() < 0.05  # Python itself answers Ctrl-C while it imports
+        real = name in self.seconds and fault != "interrupt" and rng.random() < 0.05  # Python's imports answer Ctrl-C alone
         moment = self.seconds.get(name, 0) * rng.uniform(0, 1.2) + 6 * real
         run = Process(place, f"{flags} --out {name}", real, limit)
 
@@ -201,7 +202,7 @@ class Soak:
 
 
 def contents(path):
-    """{file: sha256, or rows without times} of a finished artifact, and counts of its meta.json. Whole checkpoints do not belong to it."""
+    """{file: sha256, or rows without times} of a finished artifact, and its counts. Whole checkpoints do not belong to it."""
     meta, found = read_artifact(path, "-"), {}
     for name in glob.glob("**", root_dir=path, recursive=True):
         file = os.path.join(path, name)
@@ -242,7 +243,8 @@ def main(args):
         soak.counts["cycles"] += 1
         print(f"{(time.monotonic() - started) / 60:.1f} minutes: {dict(soak.counts)}", flush=True)
     soak.counts |= {"open files left": soak.counts["open files left"] + len(os.listdir("/proc/self/fd")) - files,
-                    "temporary files left": len(os.listdir(temporary)), "/dev/shm files left": len(set(os.listdir("/dev/shm")) - shared)}
+                    "temporary files left": len(os.listdir(temporary)),
+                    "/dev/shm files left": len(set(os.listdir("/dev/shm")) - shared)}
     for name in ("cycles", "runs", *SIGNALS, "disk", "second", "damage", "resumes", "artifacts compared", *BAD):
         print(f"| {name} | {soak.counts[name]} |")
     if any(soak.counts[name] for name in BAD):

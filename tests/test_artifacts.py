@@ -116,8 +116,8 @@ def test_resume_begins_what_was_never_begun_and_leaves_what_is_finished(tmp_path
         start_artifact(args)
         assert not args.resume and (path / "meta.partial.json").exists()  # no later code takes it for a resumed run
     path = made(tmp_path / "finished")
-    (path / "meta.lock").touch()  # killed between its last two steps
     before = files_of(path)
+    (path / "meta.lock").touch()  # killed between its last two steps
     with pytest.raises(SystemExit) as end:
         start_artifact(flags(path, resume=True))
     assert end.value.code == 0 and files_of(path) == before and "is finished" in capsys.readouterr().out

@@ -37,11 +37,14 @@ def no_models(monkeypatch):
     monkeypatch.setattr(score_teacher, "output_head", lambda *args: torch.eye(29, 4))
 
 
+def run(stage, words):
+    stage.main(stage.get_args([str(word) for word in words]))
+
+
 def peak_of(stage, words):
     """Bytes that Python and numpy held at most while the stage ran."""
-    args = stage.get_args([str(word) for word in words])
     tracemalloc.start()
-    stage.main(args)
+    run(stage, words)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak
@@ -73,7 +76,7 @@ def test_scoring_holds_a_shard_of_responses(world, problems, tmp_path, monkeypat
     monkeypatch.setattr(score_teacher, "score", score)
     keep, kept = False, []
     for count in (FEW, MANY):
-        roll(world, problems, tmp_path / str(count), count, run=lambda stage, words: stage.main(stage.get_args(list(map(str, words)))))
+        roll(world, problems, tmp_path / str(count), count, run=run)
     peak(FEW)
     few, many = peak(FEW), peak(MANY)
     assert many - few < 500 * (MANY - FEW)  # bytes; its length is held, and its place in the index

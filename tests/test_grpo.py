@@ -221,7 +221,7 @@ def test_a_run_keeps_the_cell_it_started_from(world, tmp_path, monkeypatch):
     monkeypatch.setattr(grpo, "rewards_of", reward_short_responses)
     shutil.copytree(world / "student_init", tmp_path / "start")
     cell = {"name": "student prefix, mix 0.8 KL", "prefix": "student", "kl": "mix 0.8"}
-    (tmp_path / "start/checkpoint.json").write_text(json.dumps({"cell": cell}))
+    (tmp_path / "start/checkpoint.json").write_text(json.dumps({"run": "a", "cell": cell, "step": 5, "tflops": 0.5}))
     run(world, tmp_path / "run", "--model", tmp_path / "start")
     cell["name"] += ", then GRPO"
     assert read_artifact(str(tmp_path / "run"), "--", "grpo")["cell"] == cell

@@ -1,6 +1,7 @@
 """inputs.py: problems from files and from the hub, the prompt around a problem, stop ids, and what is refused."""
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 import inputs
 from conftest import ROOT
-from inputs import gold_answer, load_problems, load_tokenizer, render_prompt, stop_ids
+from inputs import gold_answer, load_model, load_problems, load_tokenizer, render_prompt, stop_ids
 from recipes.toy_world import SPECIAL, TEMPLATE, make_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,3 +196,13 @@ def test_template_and_tokenizer_hashes_see_differences(world):
     assert inputs.template_sha256(tokenizer) != inputs.template_sha256(tokenizer, " s")
     other.chat_template = other.chat_template.replace("user", "assistant").replace("message['role']", "'assistant'")
     assert inputs.template_sha256(tokenizer) != inputs.template_sha256(other)
+
+
+@pytest.mark.parametrize("damage, word", [(lambda data: data[:-9], "cannot be loaded"), (lambda data: b"", "cannot be loaded"),
+                                          (lambda data: data.replace(b"q_norm", b"q_nerm", 1), "weights are missing")])
+def test_a_damaged_model_is_refused(world, tmp_path, refused, damage, word):
+    """One name changed in the file's header, and transformers alone would go on with that weight at random."""
+    shutil.copytree(world / "student_init", tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    refused(lambda: load_model(str(tmp_path / "model"), "--student", "float32"), "--student", "model", word)

@@ -139,6 +139,7 @@ def test_readme_commands_parse(readme):
 def test_readme_names_only_flags_that_exist(readme):
     known = {f"--{flag}" for stage in STAGES for flag in actions_of(stage)} | {"--help"}
     known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}  # torchrun's
+    known.add("--dist")  # pytest's
     for file in [*ROOT.glob("recipes/*"), *ROOT.glob("kernels/*.py")]:
         if file.is_file():
             known |= set(re.findall(r"--[a-z_]+", file.read_text(encoding="utf-8")))

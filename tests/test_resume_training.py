@@ -113,6 +113,39 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_still_good(whole, w
     assert results(out) == expected
 
 
+def test_a_checkpoint_that_was_half_saved_when_the_run_was_killed_is_cleared_away(whole, world, rollouts, scores, tmp_path, monkeypatch):
+    """Saved upon SIGTERM, at a step that --save_every would not have chosen; so no later save takes its name."""
+    stage, expected, _ = whole
+
+    def step(args, model, optimizer, step, ids):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(args, model, optimizer, step, ids)
+
+    def save(tensors, path):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real_step = stage.optimizer_step
+    more = ["--save_every", 6] + (["--refresh_every", 1] if stage is train else [])
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "optimizer_step", step)
+        patch.setattr(run_file, "save_file", save)
+        assert in_fork(start(stage, world, rollouts, scores, tmp_path / "run", *more)) == -signal.SIGKILL
+    assert (tmp_path / "run/step_000003.tmp").exists()
+    assert in_fork(start(stage, world, rollouts, scores, tmp_path / "run", *more, "--resume")) == 0
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_result_that_was_damaged_is_refused_by_the_next_stage(whole, world, rollouts, scores, tmp_path, refused):
+    stage, *_ = whole
+    assert in_fork(start(stage, world, rollouts, scores, tmp_path / "run")) == 0
+    file = tmp_path / "run/final/model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 4
+    file.write_bytes(data)
+    refused(lambda: grpo.main(grpo.get_args(["--model", str(tmp_path / "run/final"), "--data", str(world / "train.jsonl"),
+                                             "--out", str(tmp_path / "next")])), "--model", "final/model.safetensors", "changed")
+
+
 def test_old_checkpoints_go_only_when_the_new_one_is_complete(world, rollouts, scores, tmp_path, monkeypatch):
     """At every change to the disk of a save, --keep_checkpoints whole checkpoints are there."""
     def body():

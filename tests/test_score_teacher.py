@@ -70,11 +70,12 @@ def test_score_keeps_the_order_whatever_the_batches(model):
 
 
 @pytest.mark.parametrize("chunk", [2, 4096])
-def test_token_logps_and_their_gradient(chunk):
+def test_token_logps_and_their_gradient(chunk, monkeypatch):
+    monkeypatch.setattr(score_teacher, "chunk_of", lambda head: chunk)
     g = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(7, 5, generator=g, requires_grad=True), torch.randn(12, 5, generator=g, requires_grad=True)
     tokens, upstream = torch.randint(9, (7,), generator=g), torch.randn(7, generator=g)
-    found = token_logps(hidden, head[:9], tokens, chunk=chunk)
+    found = token_logps(hidden, head[:9], tokens)
     (found * upstream).sum().backward()
     hidden64, head64 = (x.detach().double().requires_grad_() for x in (hidden, head))
     truth = (hidden64 @ head64[:9].T).log_softmax(-1)[torch.arange(7), tokens]

@@ -150,8 +150,9 @@ class Run:
         ranks.barrier()  # all have found --out as it should be
         if ranks.rank() == 0:
             start_artifact(args)
-            for half in glob.glob(os.path.join(glob.escape(args.out), "*.tmp")):  # left by a run that was killed while it saved
-                shutil.rmtree(half)
+            for name in os.listdir(args.out):
+                if name.startswith(("step_", "final")) and name.endswith(".tmp"):  # left by a run that was killed while it saved
+                    shutil.rmtree(os.path.join(args.out, name))
             for name in LOGS:
                 rewind_log(os.path.join(args.out, name), self.first_step if checkpoint else -1)  # what came after it comes again
         else:

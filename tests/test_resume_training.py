@@ -161,3 +161,20 @@ def test_old_checkpoints_go_only_when_the_new_one_is_complete(world, rollouts, s
         start(train, world, rollouts, scores, tmp_path / "run", "--steps", 9)()
     assert in_fork(body) == 0
     assert [os.path.basename(path) for path in run_file.checkpoints(tmp_path / "run")] == ["step_000006", "step_000008"]
+
+
+def test_a_run_killed_while_it_wrote_its_meta_json_can_be_resumed(whole, world, rollouts, scores, tmp_path, monkeypatch):
+    """What is left is meta.json.tmp, a file."""
+    stage, expected, _ = whole
+    replace = os.replace
+
+    def killed(source, target):
+        if str(target).endswith("/meta.json"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        assert in_fork(start(stage, world, rollouts, scores, tmp_path / "run")) == -signal.SIGKILL
+    assert (tmp_path / "run/meta.json.tmp").is_file()
+    assert in_fork(start(stage, world, rollouts, scores, tmp_path / "run", "--resume")) == 0
+    assert results(tmp_path / "run") == expected

@@ -265,3 +265,4 @@ def main(args):
 if __name__ == "__main__":
     ranks.start()
     run_stage(main, get_args())
+    ranks.end()

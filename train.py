@@ -381,3 +381,4 @@ def main(args):
 if __name__ == "__main__":
     ranks.start()
     run_stage(main, get_args())
+    ranks.end()

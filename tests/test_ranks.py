@@ -32,7 +32,7 @@ def as_rank(rank, count, port, work, words):
                    "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}  # what torchrun sets
     ranks.start()
     work(*words)
-    torch.distributed.destroy_process_group()
+    ranks.end()
 
 
 def on_ranks(work, *words, count=2):

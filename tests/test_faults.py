@@ -442,4 +442,5 @@ def test_the_grader_runs_nothing_of_an_answer(tmp_path):
 def test_every_stage_is_run_by_run_stage(stage):
     """So that what the tests above see of run_stage is what a command line does."""
     guard = ast.parse(pathlib.Path(ROOT, f"{stage}.py").read_text(encoding="utf-8")).body[-1]
-    assert ast.unparse(guard.test) == "__name__ == '__main__'" and ast.unparse(guard.body[-1]) == "run_stage(main, get_args())"
+    assert ast.unparse(guard.test) == "__name__ == '__main__'"
+    assert "run_stage(main, get_args())" in [ast.unparse(statement) for statement in guard.body]

@@ -6,7 +6,9 @@
 Every run is a command of a stage, printed as it starts; each can be repeated by hand. Here they run in forks of one process that
 has imported torch, one on each core of a CPU; on a GPU one after the other, in that process. Started again, the study keeps what is
 finished and goes on. Horizons are limits of response tokens in training: the short one cuts a solution off after a third, the long
-one leaves room for three. Runs named ends_* start from a base student that ends with another token than the teacher.
+one leaves room for four. The curriculum's floor lies a little below the teacher's own entropy, 0.22. Runs named ends_* start from
+a base student that ends with another token than the teacher; `collapsed` is the base student after many epochs on few responses of
+its own.
 
 Claims are differences of a metric between runs on the same test problems and seeds: means over seeds, with a 95% bootstrap interval
 over problems. "holds": the whole interval lies on the claimed side. What differs from seed to seed is not in the interval.
@@ -37,15 +39,18 @@ from recipes import toy_world
 
 STAGES = {stage.__name__.split(".")[-1]: stage for stage in (toy_world, rollout, score_teacher, train, grpo, evaluate)}
 
-SIZE = {"world": "--terms 4 8 --haste 0.15 --slips 0.4 --restate 0.3", "short": "16", "long": "160",
-        "teacher": "--steps 400", "base": "--steps 800", "rollouts": "--limit 2500",
-        "cell": "--steps 60 --lr 4e-5 --save_every 5 --eval_every 10 --eval_n 4",
-        "curriculum": "--horizons 16,32,64,160 --gate_every 10 --entropy_floor 0.3",
-        "grpo": "--steps 30 --lr 3e-5 --n 8 --batch_size 16 --save_every 10 --eval_every 10 --eval_n 4",
+SIZE = {"world": "--terms 4 8 --haste 0.15 --slips 0.4 --restate 0.15 --student_width 32", "short": "16", "long": "160",
+        "teacher": "--steps 600", "base": "--steps 800", "rollouts": "--limit 4000", "own": "--limit 100",
+        "collapsed": "--steps 200 --batch_size 32 --lr 1e-3",
+        "cell": "--steps 120 --lr 1e-4 --save_every 5 --eval_every 10 --eval_n 4",
+        "curriculum": "--horizons 16,32,64,160 --gate_every 15 --entropy_floor 0.2",
+        "grpo": "--steps 60 --lr 1e-4 --n 8 --batch_size 16 --save_every 20 --eval_every 10 --eval_n 4",
         "test": "--n 8 --k 1 4 8"}
 HORIZONS, PREFIXES, KLS = ("short", "long"), ("teacher", "student"), ("forward", "reverse")
 CELLS = [f"{prefix}_{kl}_{horizon}" for horizon in HORIZONS for prefix in PREFIXES for kl in KLS]
 COMMON = "--engine hf --dtype float32"
+START = ("teacher", "base", "base_endoftext", "collapsed")
+CUT = ("ends_student", "ends_student_forward")  # are evaluated a second time, with both stop ids
 
 
 def get_args(argv=None):
@@ -85,10 +90,14 @@ def runs_of(size):
     runs["curriculum"] = distilled(size, "student", "long", f"--kl reverse --curriculum entropy {size['curriculum']}")
     runs["topk"] = distilled(size, "student", "long", "--kl reverse --vocab topk --k 4")
     runs["sampled"] = distilled(size, "student", "long", "--kl reverse --vocab sampled")
-    for name, kl, horizon, stops in (("ends_both", "reverse", "long", "both"), ("ends_student", "reverse", "long", "student"),
-                                     ("ends_student_forward", "forward", "long", "student"),
-                                     ("ends_student_short", "reverse", "short", "student")):
-        runs[name] = distilled(size, "student", horizon, f"--kl {kl} --stop_ids {stops}", base="base_endoftext")
+    for name, horizon, flags in (("ends_both", "long", "--kl reverse --stop_ids both"),
+                                 ("ends_student", "long", "--kl reverse --stop_ids student"),
+                                 ("ends_student_forward", "long", "--kl forward --stop_ids student"),
+                                 ("ends_student_short", "short", "--kl reverse --stop_ids student"),
+                                 ("ends_student_curriculum", "long", "--kl reverse --stop_ids student --curriculum entropy "
+                                  + size["curriculum"])):
+        runs[name] = distilled(size, "student", horizon, flags, base="base_endoftext")
+    runs["from_collapsed"] = distilled(size, "student", "long", "--kl reverse", base="collapsed")
     for name in CELLS:
         runs[f"grpo_{name}"] = (f"grpo --model {{out}}/{name}_{{seed}}/final --data {{out}}/world/train.jsonl "
                                 f"--max_response_tokens {size['long']} {size['grpo']} {evaluated(size)}")
@@ -107,17 +116,21 @@ def phases(size, out, seeds):
 
     yield [[command(f"toy_world {size['world']}", "world"),
             command(f"toy_world {size['world']} --student_end endoftext --chat_share 0.1", "world_endoftext")]]
-    sft = (f"train --prefix teacher --kl forward --vocab sampled --normalize token --stop_ids student --batch_size 64 --lr 3e-3 "
+    sft = (f"train --prefix teacher --kl forward --vocab sampled --normalize token --stop_ids student "
            f"--max_response_tokens {size['long']} --log_every 100 {COMMON}")
     start = {"teacher": ("world", "teacher_init", "gold", size["teacher"]),
              "base": ("world", "student_init", "hasty", size["base"]),
              "base_endoftext": ("world_endoftext", "student_init", "hasty", size["base"])}
-    yield [[command(f"{sft} --student {{out}}/{world}/{model} --rollouts {{out}}/{world}/{rollouts} {steps}", name),
+    yield [[command(f"{sft} --batch_size 64 --lr 3e-3 --student {{out}}/{world}/{model} --rollouts {{out}}/{world}/{rollouts} "
+                    f"{steps}", name),
             command(evaluation(size, f"{{out}}/{name}/final"), f"{name}/eval")]
            for name, (world, model, rollouts, steps) in start.items()]
-    yield [[command(f"rollout --model {{out}}/teacher/final --data {{out}}/world/train.jsonl {size['rollouts']} "
-                    f"--max_response_tokens {size['long']} {COMMON}", "rollouts"),
-            command("score_teacher --teacher {out}/teacher/final --rollouts {out}/rollouts --dtype float32", "scores")]]
+    sample = f"--data {{out}}/world/train.jsonl --max_response_tokens {size['long']} {COMMON}"
+    yield [[command(f"rollout --model {{out}}/teacher/final {size['rollouts']} {sample}", "rollouts"),
+            command("score_teacher --teacher {out}/teacher/final --rollouts {out}/rollouts --dtype float32", "scores")],
+           [command(f"rollout --model {{out}}/base/final {size['own']} --temperature 0.6 --top_p 0.95 {sample}", "own"),
+            command(f"{sft} --student {{out}}/base/final --rollouts {{out}}/own {size['collapsed']}", "collapsed"),
+            command(evaluation(size, "{out}/collapsed/final"), "collapsed/eval")]]
     jobs = []
     for seed in seeds:
         for name, words in runs_of(size).items():
@@ -126,8 +139,8 @@ def phases(size, out, seeds):
             where = f"{name}_{{seed}}"
             jobs[-1] += [command(words, where, seed), command(evaluation(size, f"{{out}}/{where}/final"), f"{where}/eval", seed)]
     yield jobs
-    both = "{out}/ends_student_{seed}/final", "--extra_stop_ids 2"
-    yield [[command(evaluation(size, *both), "ends_student_{seed}/eval_both", seed)] for seed in seeds] + [
+    yield [[command(evaluation(size, f"{{out}}/{name}_{{seed}}/final", "--extra_stop_ids 2"), f"{name}_{{seed}}/eval_both", seed)]
+           for name in CUT for seed in seeds] + [
         [command(evaluation(size, equal_flops(out, kl, horizon, seed)), f"student_{kl}_{horizon}_{seed}/eval_equal_flops", seed)]
         for kl in KLS for horizon in HORIZONS for seed in seeds]
 
@@ -180,10 +193,10 @@ def study(size, out, seeds, workers):
     """Does what is left of the study and writes OUT/results.json."""
     for jobs in phases(size, out, seeds):
         work(jobs, workers)
-    named = {(name, None): name for name in ("teacher", "base", "base_endoftext")}
+    named = {(name, None): name for name in START}
     named |= {(name, seed): f"{name}_{seed}" for name in runs_of(size) for seed in seeds}
     results = [collect(name, seed, f"{out}/{run}", "eval") for (name, seed), run in named.items()]
-    results += [collect("ends_student_cut", seed, f"{out}/ends_student_{seed}", "eval_both") for seed in seeds]
+    results += [collect(f"{name}_cut", seed, f"{out}/{name}_{seed}", "eval_both") for name in CUT for seed in seeds]
     results += [collect(f"{name}_equal_flops", seed, f"{out}/{name}_{seed}", "eval_equal_flops")
                 for name in CELLS if name.startswith("student") for seed in seeds]
     write_json(f"{out}/results.json", {**provenance(), "date": json.load(open(f"{out}/world/meta.json"))["started"], "size": size,
@@ -289,12 +302,19 @@ def claims():
                gain | versus(cells("reverse", h), [f"grpo_{name}" for name in cells("reverse", h)]), 0)
     yield "same ends: long reverse KL lowers entropy (base - run)", "entropy", versus(["base"], fixed), 0
     yield "same ends: long reverse KL is longer than its teacher", "length", versus(fixed, ["teacher"]), 0
+    yield "same ends: a collapsed student (entropy, base - collapsed)", "entropy", versus(["base"], ["collapsed"]), 0
+    yield "... is longer than the base student", "length", versus(["collapsed"], ["base"]), 0
+    yield "... is longer than the teacher after long reverse KL", "length", versus(["from_collapsed"], ["teacher"]), 0
     yield "other ends, both stop: cut off more than same ends", "truncated", versus(["ends_both"], fixed), 0
-    yield "other ends, the student's stops: cut off more than same ends", "truncated", versus(["ends_student"], fixed), 0
-    yield "... with forward KL too", "truncated", versus(["ends_student_forward"], ["student_forward_long"]), 0
+    yield "other ends, the student's stops: cut off more than with both", "truncated", versus(["ends_student"], ["ends_both"]), 0
     yield "... with the short horizon too", "truncated", versus(["ends_student_short"], ["student_reverse_short"]), 0
-    yield "... when both stop in the evaluation too", "truncated", versus(["ends_student_cut"], fixed), 0
-    yield "... and lower in entropy than same ends (same - other)", "entropy", versus(fixed, ["ends_student"]), 0
+    yield "... with forward KL too", "truncated", versus(["ends_student_forward"], ["student_forward_long"]), 0
+    yield "... whose entropy falls meanwhile (base - run)", "entropy", versus(["base_endoftext"], ["ends_student_forward"]), 0
+    yield "... when both stop in the evaluation too", "truncated", versus([f"{name}_cut" for name in CUT], ["ends_both"]), 0
+    yield ("... less with the curriculum (fixed - curriculum)", "truncated",
+           versus(["ends_student"], ["ends_student_curriculum"]), 0)
+    for metric in ("avg", "pass@4"):
+        yield "... where the curriculum is above the fixed long horizon", metric, versus(["ends_student_curriculum"], ["ends_student"]), 0
     yield "top-k (k = 4) loses less than 0.02 to the full vocabulary", "avg", versus(["topk"], fixed), -0.02
     yield "one sample worse than the full vocabulary (full - sampled)", "avg", versus(fixed, ["sampled"]), 0
 
@@ -339,7 +359,8 @@ def figures(stem, results):
                                        for h in grid}, three)
     ends = {"same ends, long, reverse": "student_reverse_long", "other ends, both stop": "ends_both",
             "other ends, student's stops": "ends_student", "... forward KL": "ends_student_forward",
-            "... short horizon": "ends_student_short"}
+            "... short horizon": "ends_student_short", "... curriculum": "ends_student_curriculum",
+            "same ends, from collapsed": "from_collapsed"}
     draw(f"{stem}_ends.png", results, {"student prefix": ends}, (*three, "truncated"))
 
 

@@ -15,10 +15,10 @@ total, then boxes the last total. The order is free, so a perfect teacher has en
                          +c2=2                    +a3=2
                          \\boxed{2}                \\boxed{2}
 
-Flags make the world harder; without them it is that of recipes/toy.sh. --restate states a total again now and then (+b7=7=7), so
-that lengths have entropy too. --slips lets hasty solutions add one too much where a total passes 9. --student_end endoftext is a
-base student beside a chat teacher: it ends its responses with another token, but for --chat_share of them, and its samples end at
-that token alone.
+Flags make the world harder; without them it is that of recipes/toy.sh. --student_width 32 makes a student that cannot become as
+good as the teacher. --slips lets hasty solutions add one too much where a total passes 9. --restate states a total again now and
+then (+b7=7=7), each time likelier, so that lengths have entropy, and a long tail. --student_end endoftext is a base student beside
+a chat teacher: the same solutions end with another token, but for --chat_share of them, and its samples end at that token alone.
 """
 import argparse
 import json
@@ -47,7 +47,9 @@ def get_args(argv=None):
     p.add_argument("--terms", type=int, nargs=2, default=[4, 8], help="fewest and most terms of a sum")
     p.add_argument("--haste", type=float, default=0.25, help="chance, after each line, that a hasty solution ends there")
     p.add_argument("--slips", type=float, default=0.0, help="chance that a hasty solution adds one too much where a total passes 9")
-    p.add_argument("--restate", type=float, default=0.0, help="chance, after each total of a solution, that it is stated again")
+    p.add_argument("--restate", type=float, default=0.0,
+                   help="chance, after each total of a solution, that it is stated again; twice that for a third time, and so on")
+    p.add_argument("--student_width", type=int, default=64, help="hidden size of the student")
     p.add_argument("--student_end", choices=["im_end", "endoftext"], default="im_end",
                    help="the token that ends hasty solutions; endoftext: the student's only stop id, as of a base model")
     p.add_argument("--chat_share", type=float, default=0.0, help="share of hasty solutions that end with im_end nevertheless")
@@ -76,9 +78,9 @@ def make_model(tokenizer, hidden, layers, heads):
     return model
 
 
-def solve(problem, rng, haste=0.0, slips=0.0, restate=0.0, end="<|im_end|>", chat_share=0.0):
+def solve(problem, rng, haste=0.0, slips=0.0, restate=0.0, end="<|im_end|>"):
     """One solution, in a random order. Chances: haste, to end too early after a line; slips, to add one too much where the total
-    passes 9; restate, to state the total of a line again, and again; chat_share, to end with <|im_end|> whatever `end` is."""
+    passes 9; restate, to state the total of a line again, where each time makes the next likelier by as much, up to 0.95."""
     terms, total, lines = problem.split(), 0, []
     for term in rng.sample(terms, len(terms)):
         name, digit = term.split("=")
@@ -87,12 +89,12 @@ def solve(problem, rng, haste=0.0, slips=0.0, restate=0.0, end="<|im_end|>", cha
             total += 1
         total %= 10
         lines.append(f"+{name}{digit}={total}")
-        while restate and rng.random() < restate:
+        chance = restate
+        while restate and rng.random() < chance:
             lines[-1] += f"={total}"
+            chance = min(chance + restate, 0.95)
         if rng.random() < haste:
             break
-    if chat_share and rng.random() < chat_share:
-        end = "<|im_end|>"
     return "".join(line + "\n" for line in lines) + f"\\boxed{{{total}}}{end}"
 
 
@@ -112,7 +114,7 @@ def main(args):
                 problem = " ".join(f"{name}={digit}" for name, digit in zip("abcdefgh", digits))
                 file.write(json.dumps({"id": index, "problem": problem, "answer": str(sum(digits) % 10)}) + "\n")
     tokenizer = make_tokenizer()
-    for name, shape in {"teacher_init": (128, 2, 4), "student_init": (64, 2, 2)}.items():
+    for name, shape in {"teacher_init": (128, 2, 4), "student_init": (args.student_width, 2, 2)}.items():
         model, own = make_model(tokenizer, *shape), tokenizer
         if name == "student_init" and args.student_end == "endoftext":
             own = make_tokenizer("<|endoftext|>")
@@ -123,14 +125,16 @@ def main(args):
         print(f"{name}: {model.num_parameters() / 1e6:.2f} M parameters")
 
     problems = load_problems(os.path.join(args.out, "train.jsonl"))
-    hasty = {"haste": args.haste, "slips": args.slips, "chat_share": args.chat_share, "end": own.eos_token}
+    hasty, chat = {"haste": args.haste, "slips": args.slips}, random.Random(args.seed)
     for name, ways, end in (("gold", {}, tokenizer), ("hasty", hasty, own)):
         rollouts = argparse.Namespace(**(vars(args) | {"out": os.path.join(args.out, name), "prompt_suffix": ""}))
         start_artifact(rollouts)
         prompts = [render_prompt(tokenizer, problem["problem"]) for problem in problems]
         with open(os.path.join(rollouts.out, "rollouts.jsonl.tmp"), "w", encoding="utf-8") as file:
             for problem, prompt in zip(problems, prompts):
-                ids = tokenizer(solve(problem["problem"], rng, restate=args.restate, **ways), add_special_tokens=False).input_ids
+                token = tokenizer.eos_token if chat.random() < args.chat_share else end.eos_token
+                text = solve(problem["problem"], rng, restate=args.restate, end=token, **ways)
+                ids = tokenizer(text, add_special_tokens=False).input_ids
                 write_rollouts(file, tokenizer, [problem], [prompt], [[Sample(ids, "stop")]])
         finish_rollouts(rollouts, tokenizer, model="recipes/toy_world.py", stop_ids=stop_ids(end))
     finish_artifact(args, "toy_world", files)

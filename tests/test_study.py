@@ -13,8 +13,9 @@ import evaluate
 import train
 from recipes import toy_grid
 
-MINI = {"world": "--train 24 --heldout 2 --test 4 --terms 2 3 --restate 0.3 --slips 0.3", "short": "4", "long": "12",
-        "teacher": "--steps 1", "base": "--steps 1", "rollouts": "--limit 8",
+MINI = {"world": "--train 24 --heldout 2 --test 4 --terms 2 3 --restate 0.3 --slips 0.3 --student_width 32", "short": "4", "long": "12",
+        "teacher": "--steps 1", "base": "--steps 1", "rollouts": "--limit 8", "own": "--limit 2",
+        "collapsed": "--steps 1 --batch_size 2 --lr 1e-3",
         "cell": "--steps 2 --lr 1e-3 --save_every 1 --eval_every 2 --eval_n 4",
         "curriculum": "--horizons 4,12 --gate_every 1 --entropy_floor 0",
         "grpo": "--steps 1 --lr 1e-3 --n 2 --batch_size 2 --eval_every 1 --eval_n 4", "test": "--n 8 --k 1 4 8"}
@@ -57,7 +58,7 @@ def test_every_run_is_in_the_results(finished):
     found = json.load(open(f"{finished}/results.json"))
     names = {entry["name"] for entry in found["results"]}
     assert {name for _, _, terms, _ in toy_grid.claims() for name in terms} <= names
-    assert set(toy_grid.runs_of(MINI)) | {"teacher", "base", "base_endoftext"} <= names
+    assert set(toy_grid.runs_of(MINI)) | {"teacher", "base", "base_endoftext", "collapsed"} <= names
     for entry in found["results"]:
         if entry["name"] in toy_grid.runs_of(MINI):
             results = json.load(open(f"{finished}/{entry['name']}_1/eval/results.json"))
@@ -90,7 +91,9 @@ def test_ends_differ_where_they_should(finished):
         return json.load(open(f"{finished}/{run}/meta.json"))["stop_ids"]
     assert stops("base") == stops("student_reverse_long_1") == stops("ends_both_1") == [0, 2]
     assert stops("base_endoftext") == stops("ends_student_1") == [0]
-    assert stops("ends_student_1/eval") == [0] and stops("ends_student_1/eval_both") == [0, 2]
+    for run in ("ends_student_1", "ends_student_forward_1"):
+        assert stops(f"{run}/eval") == [0] and stops(f"{run}/eval_both") == [0, 2]
+    assert stops("ends_student_curriculum_1") == [0] and stops("from_collapsed_1") == [0, 2]
 
 
 def test_other_flags_are_refused(finished, refused):

@@ -164,7 +164,7 @@ def as_rank(rank, count, port, directory, out):
             for tensors in (parameters, [parameter.grad for parameter in parameters], moments)]
     with open(os.path.join(out, f"{count}_{rank}.json"), "w") as file:
         json.dump([sum(sizes) / 1e6 for sizes in held], file)
-    torch.distributed.destroy_process_group()
+    ranks.end()
 
 
 def main(args):

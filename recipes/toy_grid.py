@@ -44,7 +44,7 @@ SIZE = {"world": "--terms 4 8 --haste 0.15 --slips 0.4 --restate 0.15 --student_
         "collapsed": "--steps 200 --batch_size 32 --lr 1e-3",
         "cell": "--steps 120 --lr 1e-4 --save_every 5 --eval_every 10 --eval_n 4",
         "curriculum": "--horizons 16,32,64,160 --gate_every 15 --entropy_floor 0.2",
-        "grpo": "--steps 60 --lr 1e-4 --n 8 --batch_size 16 --save_every 20 --eval_every 10 --eval_n 4",
+        "grpo": "--steps 30 --lr 1e-4 --n 8 --batch_size 16 --save_every 10 --eval_every 10 --eval_n 4",
         "test": "--n 8 --k 1 4 8"}
 HORIZONS, PREFIXES, KLS = ("short", "long"), ("teacher", "student"), ("forward", "reverse")
 CELLS = [f"{prefix}_{kl}_{horizon}" for horizon in HORIZONS for prefix in PREFIXES for kl in KLS]
@@ -133,11 +133,12 @@ def phases(size, out, seeds):
             command(evaluation(size, "{out}/collapsed/final"), "collapsed/eval")]]
     jobs = []
     for seed in seeds:
+        of_run = {}
         for name, words in runs_of(size).items():
-            if not name.startswith("grpo"):
-                jobs.append([])  # GRPO goes on where its cell ends
+            job = of_run.setdefault(name.removeprefix("grpo_"), [])  # GRPO goes on where its cell ends
             where = f"{name}_{{seed}}"
-            jobs[-1] += [command(words, where, seed), command(evaluation(size, f"{{out}}/{where}/final"), f"{where}/eval", seed)]
+            job += [command(words, where, seed), command(evaluation(size, f"{{out}}/{where}/final"), f"{where}/eval", seed)]
+        jobs += of_run.values()
     yield jobs
     yield [[command(evaluation(size, f"{{out}}/{name}_{{seed}}/final", "--extra_stop_ids 2"), f"{name}_{{seed}}/eval_both", seed)]
            for name in CUT for seed in seeds] + [

@@ -5,8 +5,8 @@
 
 Every run is a command of a stage, printed as it starts; each can be repeated by hand. Here they run in forks of one process that
 has imported torch, one on each core of a CPU; on a GPU one after the other, in that process. Started again, the study keeps what is
-finished and goes on. Horizons are limits of response tokens in training: the short one cuts a solution off after a third, the long
-one leaves room for four. The curriculum's floor lies a little below the teacher's own entropy, 0.22. Runs named ends_* start from
+finished and goes on. Horizons are limits of response tokens in training: the short one has room for the shortest solutions alone,
+the long one for four. The curriculum's floor lies a little below the teacher's own entropy, 0.22. Runs named ends_* start from
 a base student that ends with another token than the teacher; `collapsed` is the base student after many epochs on few responses of
 its own.
 
@@ -39,7 +39,7 @@ from recipes import toy_world
 
 STAGES = {stage.__name__.split(".")[-1]: stage for stage in (toy_world, rollout, score_teacher, train, grpo, evaluate)}
 
-SIZE = {"world": "--terms 4 8 --haste 0.15 --slips 0.4 --restate 0.15 --student_width 32", "short": "16", "long": "160",
+SIZE = {"world": "--terms 4 8 --haste 0.15 --slips 0.4 --restate 0.15 --student_width 32", "short": "32", "long": "160",
         "teacher": "--steps 600", "base": "--steps 800", "rollouts": "--limit 4000", "own": "--limit 100",
         "collapsed": "--steps 200 --batch_size 32 --lr 1e-3",
         "cell": "--steps 120 --lr 1e-4 --save_every 5 --eval_every 10 --eval_n 4",

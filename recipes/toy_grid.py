@@ -383,7 +383,7 @@ def draw(path, results, rows, metrics, x="step"):
                 axis.plot(*mean, color=f"C{color}", linewidth=2, marker="o", markersize=3, label=label)
             axis.set(title=f"{title}: {AXES[metric]}", xlabel={"step": "step", "tflops": "TFLOPs"}[x])
             axis.grid(alpha=0.3)
-        line[0].legend(fontsize=8)
+        line[-1].legend(fontsize=8)
     fig.savefig(path, dpi=90)
     plt.close(fig)
     print(f"figure: {path}")

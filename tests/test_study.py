@@ -3,6 +3,8 @@ import functools
 import json
 import os
 import random
+import re
+import shutil
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 import artifacts
 import evaluate
 import train
+from conftest import ROOT
 from recipes import toy_grid
 
 MINI = {"world": "--train 24 --heldout 2 --test 4 --terms 2 3 --restate 0.3 --slips 0.3 --student_width 32", "short": "4", "long": "12",
@@ -195,3 +198,22 @@ def test_the_report_says_what_the_results_say(tmp_path, capsys):
 
 def test_get_args_wants_one_thing_to_do(refused):
     refused(lambda: toy_grid.get_args([]), "--out or --report")
+
+
+def cells_of(text, count):
+    """The rows of Markdown tables with so many columns, without their heads."""
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
+    return [row for row in rows if len(row) == count + 2 and not row[1].startswith("---") and row[1] != "claim"]
+
+
+def test_the_readme_says_what_the_committed_results_say(tmp_path, monkeypatch):
+    path = shutil.copy(f"{ROOT}/results/toy_grid.json", tmp_path)
+    monkeypatch.setattr(toy_grid, "figures", lambda *args: None)
+    monkeypatch.setattr(evaluate, "DRAWS", 1000)
+    toy_grid.resampled_once.cache_clear()
+    toy_grid.report(path)
+    text = (tmp_path / "toy_grid.md").read_text()
+    assert text == open(f"{ROOT}/results/toy_grid.md").read()
+    readme = open(f"{ROOT}/README.md", encoding="utf-8").read()
+    study = re.search(r"^## The study.*?^## ", readme, re.MULTILINE | re.DOTALL)[0]
+    assert cells_of(study, 4) == [row[:4] + row[5:] for row in cells_of(text, 5)]

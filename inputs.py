@@ -130,7 +130,7 @@ def model_dir(name, flag):
             if damaged:
                 refuse(f"{flag} {name}: {os.path.basename(path)} is not a JSON object")
         run = os.path.dirname(os.path.realpath(name))
-        if os.path.isfile(os.path.join(run, "meta.json")):  # it is final/ of a run, and its checksums are there
+        if os.path.isfile(os.path.join(run, "meta.json")):  # of a finished artifact, as final/ is: its checksums are there
             read_artifact(run, flag)
         return name
     if name.startswith((".", "/", "~")) or name.count("/") != 1:

@@ -14,7 +14,7 @@ import artifacts
 import evaluate
 import train
 from conftest import ROOT
-from recipes import toy_grid
+from recipes import toy_grid, toy_world
 
 MINI = {"world": "--train 24 --heldout 2 --test 4 --terms 2 3 --restate 0.3 --slips 0.3 --student_width 32", "short": "4", "long": "12",
         "teacher": "--steps 1", "base": "--steps 1", "rollouts": "--limit 8", "own": "--limit 2",
@@ -198,6 +198,19 @@ def test_the_report_says_what_the_results_say(tmp_path, capsys):
 
 def test_get_args_wants_one_thing_to_do(refused):
     refused(lambda: toy_grid.get_args([]), "--out or --report")
+
+
+def test_the_two_base_students_learn_from_the_same_solutions(tmp_path):
+    """Only the token that ends them differs, and that for all but --chat_share."""
+    ends = {"im_end": [], "endoftext": ["--student_end", "endoftext", "--chat_share", "0.3"]}
+    hasty = {}
+    for end, more in ends.items():
+        words = ["--train", "200", "--heldout", "1", "--test", "1", "--restate", "0.3", *more, "--out", str(tmp_path / end)]
+        toy_world.main(toy_world.get_args(words))
+        hasty[end] = [json.loads(line)["response_ids"] for line in open(tmp_path / end / "hasty/rollouts.jsonl")]
+    assert [ids[:-1] for ids in hasty["im_end"]] == [ids[:-1] for ids in hasty["endoftext"]]
+    assert {ids[-1] for ids in hasty["im_end"]} == {2} and {ids[-1] for ids in hasty["endoftext"]} == {0, 2}
+    assert 0.2 < sum(ids[-1] == 2 for ids in hasty["endoftext"]) / 200 < 0.4
 
 
 def cells_of(text, count):

@@ -13,6 +13,9 @@ import argparse
 import hashlib
 import json
 import os
+import sys
+import threading
+import time
 from collections import Counter
 from typing import NamedTuple
 
@@ -24,6 +27,9 @@ from artifacts import (GrowingFile, add_output_flags, check_out, finish_artifact
                        stop, stop_requested)
 from inputs import (add_problem_flags, context_of, default_dtype, encode_problems, load_model, load_problems, load_tokenizer,
                     model_dir, stop_ids, template_sha256, tokenizer_sha256)
+
+STALLED_SECONDS = 600  # a vLLM step, a token for each running response, that takes longer never ends
+
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,22 +171,48 @@ def sample_vllm(llm, requests, sampling, seeds):
     from vllm.v1.engine.exceptions import EngineDeadError
     padded = range(sampling.vocab_size, llm.model_config.get_vocab_size())
     common = dict(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
+                  output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,  # a request is heard of when it is done
                   max_tokens=sampling.max_response_tokens, stop_token_ids=sampling.stop_ids, ignore_eos=True,  # our stop ids alone
                   logit_bias=dict.fromkeys(padded, -100.0) or None,  # the strongest that vLLM takes
                   logprobs=0 if sampling.logprobs else None, detokenize=False)
     params = [vllm.SamplingParams(seed=seed, **common) for seed in seeds]
     try:
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in requests], params, use_tqdm=False)
-    except (RuntimeError, EngineDeadError) as error:  # a dead engine, out of memory; max_tokens bounds every request
+        outputs = run_vllm(llm.llm_engine, requests, params)
+    except (RuntimeError, TimeoutError, EngineDeadError) as error:  # a dead engine, out of memory, a worker that does not answer
         refuse(f"--engine vllm: the engine failed: {error}", code=1)
     samples = []
-    for output in (request.outputs[0] for request in outputs):
+    for output in outputs:
         ids, logps = list(output.token_ids), None
         if sampling.logprobs:
             logps = [candidates[token].logprob for token, candidates in zip(ids, output.logprobs, strict=True)]
         samples.append(Sample(ids, output.finish_reason, logps))
     assert {one.finish_reason for one in samples} <= {"stop", "length"}, "vLLM gave up on a request"
     return samples
+
+
+def run_vllm(engine, requests, params):
+    """Steps a vLLM LLMEngine, as LLM.generate() does, until each request is done: their outputs in order. Nothing waits for ever: a
+    step that does not return ends the process, and more steps than there are tokens to read and to write are a RuntimeError."""
+    last, done, outputs = [time.monotonic()], threading.Event(), {}
+
+    def watch():
+        while not done.wait(STALLED_SECONDS / 60):
+            if time.monotonic() - last[0] > STALLED_SECONDS:
+                print(f"error: --engine vllm: the engine hangs: no step ended in {STALLED_SECONDS} seconds", file=sys.stderr, flush=True)
+                os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        for i, (prompt, one) in enumerate(zip(requests, params, strict=True)):
+            engine.add_request(str(i), {"prompt_token_ids": prompt}, one)
+        steps = 2 * sum(len(prompt) + one.max_tokens for prompt, one in zip(requests, params))
+        while engine.has_unfinished_requests():
+            outputs |= {int(request.request_id): request.outputs[0] for request in engine.step() if request.finished}
+            last[0], steps = time.monotonic(), steps - 1
+            if steps < 0:
+                raise RuntimeError(f"{len(requests) - len(outputs)} of {len(requests)} requests do not end")
+    finally:
+        done.set()
+    return [outputs[i] for i in range(len(requests))]
 
 
 class Draw:

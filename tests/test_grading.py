@@ -1,4 +1,4 @@
-"""grading.py: what the final answer of a response is, which answers are equal, and that no answer hangs or floods the grader."""
+"""grading.py, equality.py: what the final answer of a response is, which answers are equal, and that no answer hangs the grader."""
 import json
 import os
 import subprocess
@@ -21,7 +21,7 @@ from grading import extract_answer, grade, is_correct, quick_verdict
     (r"so \boxed{\frac{\sqrt{2}}{2}} and } more", r"\frac{\sqrt{2}}{2}"),
     (r"\boxed{1} then \boxed{2", None),
     (r"\boxed{}", ""),
-    (r"\fbox{7}", "7"), (r"$\boxed 5$.", "5"), (r"\boxed{\fbox{8}}", "8"), (r"\boxedfoo{3}", None),
+    (r"\fbox{7}", "7"), (r"$\boxed 5$.", "5"), (r"\boxed{\fbox{8}}", "8"), (r"it is \boxedfoo{3}", None),
     ("so it is\n#### 18\nbye", "18"), ("#### 5 #### 6", "6"), (r"#### 5 \boxed{6}", "6"), ("####", None),
     ("the answer is 7", "7"), ("**Answer: 42**", "42"), ("# Answer\n\n42", "42"), ("**Final Answer**\n\n$x+1$", "x+1"),
     (r"The final answer is $\frac{1}{2}$. I hope it is correct.", r"\frac{1}{2}"),
@@ -30,7 +30,10 @@ from grading import extract_answer, grade, is_correct, quick_verdict
     ("Final Answer: The largest $n$ is 34.", "34"), ("Answer: Janet makes $18 a day.", "$18"),
     ("The answer is Evelyn Smith.", "Evelyn Smith"), ("#### Step 1: add\nThe answer is 5.", "5"), ("#### -$38,000", "-$38,000"),
     ("The odds are 3 to 1. Therefore, the probability is 2/3. I hope it is correct. <|im_start|>user", "2/3"),
-    ("She has 3 and 4.\nTherefore, she has 7 apples.", "7"), ("She has 3 and 4.", None), ("0", None), ("", None),
+    ("She has 3 and 4.\nTherefore, she has 7 apples.", "7"), ("She has 3 and 4. Janet makes $18.", "$18"),
+    ("The sum is $x$ and the product is $y^2$.", "y^2"), ("She has 3 and 4", None), ("0", "0"),
+    (r"$\frac{1}{2}$.", r"$\frac{1}{2}$"),
+    ("The answers are below.", None), ("", None),
 ])
 def test_extract_answer(response, found):
     assert extract_answer(response) == found
@@ -87,6 +90,23 @@ ACCEPTED = [
     (r"1-\sqrt{19},1+\sqrt{19}", r"1 \pm \sqrt{19}"), (r"x \le 0", r"(-\infty, 0]"), ("4 < x < 8", "(4,8)"),
     (r"(9,36)\cup(0,9)", r"(0,9) \cup (9,36)"),
     (r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
+    (r"\begin{pmatrix} \dfrac{1}{5} \\[6pt] -2 \end{pmatrix}", r"\begin{pmatrix} 1/5 \\ -2 \end{pmatrix}"),
+    (r"\frac{1}{5}\begin{pmatrix} 1 \\ -18 \end{pmatrix}", r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}"),
+    ("\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"), ("[1, 2, 3]", "(1,2,3)"),
+    (r"-\mathbf{I} = \begin{pmatrix} -1 & 0 \\ 0 & -1 \end{pmatrix}", r"\begin{pmatrix} -1 & 0 \\ 0 & -1 \end{pmatrix}"),
+    (r"\mathbf{v} = \begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    (r"\left( \frac{6-8}{2}, 3 \right) = (-1, 3)", "(-1,3)"), ("x = 15, y = -29", "(15,-29)"), (r"((1, \sqrt{8}))", r"(1,2\sqrt2)"),
+    (r"\{x \in \mathbb{R} \mid x > 2\}", r"(2,\infty)"), (r"\{ y : y \leq 0 \}", r"(-\infty, 0]"), ("8 > x >= 4", "[4,8)"),
+    (r"n = -2 \text{ or } n = 1", "1,-2"), (r"-2, 1+\sqrt5, 1-\sqrt5", r"\{1\pm\sqrt{5},-2\}"), ("x != 5", r"x \neq 5"),
+    # layout and symbols
+    (r"6r^2 - 4r\,", "6r^2-4r"), (r"1 + 274\,i", "1+274i"), ("2√3 + 1", r"1+2\sqrt{3}"), ("√53", r"\sqrt{53}"),
+    (r"\text{cot}\, x", r"\cot x"), (r"\cot{x}", r"\cot x"), (r"{\sqrt{51}}", r"\sqrt{51}"), (r"0.000\,067\,2", ".0000672"), (r"52_{\text{eight}}", "52_8"),
+    (r"999_{10} = 4343_6", "4343_6"), (r"\text{\$18.90}", r"\$18.90"), ("5.4¢", r"5.4 \text{ cents}"),
+    (r"12\pi\ \frac{\text{in}}{\text{sec}}", r"12\pi"), (r"8\pi \text{ radians}", r"8 \pi"), ("5 \\text{ sec}", "5"),
+    (r"\text{The image is } y = 2x + 3", "y = 2x + 3"), (r"\textbf{(B)}\ 3x = 7", r"\text{(B)}"),
+    # the last side of a chain
+    (r"\sum_{j=1}^\infty \frac{1}{(j+1)^3} = p - q", "p - q"), (r"997^{-1} \equiv 333 \pmod{1000}", "333"), (r"4 \pmod{7}", "4"),
+    ("f^{-1}(0)+f^{-1}(6) = 0", "0"), ("10x - 14y + 8 = 0", "5x - 7y + 4 = 0"), (r"\sqrt[3]{8} + x", "x+2"),
 ]
 REJECTED = [
     ("42", "43"), ("-3", "3"), ("12", "1"), ("1", "12"), ("1,2", "12"), ("12,34", "1234"), ("12 34", "1234"),
@@ -108,6 +128,12 @@ REJECTED = [
     ("(1,2),(3,5)", "(3,4),(1,2)"),
     ("1,1,2", "1,2,3"), (r"(1,2)\cup(3,4)", r"(1,2)\cup(3,5)"), ("(1,2)", "(1,2,3)"),
     (r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"), ("9" * 2000, "9"),
+    (r"\frac{1}{5}\begin{pmatrix} 5 \\ -18 \end{pmatrix}", r"\begin{pmatrix} 5 \\ -18/5 \end{pmatrix}"), (r"\pm 60", "60"),
+    ("60", r"\pm 60"),
+    ("4 < x < 8", "[4,8]"), ("4 < x > 8", "(4,8)"), ("x < 5", "y < 5"), ("x > 5", r"(-\infty,5)"), 
+    (r"1 \pm \sqrt{19}", r"1 \pm \sqrt{15}"), ("x = 15, y = -29", "(-29,15)"), ("[1, 2, 4]", "(1,2,3)"), ("10x - 14y - 8 = 0", "5x - 7y + 4 = 0"), ("2, 3", "2"),
+    ("3 + 4 = 8", "7"),
+    (r"\{x \mid x < 2\}", r"(2,\infty)"), (r"\sqrt[3]{8}", "3"), ("52_{\\text{nine}}", "52_8"), (r"5 \pmod{7}", "4"),
 ]
 
 
@@ -123,7 +149,7 @@ def test_wrong_answers_are_rejected(found, answer):
 
 def test_a_batch_gives_the_verdicts_of_its_parts():
     pairs = ACCEPTED + REJECTED
-    grades = grade([rf"\boxed{{{found}}}" for found, _ in pairs] + ["nothing"], [answer for _, answer in pairs] + ["0"])
+    grades = grade([rf"\boxed{{{found}}}" for found, _ in pairs] + ["no answer here"], [answer for _, answer in pairs] + ["0"])
     assert [one.correct for one in grades] == [True] * len(ACCEPTED) + [False] * (len(REJECTED) + 1)
     assert [one.extracted for one in grades] == [found.strip() for found, _ in pairs] + [None]
     assert not any(one.timed_out for one in grades)

@@ -2,6 +2,9 @@
 import argparse
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import grpo
 import rollout
 import train
 from artifacts import read_artifact
+from conftest import ROOT
 from inputs import load_model
 from recipes.toy_world import make_model, make_tokenizer
 from rollout import Sampling, load_vllm, push_weights, sample
@@ -85,10 +89,41 @@ def test_the_samplers_log_probabilities_are_the_trainers(engine, model, temperat
 def test_an_engine_that_fails_ends_the_stage_with_a_message(engine, refused, monkeypatch):
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    def dies(*given, **more):
+    def dies():
         raise EngineDeadError()
-    monkeypatch.setattr(engine, "generate", dies)
+    monkeypatch.setattr(engine.llm_engine, "step", dies)
     refused(lambda: sample(engine, PROMPTS, sampling(), seed=0), "--engine vllm", "EngineCore", code=1)
+    monkeypatch.undo()
+    engine.llm_engine.abort_request([str(i) for i in range(len(PROMPTS))])
+
+
+class FakeEngine:
+    """An LLMEngine whose requests never end, or whose steps do not."""
+    def __init__(self, step):
+        self.step = step
+
+    def add_request(self, *given):
+        pass
+
+    def has_unfinished_requests(self):
+        return True
+
+
+def test_a_request_that_never_ends_is_an_error(refused):
+    steps = []
+    llm = argparse.Namespace(llm_engine=FakeEngine(lambda: steps.append(1) or []),
+                             model_config=argparse.Namespace(get_vocab_size=lambda: 29))
+    refused(lambda: sample(llm, PROMPTS, sampling(), seed=0), "--engine vllm", "5 of 5 requests do not end", code=1)
+    assert len(steps) > 5 * 16
+
+
+def test_a_step_that_never_returns_ends_the_process():
+    """A hang in C, a collective that waits for a dead rank: no exception can be raised there."""
+    code = ("import time, rollout, test_vllm; rollout.STALLED_SECONDS = 0.5\n"
+            "rollout.run_vllm(test_vllm.FakeEngine(lambda: time.sleep(100)), [], [])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": os.path.join(ROOT, "tests")},
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "error: --engine vllm: the engine hangs" in done.stderr
 
 
 def test_seed_decides_the_samples(engine):

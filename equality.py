@@ -1,0 +1,320 @@
+"""Do two final answers say the same? Texts, numbers, letters, simple formulas, equations and inequalities, decided in process.
+
+    quick_verdict(found, answer)   True, False, or None: this file cannot tell, and grading.py asks math-verify
+"""
+import ast
+import cmath
+import functools
+import operator
+import re
+from fractions import Fraction
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layout
+
+STRIPPED = re.compile(r"(?<!\\)\\(?:(?:left|right|[bB]ig[lr]?|displaystyle|textstyle|limits|quad|qquad)(?![a-zA-Z])|[,!;: ])|~")
+TEXT = re.compile(r"\\(?:text|mbox|textrm|textbf|textit|mathrm|mathbf|textnormal|operatorname|boldsymbol|bf|rm)\s*\{([^{}]*)\}")
+TRAILING = re.compile(r"(?:(?<!\\)[ .,;:]|\\[,!;: ])+$")
+COLUMN = re.compile(r"\\begin\{([pbvB]?matrix|array)\}(?:\{[clr|]*\})?((?:(?!&|\\begin|\\end).)*)\\end\{\1\}")
+RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+UNICODE = str.maketrans({"−": "-", "–": "-", "≤": "\\le ", "≥": "\\ge ", "π": "\\pi ", "∞": "\\infty", "×": "\\times ",
+                         "·": "\\cdot ", "∪": "\\cup ", "∈": "\\in "})
+DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\\?deg(?:rees?)?\b)")
+FUNCTIONS = "sin|cos|tan|cot|sec|csc|ln"
+BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # one spelling for what models write in many
+    (r"\\\\\[[\d.]+(?:pt|em|ex|mm)\]", r"\\\\"),                                          # \\[4pt] between rows
+    (r"(?<=\.)\d+(?:\\,\s*\d+)+", lambda match: re.sub(r"\\,\s*", "", match[0])),         # 0.000\,067\,2
+    (r"(?<=\d)(?:\{,\}|\\,|\\!|,\\!|,\\,|\\ )\s*(?=\d{3}(?:\D|$))", ""),                  # LaTeX's thousands separators
+    ("[⁻⁰¹²³⁴-⁹]+", lambda match: "^{" + match[0].translate(RAISED) + "}"),
+    (r"√\s*(\d+(?:\.\d+)?|[a-zA-Z]|\([^()]*\))", r"\\sqrt{\1}"),
+    (STRIPPED, " "),
+    (r"\\([%$])", r"\1"),
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+    (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+    (DEGREES, ""),
+    (r"\\([lg])eq?(?:slant|q)?(?![a-z])|([<>])=", lambda match: f"\\{match[1] or 'lg'['<>'.index(match[2])]}e "),
+    (r"\\(?:lt|gt)(?![a-z])", lambda match: {"l": "<", "g": ">"}[match[0][1]]),
+    (r"!=|≠|\\neq(?![a-z])", r"\\ne "),
+    (r"\\[lr]brace(?![a-z])", lambda match: {"l": "\\{", "r": "\\}"}[match[0][1]]),
+    (r"\\[lr]angle(?![a-z])", lambda match: {"l": "(", "r": ")"}[match[0][1]]),
+    (r"\\(?:text|mathrm|operatorname)\s*\{\s*(sin|cos|tan|cot|ln|log)\s*\}", r"\\\1 "),
+    (rf"_\s*\{{?\s*\\(?:text|mathrm)\s*\{{\s*({'|'.join(BASES)})\s*\}}\s*\}}?", lambda match: "_" + BASES[match[1]]),
+    (r"^\s*\\text(?:bf|rm|it)?\s*\{[^{}]*(?:\b(?:is|are|equals)|:|=)\s*\}\s*(?=\S)", ""),     # \text{The line is } y = x
+    (r"^\s*\\?\{\s*[a-zA-Z]\s*(?:\\in\s*(?:\\mathbb\s*\{?R\}?|\\R|ℝ)\s*)?(?:\\mid|\\vert|\||:)"   # \{x \in R \mid x < 2\}
+     r"\s*([^|:]*(?:[<>]|\\[lg]e )[^|:]*?)\\?\}$", r"\1"),
+    (COLUMN, lambda match: "(" + match[2].strip().removesuffix("\\\\").replace("\\\\", ", ") + ")"),
+)]
+
+
+def tidy(text):
+    """The text without what only lays it out: dollars around it, \\left, thin spaces, LaTeX's many fractions, a full stop."""
+    text = re.sub(r"^(?:\$\$?|\\\(|\\\[)\s*((?:[^$\\]|\\.)*?)\s*(?:\$\$?|\\\)|\\\])$", r"\1", " ".join(text.split()))
+    text = TRAILING.sub("", text).translate(UNICODE)
+    for pattern, new in REWRITTEN:
+        text = pattern.sub(new, text)
+    if not re.search(r"[(\[]|\\\{", text):  # 1,234 is a number, but (1,234) is a pair and 1,234,5 a list
+        text = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda match: match[0].replace(",", ""), text)
+    text = text.strip()
+    return text[1:-1].strip() if re.fullmatch(r"\{\0*\}", outside(text)) else text
+
+
+def outside(text):
+    """The text with a \\0 for each character that stands within brackets: "(\\0\\0\\0] + 1" of "(1,2] + 1"."""
+    depth, shown = 0, []
+    for char in text:
+        depth -= char in ")]}"
+        shown.append("\0" if depth > 0 else char)
+        depth += char in "([{"
+    return "".join(shown)
+
+
+def split_outside(pattern, text):
+    """The text cut at the matches of a pattern that stand in no bracket."""
+    ends = [(0, 0), *(match.span() for match in re.finditer(pattern, outside(text))), (len(text), len(text))]
+    return [text[before[1]:after[0]].strip() for before, after in zip(ends, ends[1:])]
+
+
+def squeezed(text):
+    """For comparing as text: no spaces, no text commands, braces around single sub- and superscripts left out."""
+    text = re.sub(r"([_^])\{([^{}])\}", r"\1\2", TEXT.sub(r"\1", text))
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).replace("\\cdot", "*").replace("\\times", "*")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers, and what may stand around them
+
+UNIT = re.compile(  # what follows a number and is words alone: 5 cm, 5\text{ apples}, 5 square inches^2, 5 \text{ km/h}, 5¢
+    r"(?:(?<=[\d})%])|(?<=\\pi))"
+    r"(?:[\s/]*\\(?:text|mbox|textrm|mathrm|textbf)\s*\{\s*[a-zA-Z][a-zA-Z\s./°^\d-]*\}(?:\^\{?\d\}?)?[./]?"
+    r"|\s*\\frac\s*\{\s*\\text\{[a-zA-Z. ]+\}\s*\}\s*\{\s*\\text\{[a-zA-Z. ]+\}\s*\}|\s*¢"
+    r"|[\s/]\s*(?:[a-zA-Z]{2,}|[mgshLJNW](?=$|[\s/^]))\.?(?:\^\{?\d\}?)?)+$")
+NOT_UNITS = re.compile(r"(?i)\b(?:and|or|if|mod|pi|sqrt|infinity|log|sin|cos|tan|choose|pm|hundred|thousand|[mbtr]+illion)\b")
+CURRENCY = re.compile(r"^(-?)\s*(?:\\?[$€£¥]|\\pounds|\\text\{\s*\\?[$€£]\s*\}|USD|US\$|Rs\.?)\s*(?=[\d.\\-])")
+LABEL = re.compile(r"^(?:\\text(?:bf)?\{\s*)?\(([A-J])\)\s*\}?\s*(?=[-\d\\])")  # "\textbf{(C)}\ 27" for 27
+DIGITS = r"(?:\d+(?:\.\d*)?|\.\d+)"
+PLAIN = re.compile(rf"([-+]?)\s*({DIGITS})(?:\s*[eE]([-+]?\d{{1,4}})"
+                   rf"|\s*(?:\\times|\\cdot|\*|×|x)\s*10\s*\^\s*\{{?\s*([-+]?\d{{1,4}})\s*\}}?)?")
+RATIO = re.compile(rf"([-+]?)\s*(?:(\d+)\s*(?:\\?\s))?\s*([-+]?{DIGITS})\s*/\s*({DIGITS})")
+REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?")
+FRACTION = re.compile(rf"([-+]?)\s*(\d+)?\s*(?:\+\s*)?\\frac\s*\{{\s*([-+]?{DIGITS})\s*\}}\s*\{{\s*([-+]?{DIGITS})\s*\}}")
+
+
+def without_unit(text):
+    """The text without the words after its number, and without currency: "\\$5.40 \\text{ each}" -> "5.40"."""
+    text = whole[1] if (whole := TEXT.fullmatch(text)) else text
+    bare = UNIT.sub("", text)
+    return CURRENCY.sub(r"\1", text if NOT_UNITS.search(text[len(bare):]) else bare).strip()
+
+
+def number(text):
+    """(value, decimals, whether it is a percentage) of a number in any spelling, (25/2, 2, True) of "12.50%"; else None."""
+    if percent := re.search(r"\s*(?:%|\bpercent|\bper cent)$", text):
+        text = text[:percent.start()]
+    text = text.replace("{-}", "-").strip()
+    if re.fullmatch(r"\{[^{}]*\}|\([-+]?\d+(?:\.\d+)?\)", text):
+        text = text[1:-1].strip()
+    text = re.sub(r"(?<=\d) (?=\d{3}(?:\D|$))", "", text) if re.fullmatch(r"-?\d{1,3}(?: \d{3})+(?:\.\d+)?", text) else text
+    if found := REPEATING.search(text):  # 0.1\\overline{6} is (16 - 1)/90
+        start, cycle = found[1] + found[2], found[3]
+        text = text.replace(found[0], f"{int(start + cycle) - int(start or 0)}/{10 ** len(found[2]) * (10 ** len(cycle) - 1)}")
+    if found := PLAIN.fullmatch(text):
+        sign, digits, exponent, power = found.groups()
+        value, decimals = Fraction(digits) * Fraction(10) ** int(exponent or power or 0), len(digits.partition(".")[2])
+    elif found := RATIO.fullmatch(text) or FRACTION.fullmatch(text):
+        sign, whole, top, bottom = found.groups()
+        if not Fraction(bottom) or whole and not top.isdigit():
+            return None
+        value, decimals = Fraction(whole or 0) + Fraction(top) / Fraction(bottom), 0
+    else:
+        return None
+    return (-value if sign == "-" else value), decimals, bool(percent)
+
+
+def equal_numbers(mine, gold):
+    """Equal values. A percentage equals its share of one and its bare number; six right decimals are enough of an endless one."""
+    (x, decimals, percent), (y, _, gold_percent) = mine, gold
+    if percent != gold_percent:
+        return x == y or (x / 100 == y if percent else x == y / 100)
+    return x == y or bool(decimals >= 6 and 10 ** 99 % y.denominator and abs(x - y) * 10 ** decimals <= 1)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Letters, words, numerals in a base
+
+
+def choice(text):
+    """"C" of "C", "(C)", "\\text{(C)}", "\\textbf{(C) } 12", "C. 12" or "(C) 12"; else None."""
+    match = re.match(r"^(?:Option|Choice)?\s*\(?([A-J])(?:\)|[.:](?=\s|$)|$)", TEXT.sub(r"\1 ", text).replace("$", "").strip())
+    return match[1] if match else None
+
+
+def words(text):
+    """Lower-case words of an answer that is only words: "\\text{ Evelyn}." -> "evelyn"; else None."""
+    marked, text = TEXT.search(text), TEXT.sub(r"\1", text).strip("'\"`. ")
+    alone = re.fullmatch(r"(?i)yes|no|(?=.{4})[a-z']{2,}(?:[ -][a-z']{2,})*", text)
+    is_words = alone or marked and re.fullmatch(r"[A-Za-z][A-Za-z' -]*", text)
+    return re.sub(r"^(?:a|an|the) ", "", " ".join(text.lower().split())) if is_words else None
+
+
+def based(text):
+    """("52", "8") of "52_8" or "52_{8}"; None otherwise."""
+    match = re.fullmatch(r"\(?([0-9A-F]+)\)?\s*_\s*\{?\s*(\d+|\\text\{[a-z]+\})\s*\}?", text)
+    return match.groups() if match else None
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formulas, equations, inequalities
+
+KNOWN = {"pi": cmath.pi, "e": cmath.e, "i": 1j, "sqrt": cmath.sqrt, "ln": cmath.log, "sin": cmath.sin, "cos": cmath.cos,
+         "tan": cmath.tan, "cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x)}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: operator.pow,
+             ast.USub: operator.neg, ast.UAdd: operator.pos}
+FRACTION_OF = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+FUNCTION_OF = re.compile(rf"\\({FUNCTIONS})\s*(?:\^\(?(\d)\)?)?\s*(\([^()]*\)|\d*\s*\\?[a-zA-Z]+(?!\s*[\w(^]))")
+TOKEN = re.compile(rf"{DIGITS}|(?:sqrt|{FUNCTIONS})\(|pi|theta|alpha|beta|[a-zA-Z]|[-+*/^()]")
+POINTS = (0.7340912, -1.3027561, 2.1180339)
+RELATED = r"(<|>|\\[lg]e )"
+SIDE = r"((?:(?!\\[lg]e |[<>=,]).)+?)"
+LETTER = r"([a-zA-Z](?:\([a-z]\))?|\\(?!pi|infty)[a-z]+)"
+BETWEEN_BOUNDS = re.compile(rf"{SIDE}\s*{RELATED}\s*{LETTER}\s*{RELATED}\s*{SIDE}")
+BOUNDED = re.compile(rf"{LETTER}\s*{RELATED}\s*{SIDE}")
+BOUNDS = re.compile(rf"{SIDE}\s*{RELATED}\s*{LETTER}")
+FLIPPED = {">": "<", "\\ge ": "\\le "}  # relations that put the larger side first, turned round
+
+
+@functools.lru_cache(maxsize=10_000)
+def formula(text):
+    """The syntax tree of a formula of numbers, letters, powers, fractions and functions, "2.*x**(3.)". ValueError for all else."""
+    if re.search(r"\d\s*\\frac|(?<!\\)\b[a-zA-Z]{4}|[\w)]\s+\d", text):  # 1\\frac{a}{b}, words, 12 34
+        raise ValueError(text)
+    text = re.sub(r"\\sqrt\s*\[(\d)\]\s*\{(\d+)\}", r"((\2)^(1/\1))", text)
+    text = re.sub(rf"(\\(?:{FUNCTIONS}))\s*\{{([^{{}}]*)\}}", r"\1(\2)", text)
+    while (deeper := FRACTION_OF.sub(r"((\1)/(\2))", re.sub(r"(\\sqrt|\^)\s*\{([^{}]*)\}", r"\1(\2)", text))) != text:
+        text = deeper
+    text = FUNCTION_OF.sub(lambda match: f"({match[1]}({match[3]}))^{match[2] or 1}", text)
+    text = re.sub(rf"\s+|\\(?=sqrt|{FUNCTIONS}|pi|theta|alpha|beta)", "", re.sub(r"\\(?:cdot|times)(?![a-z])", "*", text))
+    source = " ".join(TOKEN.findall(text))
+    if source.replace(" ", "") != text or re.search(r"[\w)] \d|/ [\w.]+ [a-zA-Z(]|\b[fghP] \(", source):  # 1/2x, f(x)
+        raise ValueError(text)
+    source = re.sub(r"(?<=[\w.)]) (?=[a-zA-Z(])", "*", source).replace("^", "**")
+    return ast.parse(re.sub(r"(?<![\d.])(\d+)(?![\d.])", r"\1.", source), mode="eval").body
+
+
+def value_of(node, point):
+    """The value of a formula's syntax tree at a point {letter: number}. What a model wrote is never run as Python."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Name):
+        return point[node.id]
+    if isinstance(node, ast.Call):
+        return KNOWN[node.func.id](value_of(node.args[0], point))
+    sides = [value_of(getattr(node, side), point) for side in ("left", "right", "operand") if hasattr(node, side)]
+    return OPERATORS[type(node.op)](*sides)
+
+
+def values_of(*texts):
+    """The values of formulas at three points, in turn."""
+    trees = [formula(text) for text in texts]
+    letters = sorted({node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)} - KNOWN.keys())
+    for start in POINTS:
+        point = {letter: start + 0.3517 * i for i, letter in enumerate(letters)} | KNOWN
+        yield [value_of(tree, point) for tree in trees]
+
+
+def same_values(mine, gold):
+    """Whether two formulas have equal values at three points; two equations are the same where their differences of sides are
+    proportional. None where one is not so simple, or where it is too close to call."""
+    try:
+        if "=" in mine and "=" in gold:
+            ratios = [(a - b) / (c - d) for a, b, c, d in values_of(*mine.split("="), *gold.split("="))]
+            return True if all(0 < abs(ratios[0]) and abs(ratio / ratios[0] - 1) < 1e-9 for ratio in ratios) else None
+        for x, y in values_of(mine, gold):
+            size, gap = max(abs(x), abs(y)), abs(x - y)
+            if not gap <= 1e-12 * size < 1e-3:
+                return False if gap > 1e-6 * size > 1e-12 and "." not in mine + gold else None
+    except (ArithmeticError, ValueError, TypeError, SyntaxError, LookupError, AttributeError, RecursionError):
+        return None
+    return True
+
+
+def interval_of(text):
+    """(letter, interval) of an inequality: ("x", "(2, 5]") of "2 < x \\le 5", ("x", "(-\\infty, 5)") of "x < 5"; else None."""
+    low, left, high, right = "-\\infty", "<", "\\infty", "<"
+    if found := BETWEEN_BOUNDS.fullmatch(text):
+        low, left, letter, right, high = found.groups()
+        if left in FLIPPED and right in FLIPPED:
+            low, left, high, right = high, FLIPPED[right], low, FLIPPED[left]
+    elif found := BOUNDED.fullmatch(text):
+        letter, relation, bound = found.groups()
+        if relation in FLIPPED:
+            low, left = bound, FLIPPED[relation]
+        else:
+            high, right = bound, relation
+    elif found := BOUNDS.fullmatch(text):
+        bound, relation, letter = found.groups()
+        if relation in FLIPPED:
+            high, right = bound, FLIPPED[relation]
+        else:
+            low, left = bound, relation
+    if not found or left in FLIPPED or right in FLIPPED:
+        return None
+    return letter, f"{'(' if left == '<' else '['}{low}, {high}{')' if right == '<' else ']'}"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The verdict
+
+NAMED = re.compile(r"((?:[a-zA-Z]|\\mathbf\{[a-zA-Z]\})(?:_\{?\w+\}?)?(?:\([a-z, ]*\))?|\\[a-z]+|\([a-zA-Z\\, _]*\))"
+                   r"\s*(?:=|\\in(?![a-z]))\s*([^=]+)")
+MODULUS = re.compile(r"\s*(?:\(\s*)?\\?[bp]?mod\s*(?:\{[^{}]*\}|\d+)\s*\)?$")
+CALL = re.compile(r"[a-zA-Z](?:\^\{?-?\d\}?)?\([^()]*\)")
+EQUATION = re.compile(r"\d\s*[a-z]|[a-z]\s*(?:\^|[-+]\s*\d)")
+
+
+def split_name(text):
+    """("x", "5") of "x = 5", ("f(x)", "x^2") of "f(x) = x^2", ("x", "[1,2]") of "x \\in [1,2]"; ("", text) without a name."""
+    match = NAMED.fullmatch(text.strip())
+    return (match[1].replace(" ", ""), match[2].strip()) if match else ("", text)
+
+
+def bare_answers(found, answer):
+    """(mine, gold, the sides before mine): the two answers without layout and names; where the gold answer is no equation, of the
+    found one its last side, "16" of "A + B = 9 + 7 = 16"; inequalities as intervals."""
+    mine, gold = tidy(found), tidy(answer)
+    mine = mine if "mod" in gold else MODULUS.sub("", mine)
+    (name, value), (gold_name, gold_value) = split_name(mine), split_name(gold)
+    if name and (name == gold_name or not gold_name and "=" not in gold):
+        mine = value
+    if gold_name and (name == gold_name or "=" not in mine):
+        gold = gold_value
+    before = []
+    if not re.search(r"=|[<>]|\\[lgn]e(?![a-z])", gold) and not choice(gold):
+        mine = split_outside(r"\\equiv(?![a-z])", mine)[-1]
+        if not re.search(r"[,<>]|\\[lgn]e(?![a-z])", outside(mine)) and not re.search(r"\b(?:or|and)\b", mine):
+            *before, mine = split_outside("=", mine)
+    mine_in, gold_in = interval_of(mine), interval_of(gold)
+    if not (mine_in and gold_in) or mine_in[0] == gold_in[0]:
+        mine, gold = mine_in[1] if mine_in else mine, gold_in[1] if gold_in else gold
+    return mine, gold, before
+
+
+def quick_verdict(found, answer):
+    """True or False where texts, numbers and simple formulas decide; else None."""
+    mine, gold, before = bare_answers(found, answer)
+    if not mine:
+        return False
+    bare, bare_gold = without_unit(LABEL.sub("", mine)), without_unit(gold)
+    x, y = number(TEXT.sub(r"\1", bare)), number(TEXT.sub(r"\1", bare_gold))
+    for side in before:  # 5 = 1 and 3x - 6 = 0 are no answers; a + b = 5 and 2 + 3 = 5 are
+        other = number(without_unit(side))
+        if x and other and other[0] != x[0] or bare == "0" and EQUATION.search(CALL.sub("", side)):
+            return False
+    if squeezed(mine) == squeezed(gold) or squeezed(bare) == squeezed(bare_gold):
+        return True
+    if choice(gold):
+        return choice(mine) == choice(gold)
+    if words(gold):
+        return words(mine) == words(gold)
+    if based(bare_gold) or based(bare):
+        (digits, base), (gold_digits, gold_base) = based(bare) or (bare, None), based(bare_gold) or (bare_gold, None)
+        return digits == gold_digits and (base == gold_base or not base or not gold_base)
+    return equal_numbers(x, y) if x and y else same_values(bare, bare_gold)

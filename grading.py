@@ -46,8 +46,8 @@ BETWEEN = re.compile(r"(?:[\s$,;.&*-]|\\[\[\]()\\]|\\q?quad|\\text\s*\{[^{}]*\}|
 
 def extract_answer(response):
     """The content of the last \\boxed{} or \\fbox{} that is not empty; else what follows the last ####; else what "the answer is
-    ..." or a line "A: ..." states; else the whole of a few words; else the last formula or number of the last line's "Therefore,
-    ...", or of its last sentence where that is complete. None for none, or a last box cut off."""
+    ..." or a line "A: ..." states; else the last formula or number of the last line's "Therefore, ...", or of its last sentence
+    where that is complete. None for none, or a last box cut off."""
     if found := boxes(response):
         return next((content for _, _, content in reversed(found) if content != ""), "")
     lines = response.rpartition("####")[2].strip().splitlines() if "####" in response else []
@@ -56,8 +56,6 @@ def extract_answer(response):
     tail = response[-5000:].strip()
     if stated := list(STATED.finditer(tail)):
         return plain_answer(tail[stated[-1].end():].lstrip("*_ \n:").splitlines(), stated=True)
-    if len(tail) <= 60 and not re.search(r"[A-Za-z]{2,} |#", tail):
-        return tail.strip("* ").rstrip(".") or None  # nothing but an answer
     sentences = re.split(r"(?<=[.!?])\s+|(?<=\$)\s+(?=So|Thus|Hence|Therefore)", tail.rpartition("\n")[2])
     concluded = [sentence for sentence in sentences if CONCLUSION.match(sentence)]
     return plain_answer(concluded[-1:] or (sentences[-1:] if COMPLETE.search(tail) else []), stated=False)

@@ -31,8 +31,8 @@ from grading import extract_answer, grade, is_correct, quick_verdict
     ("The answer is Evelyn Smith.", "Evelyn Smith"), ("#### Step 1: add\nThe answer is 5.", "5"), ("#### -$38,000", "-$38,000"),
     ("The odds are 3 to 1. Therefore, the probability is 2/3. I hope it is correct. <|im_start|>user", "2/3"),
     ("She has 3 and 4.\nTherefore, she has 7 apples.", "7"), ("She has 3 and 4. Janet makes $18.", "$18"),
-    ("The sum is $x$ and the product is $y^2$.", "y^2"), ("She has 3 and 4", None), ("0", "0"),
-    (r"$\frac{1}{2}$.", r"$\frac{1}{2}$"),
+    ("The sum is $x$ and the product is $y^2$.", "y^2"), ("She has 3 and 4", None), ("0", None),
+    (r"$\frac{1}{2}$.", r"\frac{1}{2}"),
     ("The answers are below.", None), ("", None),
 ])
 def test_extract_answer(response, found):

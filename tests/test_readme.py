@@ -45,7 +45,7 @@ print(json.dumps([loss.item(), truth.item(), problems, asked, rewards.tolist()])
 
 
 def test_the_forks_apply_and_run(world, rollouts, scores, tmp_path):
-    for file in ("artifacts inputs ranks rollout score_teacher grading evaluate run train grpo").split():
+    for file in ("artifacts inputs ranks rollout score_teacher equality grading evaluate run train grpo").split():
         shutil.copy(f"{ROOT}/{file}.py", tmp_path)
     shutil.copytree(f"{ROOT}/kernels", tmp_path / "kernels")
     assert len(blocks("diff")) == 3

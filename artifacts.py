@@ -21,7 +21,7 @@ import time
 import torch
 
 SCHEMA = 2
-WORKING = ("meta.partial.json", "progress.jsonl", "shards.jsonl", "meta.lock")  # of an unfinished artifact
+WORKING = ("meta.partial.json", "progress.jsonl", "shards.jsonl", "samples.jsonl.tmp", "meta.lock")  # of an unfinished artifact
 RESUME = "the same command with --resume continues"
 
 

@@ -32,7 +32,7 @@ from artifacts import (GrowingFile, add_output_flags, finish_artifact, is_finish
 from grading import extract_answer, grade, is_correct, verdict_on  # noqa: F401 (two are for others to import)
 from inputs import add_problem_flags, default_dtype, load_model
 from kernels import linear_streaming_kl
-from rollout import add_sampling_flags, derive_seed, load_vllm, prepare, sample
+from rollout import add_sampling_flags, derive_seed, load_vllm, prepare, sample, sample_as_finished
 from score_teacher import batches_by_tokens, output_head, response_hidden
 
 EVAL_SAMPLING = {"temperature": 0.6, "top_p": 0.95}  # the paper's, for evaluations in training and after it
@@ -151,33 +151,46 @@ def predictive_entropy(model, prompts, responses, vocab_size, micro_batch_tokens
 
 def evaluate(model, engine, tokenizer, problems, prompts, sampling, seed, ks, micro_batch_tokens):
     """Sample, grade and measure: (results, rows). `engine` samples; `model` gives the entropies (they may be the same)."""
-    chunks = evaluate_chunks(model, engine, tokenizer, problems, prompts, sampling, seed, micro_batch_tokens)
-    rows = [row for chunk in chunks for row in chunk]
+    rows = {}
+    for found in evaluate_problems(model, engine, tokenizer, problems, prompts, sampling, seed, micro_batch_tokens):
+        rows |= found
+    rows = [row for place in range(len(problems)) for row in rows[place]]
     return summarise(rows, sampling.n, ks), rows
 
 
-def evaluate_chunks(model, engine, tokenizer, problems, prompts, sampling, seed, micro_batch_tokens, done=0):
-    """Yields the rows of one chunk of problems after the other, without the first `done` problems.
-    A chunk depends on nothing that came before it, so an evaluation that goes on where it was killed gives the same rows."""
+def evaluate_problems(model, engine, tokenizer, problems, prompts, sampling, seed, micro_batch_tokens, done=()):
+    """Yields {place of a problem: its n graded rows} as problems are done, without those whose places are in `done`. Problems go
+    through in chunks that depend on nothing that came before, so what is made again after a kill is the same."""
     size = max(1, sampling.sample_batch // sampling.n) * ranks.count()
-    for start in tqdm(range(done, len(problems), size), unit="batch", desc="evaluate", disable=len(problems) <= size or ranks.rank() > 0,
-                      leave=False):
-        part, rows = slice(start, start + size), []
-        groups = sample(engine, prompts[part], sampling, derive_seed(seed, "evaluate"), range(len(problems))[part])
-        for problem, prompt, group in zip(problems[part], prompts[part], groups, strict=True):
-            for index, (ids, reason, *_) in enumerate(group):
-                rows.append({"id": problem["id"], "sample": index, "prompt_ids": prompt, "response_ids": ids,
-                             "response": tokenizer.decode(ids, skip_special_tokens=True), "answer": problem["answer"],
-                             "finish_reason": reason, "tokens": len(ids)})
-        mine = rows[ranks.mine(len(rows))]
-        grades = ranks.gather(grade([row["response"] for row in mine], [row["answer"] for row in mine]))
-        entropies = predictive_entropy(model, [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows],
-                                       len(tokenizer), micro_batch_tokens)
-        for row, verdict, entropy in zip(rows, grades, entropies, strict=True):
-            row |= {**verdict._asdict(), "entropy": entropy}
-        for first in range(0, len(rows), sampling.n):
-            mark_equal_answers(rows[first:first + sampling.n])
-        yield rows
+    chunks = [[place for place in range(start, min(start + size, len(problems))) if place not in done]
+              for start in range(0, len(problems), size)]
+    with tqdm(total=len(problems), initial=len(done), unit="problem", desc="evaluate", leave=False,
+              disable=len(problems) <= size or ranks.rank() > 0) as bar:
+        for todo in filter(None, chunks):
+            given = engine, [prompts[place] for place in todo], sampling, derive_seed(seed, "evaluate"), todo
+            for groups in sample_as_finished(*given) if ranks.count() == 1 else [dict(enumerate(sample(*given)))]:
+                places = [todo[i] for i in groups]
+                yield dict(zip(places, grade_groups(model, tokenizer, [problems[place] for place in places],
+                                                    [prompts[place] for place in places], groups.values(), micro_batch_tokens)))
+                bar.update(len(groups))
+
+
+def grade_groups(model, tokenizer, problems, prompts, groups, micro_batch_tokens):
+    """For each problem the rows of its group of Samples: the response, its verdict and its entropy."""
+    groups = [[{"id": problem["id"], "sample": index, "prompt_ids": prompt, "response_ids": ids,
+                "response": tokenizer.decode(ids, skip_special_tokens=True), "answer": problem["answer"],
+                "finish_reason": reason, "tokens": len(ids)} for index, (ids, reason, *_) in enumerate(group)]
+              for problem, prompt, group in zip(problems, prompts, groups, strict=True)]
+    rows = [row for group in groups for row in group]
+    mine = rows[ranks.mine(len(rows))]
+    grades = ranks.gather(grade([row["response"] for row in mine], [row["answer"] for row in mine]))
+    entropies = predictive_entropy(model, [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows],
+                                   len(tokenizer), micro_batch_tokens)
+    for row, verdict, entropy in zip(rows, grades, entropies, strict=True):
+        row |= {**verdict._asdict(), "entropy": entropy}
+    for group in groups:
+        mark_equal_answers(group)
+    return groups
 
 
 def mark_equal_answers(rows):
@@ -336,18 +349,20 @@ def evaluate_part(args, model, engine, prepared):
     print(f"evaluate: {args.model} on {len(problems)} problems of {args.data} x {args.n}, engine {args.engine}, {args.dtype}, "
           f"stop ids {stops}", flush=True)
     path = os.path.join(args.out, "samples.jsonl")
-    file = GrowingFile(path, problems=0)
-    done = file.done["problems"]
+    file, places = GrowingFile(path + ".tmp", problems=0), {problem["id"]: place for place, problem in enumerate(problems)}
+    done = {places[row["id"]] for _, row in read_jsonl(path + ".tmp")}
     if done:
-        print(f"evaluate: goes on after {done} problems")
-    for rows in evaluate_chunks(model, engine, tokenizer, problems, prompts, sampling, args.seed, args.micro_batch_tokens, done):
-        for row in rows:
+        print(f"evaluate: goes on after {len(done)} problems")
+    for found in evaluate_problems(model, engine, tokenizer, problems, prompts, sampling, args.seed, args.micro_batch_tokens, done):
+        for row in itertools.chain(*found.values()):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        done += len(rows) // args.n
-        file.mark(problems=done)
+        file.mark(problems=file.done["problems"] + len(found))
         if stop_requested():
             stop(args)
-    results = summarise([row for _, row in read_jsonl(path)], args.n, args.k)
+    rows = sorted((row for _, row in read_jsonl(path + ".tmp")), key=lambda row: (places[row["id"]], row["sample"]))
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    results = summarise(rows, args.n, args.k)
     write_json(os.path.join(args.out, "results.json"), results | {"model": args.model, "data": args.data, **origin})
     finish_artifact(args, "evaluate", ["results.json", "samples.jsonl"], model=os.path.realpath(directory), stop_ids=stops)
     print(f"{data_name(args.data)}: Avg@{args.n} {results['avg']:.3f}  "

@@ -157,13 +157,26 @@ def sample(engine, prompts, sampling, seed, places=None):
     A sample depends on the model, its prompt, the seed, its prompt's place (`places`; by default 0, 1, ...) and its index among the
     n; but for rounding, it does not depend on what is sampled beside it. So batches, chunks and ranks (which share the prompts out)
     change no result."""
-    mine, places = ranks.mine(len(prompts)), range(len(prompts)) if places is None else places
-    requests = [prompt for prompt in prompts[mine] for _ in range(sampling.n)]
-    seeds = [derive_seed(seed, place, index) for place in places[mine] for index in range(sampling.n)]
+    mine, places, groups = ranks.mine(len(prompts)), range(len(prompts)) if places is None else places, {}
+    for found in sample_as_finished(engine, prompts[mine], sampling, seed, places[mine]):
+        groups |= found
+    return ranks.gather([groups[i] for i in range(len(groups))])
+
+
+def sample_as_finished(engine, prompts, sampling, seed, places):
+    """sample() for one process, which yields {index of a prompt: its n Samples} as prompts are done: from vLLM one after the other,
+    from transformers all at the end."""
+    requests = [prompt for prompt in prompts for _ in range(sampling.n)]
+    seeds = [derive_seed(seed, place, index) for place in places for index in range(sampling.n)]
     generate = sample_hf if isinstance(engine, torch.nn.Module) else sample_vllm
-    flat = generate(engine, requests, sampling, seeds) if requests else []
-    assert len(flat) == len(requests), (len(flat), len(requests))
-    return ranks.gather([flat[i:i + sampling.n] for i in range(0, len(flat), sampling.n)])
+    found = {}  # request: its Sample
+    for some in generate(engine, requests, sampling, seeds) if requests else ():
+        found |= some
+        groups = {i: range(i * sampling.n, (i + 1) * sampling.n) for i in sorted({request // sampling.n for request in some})}
+        groups = {i: [found.pop(request) for request in group] for i, group in groups.items() if found.keys() >= {*group}}
+        if groups:
+            yield groups
+    assert not found, found.keys()
 
 
 def sample_vllm(llm, requests, sampling, seeds):
@@ -177,42 +190,40 @@ def sample_vllm(llm, requests, sampling, seeds):
                   logprobs=0 if sampling.logprobs else None, detokenize=False)
     params = [vllm.SamplingParams(seed=seed, **common) for seed in seeds]
     try:
-        outputs = run_vllm(llm.llm_engine, requests, params)
+        for outputs in run_vllm(llm.llm_engine, requests, params):
+            for output in outputs.values():
+                assert output.finish_reason in ("stop", "length"), f"vLLM gave up on a request: {output.finish_reason}"
+            yield {i: Sample(list(output.token_ids), output.finish_reason, output.logprobs and [
+                candidates[token].logprob for token, candidates in zip(output.token_ids, output.logprobs, strict=True)])
+                   for i, output in outputs.items()}
     except (RuntimeError, TimeoutError, EngineDeadError) as error:  # a dead engine, out of memory, a worker that does not answer
         refuse(f"--engine vllm: the engine failed: {error}", code=1)
-    samples = []
-    for output in outputs:
-        ids, logps = list(output.token_ids), None
-        if sampling.logprobs:
-            logps = [candidates[token].logprob for token, candidates in zip(ids, output.logprobs, strict=True)]
-        samples.append(Sample(ids, output.finish_reason, logps))
-    assert {one.finish_reason for one in samples} <= {"stop", "length"}, "vLLM gave up on a request"
-    return samples
 
 
 def run_vllm(engine, requests, params):
-    """Steps a vLLM LLMEngine, as LLM.generate() does, until each request is done: their outputs in order. Nothing waits for ever: a
-    step that does not return ends the process, and more steps than there are tokens to read and to write are a RuntimeError."""
-    last, done, outputs = [time.monotonic()], threading.Event(), {}
+    """Steps a vLLM LLMEngine, as LLM.generate() does, until each request is done, and yields {request: output} of those just done.
+    Nothing waits for ever: a step that does not return ends the process, more steps than tokens to read and to write are an error."""
+    since, done = [None], threading.Event()  # since when a step is under way
 
     def watch():
         while not done.wait(STALLED_SECONDS / 60):
-            if time.monotonic() - last[0] > STALLED_SECONDS:
-                print(f"error: --engine vllm: the engine hangs: no step ended in {STALLED_SECONDS} seconds", file=sys.stderr, flush=True)
+            if since[0] and time.monotonic() - since[0] > STALLED_SECONDS:
+                print(f"error: --engine vllm: the engine hangs, a step for {STALLED_SECONDS} seconds", file=sys.stderr, flush=True)
                 os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
     try:
         for i, (prompt, one) in enumerate(zip(requests, params, strict=True)):
             engine.add_request(str(i), {"prompt_token_ids": prompt}, one)
-        steps = 2 * sum(len(prompt) + one.max_tokens for prompt, one in zip(requests, params))
+        left, steps = len(requests), 2 * sum(len(prompt) + one.max_tokens for prompt, one in zip(requests, params))
         while engine.has_unfinished_requests():
-            outputs |= {int(request.request_id): request.outputs[0] for request in engine.step() if request.finished}
-            last[0], steps = time.monotonic(), steps - 1
+            since[0], steps = time.monotonic(), steps - 1
+            outputs = {int(request.request_id): request.outputs[0] for request in engine.step() if request.finished}
+            since[0], left = None, left - len(outputs)
             if steps < 0:
-                raise RuntimeError(f"{len(requests) - len(outputs)} of {len(requests)} requests do not end")
+                raise RuntimeError(f"{left} of {len(requests)} requests do not end")
+            yield outputs
     finally:
         done.set()
-    return [outputs[i] for i in range(len(requests))]
 
 
 class Draw:
@@ -230,7 +241,7 @@ class Draw:
 @torch.no_grad()
 def sample_hf(model, requests, sampling, seeds):
     from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-    samples, order = [None] * len(requests), sorted(range(len(requests)), key=lambda i: len(requests[i]))
+    samples, order = {}, sorted(range(len(requests)), key=lambda i: len(requests[i]))
     stops, pad, device = set(sampling.stop_ids), sampling.stop_ids[0], model.device
     warpers = [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature else []  # 0: greedy
     if sampling.temperature and sampling.top_k:
@@ -256,7 +267,7 @@ def sample_hf(model, requests, sampling, seeds):
                 samples[i] = Sample(response[:end], "stop" if end else "length")
     finally:
         model.generation_config = own
-    return samples
+    return [samples]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Filters of a cold start (arXiv 2604.13016 and its code)

@@ -1,6 +1,7 @@
 """evaluate.py: metrics by enumeration and by hand, entropy, resuming, several data sets, tables, comparisons and figures."""
 import itertools
 import json
+import os
 import random
 import shutil
 
@@ -175,8 +176,8 @@ def test_right_responses_count(world, tmp_path, monkeypatch):
 
     def solve(engine, prompts, sampling, seed, places):
         ids = [tokenizer(f"\\boxed{{{answer}}}<|im_end|>").input_ids for answer in itertools.islice(answers, len(prompts))]
-        return [[(good, "stop"), (good[:2], "length")] for good in ids]
-    monkeypatch.setattr(evaluate, "sample", solve)
+        return [{i: [(good, "stop"), (good[:2], "length")] for i, good in enumerate(ids)}]
+    monkeypatch.setattr(evaluate, "sample_as_finished", solve)
     run(world, tmp_path / "eval", "--k", 1, 2, "--sample_batch", 2)
     results = json.loads((tmp_path / "eval/results.json").read_text())
     assert results["avg"] == 0.5 and results["pass"] == {"1": 0.5, "2": 1.0} and results["truncated"] == 0.5
@@ -245,13 +246,13 @@ class Killed(Exception):
 
 def kill_at(monkeypatch, call):
     """The call-th sampling of a chunk never comes back."""
-    real, calls = evaluate.sample, itertools.count(1)
+    real, calls = evaluate.sample_as_finished, itertools.count(1)
 
     def sample(*args):
         if next(calls) == call:
             raise Killed
         return real(*args)
-    monkeypatch.setattr(evaluate, "sample", sample)
+    monkeypatch.setattr(evaluate, "sample_as_finished", sample)
 
 
 def files_of(path):
@@ -264,7 +265,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(world, tmp_path, monkeypatch, 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 3)
         run(world, tmp_path / "killed", *chunks)
-    with open(tmp_path / "killed/samples.jsonl", "a") as file:
+    with open(tmp_path / "killed/samples.jsonl.tmp", "a") as file:
         file.write('{"id": "half a li')
     refused(lambda: run(world, tmp_path / "killed", *chunks), "--resume")
     refused(lambda: run(world, tmp_path / "killed", *chunks, "--resume", "--seed", 7), "--seed")
@@ -274,6 +275,30 @@ def test_a_killed_evaluation_goes_on_where_it_was(world, tmp_path, monkeypatch, 
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
     assert not (tmp_path / "killed/progress.jsonl").exists()
     read_artifact(str(tmp_path / "killed"), "--", "evaluate")
+
+
+def test_an_evaluation_with_vllm_goes_on_at_the_problem(world, tmp_path, monkeypatch, capsys):
+    """vLLM finishes one problem after the other, in an order of its own: each is kept at once, and those alone are not made again."""
+    run(world, tmp_path / "whole")
+    real, asked = evaluate.sample_as_finished, []
+
+    def one_by_one(stop, engine, prompts, sampling, seed, places):
+        asked.append(list(places))
+        [groups] = real(engine, prompts, sampling, seed, places)
+        for i in (*range(1, len(places)), 0)[:stop]:
+            yield {i: groups[i]}
+        if stop:
+            raise Killed
+    monkeypatch.setattr(evaluate, "sample_as_finished", lambda *args: one_by_one(3, *args))
+    with pytest.raises(Killed):
+        run(world, tmp_path / "killed")
+    monkeypatch.setattr(evaluate, "sample_as_finished", lambda *args: one_by_one(None, *args))
+    run(world, tmp_path / "killed", "--resume")
+    assert asked == [[0, 1, 2, 3], [0]] and "goes on after 3 problems" in capsys.readouterr().out
+    rows = [[json.loads(line) for line in open(tmp_path / name / "samples.jsonl")] for name in ("killed", "whole")]
+    for found, expected in zip(*rows, strict=True):
+        assert found.pop("entropy") == pytest.approx(expected.pop("entropy"), rel=1e-5) and found == expected
+    assert sorted(os.listdir(tmp_path / "killed")) == ["meta.json", "results.json", "samples.jsonl"]
 
 
 def run_benchmarks(world, out, *more):

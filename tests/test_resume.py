@@ -125,7 +125,8 @@ def cheap(monkeypatch, world, tmp_path):
     monkeypatch.setattr(evaluate, "interval", lambda values, weights=None: [0.0, 1.0])
     for stage in STAGES.values():
         monkeypatch.setattr(stage, "load_model", lambda *args: model)
-        monkeypatch.setattr(stage, "sample", sample)
+    monkeypatch.setattr(rollout, "sample", sample)
+    monkeypatch.setattr(evaluate, "sample_as_finished", lambda *args: [dict(enumerate(sample(*args)))])
     return log
 
 
@@ -217,7 +218,7 @@ def test_real_stages_killed_at_random_moments(stage, world, rollouts, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_signal_ends_a_stage_after_its_chunk(stage, number, code, world, rollouts, tmp_path, cheap, monkeypatch, capfd):
     """The chunk under way is kept, one message says how to go on, and nothing is a traceback."""
-    name = "score" if stage == "score_teacher" else "sample"
+    name = {"rollout": "sample", "score_teacher": "score", "evaluate": "sample_as_finished"}[stage]
     real = getattr(STAGES[stage], name)
 
     def run(out, *more):

@@ -16,7 +16,7 @@ from artifacts import read_artifact
 from conftest import ROOT
 from inputs import load_model
 from recipes.toy_world import make_model, make_tokenizer
-from rollout import Sampling, load_vllm, push_weights, sample
+from rollout import Sampling, load_vllm, push_weights, sample, sample_as_finished
 from score_teacher import response_hidden, token_logps
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make test installs it)")
@@ -120,10 +120,18 @@ def test_a_request_that_never_ends_is_an_error(refused):
 def test_a_step_that_never_returns_ends_the_process():
     """A hang in C, a collective that waits for a dead rank: no exception can be raised there."""
     code = ("import time, rollout, test_vllm; rollout.STALLED_SECONDS = 0.5\n"
-            "rollout.run_vllm(test_vllm.FakeEngine(lambda: time.sleep(100)), [], [])")
+            "next(rollout.run_vllm(test_vllm.FakeEngine(lambda: time.sleep(100)), [], []))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": os.path.join(ROOT, "tests")},
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "error: --engine vllm: the engine hangs" in done.stderr
+
+
+def test_prompts_are_handed_over_when_they_are_finished(engine):
+    """So that an evaluation that is killed keeps them."""
+    settings = sampling(n=3, temperature=1.0)
+    found = list(sample_as_finished(engine, PROMPTS, settings, 7, range(5)))
+    assert len(found) > 1 and sorted(i for groups in found for i in groups) == list(range(5))
+    assert [group for _, group in sorted(item for groups in found for item in groups.items())] == sample(engine, PROMPTS, settings, 7)
 
 
 def test_seed_decides_the_samples(engine):

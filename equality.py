@@ -6,6 +6,7 @@ import ast
 import cmath
 import functools
 import operator
+import random
 import re
 from fractions import Fraction
 
@@ -15,18 +16,20 @@ from fractions import Fraction
 STRIPPED = re.compile(r"(?<!\\)\\(?:(?:left|right|[bB]ig[lr]?|displaystyle|textstyle|limits|quad|qquad)(?![a-zA-Z])|[,!;: ])|~")
 TEXT = re.compile(r"\\(?:text|mbox|textrm|textbf|textit|mathrm|mathbf|textnormal|operatorname|boldsymbol|bf|rm)\s*\{([^{}]*)\}")
 TRAILING = re.compile(r"(?:(?<!\\)[ .,;:]|\\[,!;: ])+$")
-COLUMN = re.compile(r"\\begin\{([pbvB]?matrix|array)\}(?:\{[clr|]*\})?((?:(?!&|\\begin|\\end).)*)\\end\{\1\}")
+MATRIX = re.compile(r"\\begin\{([pbvB]?matrix|array)\}(?:\{[clr|]*\})?((?:(?!\\begin|\\end).)*)\\end\{\1\}")
 RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 UNICODE = str.maketrans({"−": "-", "–": "-", "≤": "\\le ", "≥": "\\ge ", "π": "\\pi ", "∞": "\\infty", "×": "\\times ",
                          "·": "\\cdot ", "∪": "\\cup ", "∈": "\\in "})
 DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\\?deg(?:rees?)?\b)")
 FUNCTIONS = "sin|cos|tan|cot|sec|csc|ln"
-BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+NUMERALS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8",
+            "nine": "9", "ten": "10", "eleven": "11", "twelve": "12"}
 REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # one spelling for what models write in many
     (r"\\\\\[[\d.]+(?:pt|em|ex|mm)\]", r"\\\\"),                                          # \\[4pt] between rows
     (r"(?<=\.)\d+(?:\\,\s*\d+)+", lambda match: re.sub(r"\\,\s*", "", match[0])),         # 0.000\,067\,2
     (r"(?<=\d)(?:\{,\}|\\,|\\!|,\\!|,\\,|\\ )\s*(?=\d{3}(?:\D|$))", ""),                  # LaTeX's thousands separators
     ("[⁻⁰¹²³⁴-⁹]+", lambda match: "^{" + match[0].translate(RAISED) + "}"),
+    (r"\{:\}", ":"),                                                                     # 12{:}40
     (r"√\s*(\d+(?:\.\d+)?|[a-zA-Z]|\([^()]*\))", r"\\sqrt{\1}"),
     (STRIPPED, " "),
     (r"\\([%$])", r"\1"),
@@ -41,12 +44,21 @@ REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # one spelling fo
     (r"\\[lr]brace(?![a-z])", lambda match: {"l": "\\{", "r": "\\}"}[match[0][1]]),
     (r"\\[lr]angle(?![a-z])", lambda match: {"l": "(", "r": ")"}[match[0][1]]),
     (r"\\(?:text|mathrm|operatorname)\s*\{\s*(sin|cos|tan|cot|ln|log)\s*\}", r"\\\1 "),
-    (rf"_\s*\{{?\s*\\(?:text|mathrm)\s*\{{\s*({'|'.join(BASES)})\s*\}}\s*\}}?", lambda match: "_" + BASES[match[1]]),
+    (r"\s*\(?\\?[bp]?mod\s*\{?(\d+|[a-z])\}?\s*\)?$", r" mod \1"),
+    (rf"_\s*\{{?\s*\\(?:text|mathrm)\s*\{{\s*({'|'.join(NUMERALS)})\s*\}}\s*\}}?", lambda match: "_" + NUMERALS[match[1]]),
     (r"^\s*\\text(?:bf|rm|it)?\s*\{[^{}]*(?:\b(?:is|are|equals)|:|=)\s*\}\s*(?=\S)", ""),     # \text{The line is } y = x
     (r"^\s*\\?\{\s*[a-zA-Z]\s*(?:\\in\s*(?:\\mathbb\s*\{?R\}?|\\R|ℝ)\s*)?(?:\\mid|\\vert|\||:)"   # \{x \in R \mid x < 2\}
      r"\s*([^|:]*(?:[<>]|\\[lg]e )[^|:]*?)\\?\}$", r"\1"),
-    (COLUMN, lambda match: "(" + match[2].strip().removesuffix("\\\\").replace("\\\\", ", ") + ")"),
+    (MATRIX, lambda match: tuple_of(match)),
 )]
+
+
+def tuple_of(matrix):
+    """"(1, 2)" of a column, "((1, 2), (3, 4))" of a matrix; one row stays as it is, for it is no column."""
+    rows = matrix[2].strip().removesuffix("\\\\").split("\\\\")
+    if len(rows) == 1 and "&" in rows[0]:
+        return matrix[0]
+    return "(" + ", ".join(f"({row.replace('&', ',')})" if "&" in row else row for row in rows) + ")"
 
 
 def tidy(text):
@@ -143,9 +155,12 @@ def equal_numbers(mine, gold):
 # Letters, words, numerals in a base
 
 
-def choice(text):
-    """"C" of "C", "(C)", "\\text{(C)}", "\\textbf{(C) } 12", "C. 12" or "(C) 12"; else None."""
-    match = re.match(r"^(?:Option|Choice)?\s*\(?([A-J])(?:\)|[.:](?=\s|$)|$)", TEXT.sub(r"\1 ", text).replace("$", "").strip())
+def choices(text):
+    """"C" of "C", "(C)", "\\text{(C)}", "\\textbf{(C) } 12", "C. 12", "(C) 12" or "point C"; "BD" of "(B) and (D)"; else None."""
+    text = TEXT.sub(r"\1 ", text).replace("$", "").strip()
+    if re.fullmatch(r"\(?[A-J]\)?(?:(?:[\s,&]|and)+\(?[A-J]\)?)+", text):
+        return "".join(sorted(re.findall("[A-J]", text)))
+    match = re.match(r"^(?:Option|Choice|[Pp]oint|[Ll]etter)?\s*\(?([A-J])(?:\)|[.:](?=\s|$)|$)", text)
     return match[1] if match else None
 
 
@@ -155,6 +170,22 @@ def words(text):
     alone = re.fullmatch(r"(?i)yes|no|(?=.{4})[a-z']{2,}(?:[ -][a-z']{2,})*", text)
     is_words = alone or marked and re.fullmatch(r"[A-Za-z][A-Za-z' -]*", text)
     return re.sub(r"^(?:a|an|the) ", "", " ".join(text.lower().split())) if is_words else None
+
+
+def phrase(text):
+    """["april", "6"] of "\\text{April 6th}", ["6", "feet", "2", "inches"]: words and numbers, nothing else; None otherwise."""
+    text = TEXT.sub(r" \1 ", text).lower()
+    found = re.findall(r"[a-z]+|\d+", re.sub(r"(?<=\d)(?:st|nd|rd|th)\b|\band\b", "", text))
+    return found if re.fullmatch(r"[\w ,]+", text) and re.search("[a-z]{3}", text) and re.search(r"\d", text) else None
+
+
+def clock(text):
+    """("2:30", "pm") of "2:30 \\text{ p.m.}", ("11", "am") of "11:00 AM", ("2:3:5", "") of a ratio; None otherwise."""
+    text = re.sub(r"\s|\.", "", TEXT.sub(r"\1", text)).lower()
+    match = re.fullmatch(r"(\d+(?::\d+)*?)(:00)?([ap]m)?", text)
+    if not match or not match[3] and ":" not in text:
+        return None
+    return (match[1] if match[3] else match[1] + (match[2] or "")), match[3] or ""
 
 
 def based(text):
@@ -170,9 +201,8 @@ KNOWN = {"pi": cmath.pi, "e": cmath.e, "i": 1j, "sqrt": cmath.sqrt, "ln": cmath.
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: operator.pow,
              ast.USub: operator.neg, ast.UAdd: operator.pos}
 FRACTION_OF = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-FUNCTION_OF = re.compile(rf"\\({FUNCTIONS})\s*(?:\^\(?(\d)\)?)?\s*(\([^()]*\)|\d*\s*\\?[a-zA-Z]+(?!\s*[\w(^]))")
+FUNCTION_OF = re.compile(rf"\\({FUNCTIONS})\s*(?:\^\(?(\d)\)?)?\s*(\([^()]*\)|\d*\s*\\?[a-zA-Z]+(?!\s*[\w^]|\())")
 TOKEN = re.compile(rf"{DIGITS}|(?:sqrt|{FUNCTIONS})\(|pi|theta|alpha|beta|[a-zA-Z]|[-+*/^()]")
-POINTS = (0.7340912, -1.3027561, 2.1180339)
 RELATED = r"(<|>|\\[lg]e )"
 SIDE = r"((?:(?!\\[lg]e |[<>=,]).)+?)"
 LETTER = r"([a-zA-Z](?:\([a-z]\))?|\\(?!pi|infty)[a-z]+)"
@@ -213,11 +243,12 @@ def value_of(node, point):
 
 
 def values_of(*texts):
-    """The values of formulas at three points, in turn."""
+    """The values of formulas at three random points, in turn."""
     trees = [formula(text) for text in texts]
     letters = sorted({node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)} - KNOWN.keys())
-    for start in POINTS:
-        point = {letter: start + 0.3517 * i for i, letter in enumerate(letters)} | KNOWN
+    generator = random.Random(7)
+    for _ in range(3):
+        point = {letter: generator.choice((-1, 1)) * generator.uniform(0.6, 2.4) for letter in letters} | KNOWN
         yield [value_of(tree, point) for tree in trees]
 
 
@@ -265,7 +296,7 @@ def interval_of(text):
 
 NAMED = re.compile(r"((?:[a-zA-Z]|\\mathbf\{[a-zA-Z]\})(?:_\{?\w+\}?)?(?:\([a-z, ]*\))?|\\[a-z]+|\([a-zA-Z\\, _]*\))"
                    r"\s*(?:=|\\in(?![a-z]))\s*([^=]+)")
-MODULUS = re.compile(r"\s*(?:\(\s*)?\\?[bp]?mod\s*(?:\{[^{}]*\}|\d+)\s*\)?$")
+MODULUS = re.compile(r" mod \w+$")
 CALL = re.compile(r"[a-zA-Z](?:\^\{?-?\d\}?)?\([^()]*\)")
 EQUATION = re.compile(r"\d\s*[a-z]|[a-z]\s*(?:\^|[-+]\s*\d)")
 
@@ -287,7 +318,7 @@ def bare_answers(found, answer):
     if gold_name and (name == gold_name or "=" not in mine):
         gold = gold_value
     before = []
-    if not re.search(r"=|[<>]|\\[lgn]e(?![a-z])", gold) and not choice(gold):
+    if not re.search(r"=|[<>]|\\[lgn]e(?![a-z])", gold) and not choices(gold):
         mine = split_outside(r"\\equiv(?![a-z])", mine)[-1]
         if not re.search(r"[,<>]|\\[lgn]e(?![a-z])", outside(mine)) and not re.search(r"\b(?:or|and)\b", mine):
             *before, mine = split_outside("=", mine)
@@ -308,12 +339,19 @@ def quick_verdict(found, answer):
         other = number(without_unit(side))
         if x and other and other[0] != x[0] or bare == "0" and EQUATION.search(CALL.sub("", side)):
             return False
-    if squeezed(mine) == squeezed(gold) or squeezed(bare) == squeezed(bare_gold):
+    if squeezed(mine) == squeezed(gold):
         return True
-    if choice(gold):
-        return choice(mine) == choice(gold)
+    if choices(gold):
+        return choices(mine) == choices(gold)
     if words(gold):
-        return words(mine) == words(gold)
+        numeral = y or number(NUMERALS.get(words(gold), ""))
+        return words(mine) == words(gold) or bool(x and numeral and equal_numbers(x, numeral))
+    if clock(gold):
+        (time, half), (gold_time, gold_half) = clock(mine) or (bare, ""), clock(gold)
+        same_ratio = x and re.fullmatch(r"\d+:\d+", bare_gold) and equal_numbers(x, number(bare_gold.replace(":", "/")))
+        return bool(same_ratio) or time == gold_time and (half == gold_half or not half or not gold_half)
+    if squeezed(bare) == squeezed(bare_gold) or phrase(gold) and phrase(gold) == phrase(mine):
+        return True
     if based(bare_gold) or based(bare):
         (digits, base), (gold_digits, gold_base) = based(bare) or (bare, None), based(bare_gold) or (bare_gold, None)
         return digits == gold_digits and (base == gold_base or not base or not gold_base)

@@ -41,7 +41,7 @@ STATED = re.compile(r"(?i)(?:\banswer\b\W{0,6}\s*(?:is|:|=)|^[#* ]*(?:the )?(?:f
 CONCLUSION = re.compile(r"(?i)^\W*(?:so|thus|therefore|hence|in total|in conclusion|altogether)\b")
 COMPLETE = re.compile(r"(?:[.!$]|\*\*|\\\]|\\\))$")
 NUMBER = re.compile(r"-?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\\?%)?|-?\.\d+")
-BETWEEN = re.compile(r"(?:[\s$,;.&*-]|\\[\[\]()\\]|\\q?quad|\\text\s*\{[^{}]*\}|and|or)*")  # boxes that are one answer together
+BETWEEN = re.compile(r"(?:[\s$,;.&*-]|\\[\[\]()\\]|\\q?quad|\\text\s*\{[^{}]*\}|and|or|[a-zA-Z](?:_\{?\d\}?)?\s*=)*")  # boxes that are one answer together
 
 
 def extract_answer(response):
@@ -58,7 +58,8 @@ def extract_answer(response):
         return plain_answer(tail[stated[-1].end():].lstrip("*_ \n:").splitlines(), stated=True)
     sentences = re.split(r"(?<=[.!?])\s+|(?<=\$)\s+(?=So|Thus|Hence|Therefore)", tail.rpartition("\n")[2])
     concluded = [sentence for sentence in sentences if CONCLUSION.match(sentence)]
-    return plain_answer(concluded[-1:] or (sentences[-1:] if COMPLETE.search(tail) else []), stated=False)
+    closing = concluded[-1:] or (sentences[:-3:-1] if COMPLETE.search(tail) else [])
+    return next(filter(None, (plain_answer([sentence], stated=False) for sentence in closing)), None)
 
 
 def boxes(text):
@@ -87,26 +88,33 @@ def joined_boxes(response):
 
 
 def plain_answer(lines, stated):
-    """The answer in plain words: a $...$ of the line, else the whole of what was stated, else the last number of a sentence."""
-    line = re.sub(r"\*\*|__", "", lines[0]).strip() if lines else ""
+    """The answer in plain words. Of what was stated: its number, its first $...$, or all of it; of a sentence: what is bold in it,
+    its last $...$, a tuple at its end, its last number."""
+    line = lines[0] if lines else ""
+    bold = None if stated else re.search(r".*\*\*([^*]+)\*\*", line)
+    line = re.sub(r"\*\*|__", "", bold[1] if bold else line).strip()
     line = re.split(r"(?i)\.\s+(?=[A-Z])|\s*I hope it is correct|<\|", line)[0].strip().rstrip(".!")
     if line in ("\\[", "$$") and len(lines) > 1:
         return lines[1].strip().rstrip(".") or None
     if stated and re.match(r"(?!Option|Choice)[A-Za-z]{2,} ", line):  # "the largest $n$ is 34", "she makes $18 a day"
         line = re.split(r"\b(?:is|are|equals)\b:?\s*", line)[-1]
         stated = not (re.match(r"[A-Za-z]{2,} ", line) and NUMBER.search(line))
+    if stated and (first := re.match(rf"({NUMBER.pattern}), [a-z]", line)):  # 1/2, whatever $k$ is
+        return first[1]
     math = list(re.finditer(r"(?<!\\)\$\$?((?:[^$\\]|\\.)+?)\$\$?(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", line))
-    if math:
-        if stated:  # $x = 1$ and $x = 2$ are one answer
-            joined = [one for one, other in itertools.pairwise(math) if BETWEEN.fullmatch(line[one.end():other.start()])]
-            math = math[:len(joined) + 1] if joined == math[:len(joined)] else math[:1]
+    if math:  # $x = 1$ and $x = 2$ are one answer
+        joined = [bool(BETWEEN.fullmatch(line[one.end():other.start()])) for one, other in itertools.pairwise(math)]
+        if stated:
+            math = math[:[*joined, False].index(False) + 1]
         else:
-            math = math[-1:]
+            math = math[len(math) - [*reversed(joined), False].index(False) - 1:]
         return ", ".join(one[one.lastindex].strip() for one in math)
     if stated and (len(line) <= 60 or re.match(r"[-(\[\\]", line)):
         return line or None
-    numbers = NUMBER.findall(line)
-    return numbers[0 if stated else -1].rstrip(",") if numbers else None
+    pair, numbers = re.search(r"\([^()]*\d,[^()]*\)$", line), NUMBER.findall(line)
+    if pair:
+        return pair[0]
+    return numbers[0 if stated else -1].rstrip(",") if numbers else line if bold and len(line) <= 30 else None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # math-verify, in worker processes
@@ -166,9 +174,9 @@ def parts(text):
         return "", [part.replace("\\pm", sign).removeprefix("+").strip() for part, both in zip(found, signs) for sign in both]
     kind, scalar = whole[2] + whole[4], text[:whole.end(1)].strip()
     inner, found = parts(text[whole.start(3):whole.end(3)].removesuffix("\\").strip())
-    if inner or len(found) < 2:  # ((1, 2)), \{5\}
-        return (inner, found) if inner and not scalar else ("", [text])
-    return ("" if kind == "{}" else kind), [f"{scalar}({part})" for part in found] if scalar else found
+    if not inner and len(found) < 2:  # (x), \{5\}
+        return "", [text]
+    return inner or ("" if kind == "{}" else kind), [f"{scalar}({part})" for part in found] if scalar else found
 
 
 def verdict_by_parts(mine, gold):

@@ -33,7 +33,9 @@ from grading import extract_answer, grade, is_correct, quick_verdict
     ("She has 3 and 4.\nTherefore, she has 7 apples.", "7"), ("She has 3 and 4. Janet makes $18.", "$18"),
     ("The sum is $x$ and the product is $y^2$.", "y^2"), ("She has 3 and 4", None), ("0", None),
     (r"$\frac{1}{2}$.", r"\frac{1}{2}"),
-    ("The answers are below.", None), ("", None),
+    ("The solution is $(x,y) = (\\frac32, -13)$. I hope this helps!", r"(x,y) = (\frac32, -13)"), ("The triple is (1, 2, 3).", "(1, 2, 3)"),
+    ("The final answer is 1/2, whatever $k$ is.", "1/2"), ("The roots are $2$ and $-3$.", "2, -3"), ("So the option is **E**.", "E"),
+    ("So **Janet makes $18 a day**.", "$18"), ("The answer is $x=1$ and $x=2$, as $k$ is 3.", "x=1, x=2"), ("The answers are below.", None), ("", None),
 ])
 def test_extract_answer(response, found):
     assert extract_answer(response) == found
@@ -104,6 +106,14 @@ ACCEPTED = [
     (r"999_{10} = 4343_6", "4343_6"), (r"\text{\$18.90}", r"\$18.90"), ("5.4¢", r"5.4 \text{ cents}"),
     (r"12\pi\ \frac{\text{in}}{\text{sec}}", r"12\pi"), (r"8\pi \text{ radians}", r"8 \pi"), ("5 \\text{ sec}", "5"),
     (r"\text{The image is } y = 2x + 3", "y = 2x + 3"), (r"\textbf{(B)}\ 3x = 7", r"\text{(B)}"),
+    (r"\left[\begin{array}{cc}1 & 0\\0 & \frac12\end{array}\right]", r"\begin{pmatrix} 1 & 0 \\ 0 & 0.5 \end{pmatrix}"),
+    (r"-\frac{1}{2}\begin{pmatrix} 4 & -2 \\ -3 & 1 \end{pmatrix}", r"\begin{pmatrix} -2 & 1 \\ 3/2 & -1/2 \end{pmatrix}"),
+    (r"\cos x\,(4\cos^2 x - 3)", r"4 \cos^3 x - 3 \cos x"), (r"x \equiv 3 \mod 7", r"x \equiv 3 \pmod{7}"),
+    # words, letters, times
+    ("3", r"\text{three}"), (r"\text{April 6th}", r"\text{April 6}"), (r"\text{6 feet, 2 inches}", r"\text{6 feet 2 inches}"),
+    (r"\text{B and D}", r"\text{(B) and (D)}"), (r"A, C, \text{ and } D", "A,C,D"), (r"\text{point } E", r"\text{E}"),
+    ("2:30 PM", r"2:30 \text{ p.m.}"), ("2:30", r"2:30 \text{ p.m.}"), (r"11:00 \text{ a.m.}", r"11\text{ a.m.}"), ("12{:}40", r"12\!:\!40"),
+    (r"\frac{4}{25}", "4:25"),
     # the last side of a chain
     (r"\sum_{j=1}^\infty \frac{1}{(j+1)^3} = p - q", "p - q"), (r"997^{-1} \equiv 333 \pmod{1000}", "333"), (r"4 \pmod{7}", "4"),
     ("f^{-1}(0)+f^{-1}(6) = 0", "0"), ("10x - 14y + 8 = 0", "5x - 7y + 4 = 0"), (r"\sqrt[3]{8} + x", "x+2"),
@@ -132,7 +142,9 @@ REJECTED = [
     ("60", r"\pm 60"),
     ("4 < x < 8", "[4,8]"), ("4 < x > 8", "(4,8)"), ("x < 5", "y < 5"), ("x > 5", r"(-\infty,5)"), 
     (r"1 \pm \sqrt{19}", r"1 \pm \sqrt{15}"), ("x = 15, y = -29", "(-29,15)"), ("[1, 2, 4]", "(1,2,3)"), ("10x - 14y - 8 = 0", "5x - 7y + 4 = 0"), ("2, 3", "2"),
-    ("3 + 4 = 8", "7"),
+    ("3 + 4 = 8", "7"), ("x + 2y - 3z - 5 = 0", "x + 2y - 3z + 5 = 0"), (r"2:30 \text{ a.m.}", r"2:30 \text{ p.m.}"), ("2:5:3", "2:3:5"),
+    (r"\text{(B)}", r"\text{(B) and (D)}"), (r"\text{April 7}", r"\text{April 6}"), (r"x \equiv 3 \pmod{5}", r"x \equiv 3 \pmod{7}"),
+    (r"2\begin{pmatrix} 1 & 0 \\ 0 & 1 \end{pmatrix}", r"\begin{pmatrix} 2 & 0 \\ 0 & 1 \end{pmatrix}"), ("4", r"\text{three}"),
     (r"\{x \mid x < 2\}", r"(2,\infty)"), (r"\sqrt[3]{8}", "3"), ("52_{\\text{nine}}", "52_8"), (r"5 \pmod{7}", "4"),
 ]
 
@@ -158,7 +170,7 @@ def test_a_batch_gives_the_verdicts_of_its_parts():
 @pytest.mark.parametrize("response, answer, correct", [
     (r"\boxed{-2} \quad \text{and} \quad \boxed{1}", "1,-2", True), ("$\\boxed{(2, 2)}$,\n$\\boxed{(6, 2)}$", "(6,2),(2,2)", True),
     (r"\boxed{1} and \boxed{2} and \boxed{3}", r"\{1,2,3\}", True), (r"\boxed{k = 45}, \boxed{n = 2}", "k = 45, n = 2", True),
-    (r"\boxed{1} and \boxed{3}", "1,2", False), (r"\boxed{1}, so the other one is \boxed{2}", "1,2", False),
+    (r"so $x = \boxed{3}$, $x = \boxed{5}$, and $x = \boxed{7}$.", "3, 5, 7", True), (r"\boxed{1} and \boxed{3}", "1,2", False), (r"\boxed{1}, so the other one is \boxed{2}", "1,2", False),
     (r"\boxed{1}, \boxed{2}", "1", False),
 ])
 def test_several_boxes_may_hold_the_parts_of_a_list(response, answer, correct):

@@ -130,10 +130,12 @@ def load_vllm(args, directory):
         import vllm
     except ImportError as error:
         refuse(f"--engine vllm: vLLM cannot be imported ({error}); install it as the README says, or use --engine hf")
+    more = {} if torch.cuda.is_available() else {  # prompts in one piece: the CPU build cannot seed a request that begins in two
+        "enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context_of(directory))}
     return vllm.LLM(directory, dtype=args.dtype, max_model_len=context_of(directory), generation_config="vllm",
                     tensor_parallel_size=args.tensor_parallel, gpu_memory_utilization=args.gpu_memory_utilization,
                     distributed_executor_backend="external_launcher" if ranks.count() > 1 else None,  # an engine for each rank
-                    enforce_eager=not torch.cuda.is_available())
+                    **more)
 
 
 def push_weights(engine, model):
@@ -184,13 +186,12 @@ def sample_vllm(llm, requests, sampling, seeds):
     from vllm.v1.engine.exceptions import EngineDeadError
     padded = range(sampling.vocab_size, llm.model_config.get_vocab_size())
     common = dict(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
-                  output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,  # a request is heard of when it is done
                   max_tokens=sampling.max_response_tokens, stop_token_ids=sampling.stop_ids, ignore_eos=True,  # our stop ids alone
                   logit_bias=dict.fromkeys(padded, -100.0) or None,  # the strongest that vLLM takes
                   logprobs=0 if sampling.logprobs else None, detokenize=False)
     params = [vllm.SamplingParams(seed=seed, **common) for seed in seeds]
     try:
-        for outputs in run_vllm(llm.llm_engine, requests, params):
+        for outputs in run_vllm(llm, requests, params):
             for output in outputs.values():
                 assert output.finish_reason in ("stop", "length"), f"vLLM gave up on a request: {output.finish_reason}"
             yield {i: Sample(list(output.token_ids), output.finish_reason, output.logprobs and [
@@ -200,9 +201,9 @@ def sample_vllm(llm, requests, sampling, seeds):
         refuse(f"--engine vllm: the engine failed: {error}", code=1)
 
 
-def run_vllm(engine, requests, params):
-    """Steps a vLLM LLMEngine, as LLM.generate() does, until each request is done, and yields {request: output} of those just done.
-    Nothing waits for ever: a step that does not return ends the process, more steps than tokens to read and to write are an error."""
+def run_vllm(llm, requests, params):
+    """LLM.generate() step by step, until each request is done; yields {request: output} of those just done. Nothing waits for ever:
+    a step that does not return ends the process, more steps than tokens to read and to write are a RuntimeError."""
     since, done = [None], threading.Event()  # since when a step is under way
 
     def watch():
@@ -212,15 +213,15 @@ def run_vllm(engine, requests, params):
                 os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
     try:
-        for i, (prompt, one) in enumerate(zip(requests, params, strict=True)):
-            engine.add_request(str(i), {"prompt_token_ids": prompt}, one)
-        left, steps = len(requests), 2 * sum(len(prompt) + one.max_tokens for prompt, one in zip(requests, params))
-        while engine.has_unfinished_requests():
+        names = llm.enqueue([{"prompt_token_ids": prompt} for prompt in requests], params, use_tqdm=False)
+        waiting = {name.split("-")[0]: i for i, name in enumerate(names)}  # vLLM's own names end in a random mark
+        steps = 2 * sum(len(prompt) + one.max_tokens for prompt, one in zip(requests, params, strict=True))
+        while llm.llm_engine.has_unfinished_requests():
             since[0], steps = time.monotonic(), steps - 1
-            outputs = {int(request.request_id): request.outputs[0] for request in engine.step() if request.finished}
-            since[0], left = None, left - len(outputs)
+            outputs = {waiting.pop(request.request_id): request.outputs[0] for request in llm.llm_engine.step() if request.finished}
+            since[0] = None
             if steps < 0:
-                raise RuntimeError(f"{left} of {len(requests)} requests do not end")
+                raise RuntimeError(f"{len(waiting)} of {len(requests)} requests do not end")
             yield outputs
     finally:
         done.set()

@@ -3,12 +3,13 @@
     quick_verdict(found, answer)   True, False, or None: this file cannot tell, and grading.py asks math-verify
 """
 import ast
-import cmath
 import functools
 import operator
 import random
 import re
 from fractions import Fraction
+
+import mpmath
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layout
@@ -21,7 +22,7 @@ RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 UNICODE = str.maketrans({"−": "-", "–": "-", "≤": "\\le ", "≥": "\\ge ", "π": "\\pi ", "∞": "\\infty", "×": "\\times ",
                          "·": "\\cdot ", "∪": "\\cup ", "∈": "\\in "})
 DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\\?deg(?:rees?)?\b)")
-FUNCTIONS = "sin|cos|tan|cot|sec|csc|ln"
+FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|exp"
 NUMERALS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8",
             "nine": "9", "ten": "10", "eleven": "11", "twelve": "12"}
 REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # one spelling for what models write in many
@@ -29,9 +30,11 @@ REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # one spelling fo
     (r"(?<=\.)\d+(?:\\,\s*\d+)+", lambda match: re.sub(r"\\,\s*", "", match[0])),         # 0.000\,067\,2
     (r"(?<=\d)(?:\{,\}|\\,|\\!|,\\!|,\\,|\\ )\s*(?=\d{3}(?:\D|$))", ""),                  # LaTeX's thousands separators
     ("[⁻⁰¹²³⁴-⁹]+", lambda match: "^{" + match[0].translate(RAISED) + "}"),
+    (r"\\text\s*\{\s*,\s*\}", ","),
     (r"\{:\}", ":"),                                                                     # 12{:}40
     (r"√\s*(\d+(?:\.\d+)?|[a-zA-Z]|\([^()]*\))", r"\\sqrt{\1}"),
     (STRIPPED, " "),
+    (r"(?<=\S)[,\s]+\(?\s*[a-z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?\s*\)?$", ""),               # x = k\pi, k \in \mathbb{Z}
     (r"\\([%$])", r"\1"),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
@@ -188,6 +191,18 @@ def clock(text):
     return (match[1] if match[3] else match[1] + (match[2] or "")), match[3] or ""
 
 
+NO_SOLUTION = re.compile(r"(?i)\\emptyset|\\varnothing|∅|\\\{\s*\\\}"
+                         r"|(?:the \w+ has |there (?:is|are) )?no (?:real |such )?(?:solution|root)s?")
+REALS = re.compile(r"(?i)(?:[a-z] ?\\in ?)?(?:\\mathbb\s*\{?R\}?|ℝ|\\R)|(?:all )?real numbers?|all reals"
+                   r"|\(-\\infty, ?\+?\\infty\)")
+
+
+def named_set(text):
+    """"none" or "reals" of an answer that is no solution at all, or every real number; else None."""
+    text = TEXT.sub(r"\1", text).strip()
+    return "none" if NO_SOLUTION.fullmatch(text) else "reals" if REALS.fullmatch(text) else None
+
+
 def based(text):
     """("52", "8") of "52_8" or "52_{8}"; None otherwise."""
     match = re.fullmatch(r"\(?([0-9A-F]+)\)?\s*_\s*\{?\s*(\d+|\\text\{[a-z]+\})\s*\}?", text)
@@ -196,13 +211,21 @@ def based(text):
 # ---------------------------------------------------------------------------------------------------------------------
 # Formulas, equations, inequalities
 
-KNOWN = {"pi": cmath.pi, "e": cmath.e, "i": 1j, "sqrt": cmath.sqrt, "ln": cmath.log, "sin": cmath.sin, "cos": cmath.cos,
-         "tan": cmath.tan, "cot": lambda x: 1 / cmath.tan(x), "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x)}
+EXACT = mpmath.mp.clone()  # digits enough to tell 2^2009 from 2^2009 - 1
+EXACT.dps = 720
+SMALL = EXACT.mpf(10) ** -700
+LARGEST = 2300  # bits of a value's exponent
+KNOWN = {"pi": EXACT.pi, "e": EXACT.e, "i": EXACT.j, "sqrt": EXACT.sqrt, "ln": EXACT.log, "cbrt": lambda x: real_power(x, 3),
+         "arcsin": EXACT.asin, "arccos": EXACT.acos, "arctan": EXACT.atan,
+         **{name: getattr(EXACT, name) for name in ("sinh", "cosh", "tanh", "sin", "cos", "tan", "cot", "sec", "csc", "exp")}}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: operator.pow,
              ast.USub: operator.neg, ast.UAdd: operator.pos}
+GREEK = "alpha|beta|gamma|delta|epsilon|theta|mu|rho|sigma|tau|phi|omega|hbar"
 FRACTION_OF = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-FUNCTION_OF = re.compile(rf"\\({FUNCTIONS})\s*(?:\^\(?(\d)\)?)?\s*(\([^()]*\)|\d*\s*\\?[a-zA-Z]+(?!\s*[\w^]|\())")
-TOKEN = re.compile(rf"{DIGITS}|(?:sqrt|{FUNCTIONS})\(|pi|theta|alpha|beta|[a-zA-Z]|[-+*/^()]")
+NESTED = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"  # brackets in brackets
+FUNCTION_OF = re.compile(rf"\\({FUNCTIONS})(?![a-z])\s*(?:\^\(?(\d)\)?)?\s*({NESTED}|\d*\s*\\?[a-zA-Z]+(?:_\w)?(?!\s*[\w^]|\())")
+TOKEN = re.compile(rf"{DIGITS}|(?:sqrt|cbrt|{FUNCTIONS})\(|pi|(?:{GREEK}|[a-zA-Z])(?:_\w)?|[-+*/^()]")
+AMBIGUOUS = re.compile(r"[\w)] \d|/ [\w.]+ [a-zA-Z(]|\b[a-zA-Z] \( [\w.]+ \)|\b[fghP] \(")  # (x)2, 1/2x, I(0), f(x + 1)
 RELATED = r"(<|>|\\[lg]e )"
 SIDE = r"((?:(?!\\[lg]e |[<>=,]).)+?)"
 LETTER = r"([a-zA-Z](?:\([a-z]\))?|\\(?!pi|infty)[a-z]+)"
@@ -217,38 +240,48 @@ def formula(text):
     """The syntax tree of a formula of numbers, letters, powers, fractions and functions, "2.*x**(3.)". ValueError for all else."""
     if re.search(r"\d\s*\\frac|(?<!\\)\b[a-zA-Z]{4}|[\w)]\s+\d", text):  # 1\\frac{a}{b}, words, 12 34
         raise ValueError(text)
-    text = re.sub(r"\\sqrt\s*\[(\d)\]\s*\{(\d+)\}", r"((\2)^(1/\1))", text)
+    text = re.sub(r"\\sqrt\s*\[3\]", r"\\cbrt", re.sub(r"_\{(\w)\}", r"_\1", text))
+    text = re.sub(r"\\(sin|cos|tan)\s*\^\s*(?:-1|\{-1\})", r"\\arc\1", text)
     text = re.sub(rf"(\\(?:{FUNCTIONS}))\s*\{{([^{{}}]*)\}}", r"\1(\2)", text)
-    while (deeper := FRACTION_OF.sub(r"((\1)/(\2))", re.sub(r"(\\sqrt|\^)\s*\{([^{}]*)\}", r"\1(\2)", text))) != text:
+    while (deeper := FRACTION_OF.sub(r"((\1)/(\2))", re.sub(r"(\\sqrt|\\cbrt|\^)\s*\{([^{}]*)\}", r"\1(\2)", text))) != text:
         text = deeper
     text = FUNCTION_OF.sub(lambda match: f"({match[1]}({match[3]}))^{match[2] or 1}", text)
-    text = re.sub(rf"\s+|\\(?=sqrt|{FUNCTIONS}|pi|theta|alpha|beta)", "", re.sub(r"\\(?:cdot|times)(?![a-z])", "*", text))
+    text = re.sub(rf"\s+|\\(?=sqrt|cbrt|pi|{GREEK})", "", re.sub(r"\\(?:cdot|times)(?![a-z])", "*", text))
     source = " ".join(TOKEN.findall(text))
-    if source.replace(" ", "") != text or re.search(r"[\w)] \d|/ [\w.]+ [a-zA-Z(]|\b[fghP] \(", source):  # 1/2x, f(x)
+    if source.replace(" ", "") != text or AMBIGUOUS.search(source):
         raise ValueError(text)
     source = re.sub(r"(?<=[\w.)]) (?=[a-zA-Z(])", "*", source).replace("^", "**")
-    return ast.parse(re.sub(r"(?<![\d.])(\d+)(?![\d.])", r"\1.", source), mode="eval").body
+    return ast.parse(source, mode="eval").body
+
+
+def real_power(x, n):
+    """The n-th root, the real one of a negative number."""
+    return -(-x) ** (EXACT.one / n) if EXACT.im(x) == 0 and EXACT.re(x) < 0 else x ** (EXACT.one / n)
 
 
 def value_of(node, point):
     """The value of a formula's syntax tree at a point {letter: number}. What a model wrote is never run as Python."""
     if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Name):
-        return point[node.id]
-    if isinstance(node, ast.Call):
-        return KNOWN[node.func.id](value_of(node.args[0], point))
-    sides = [value_of(getattr(node, side), point) for side in ("left", "right", "operand") if hasattr(node, side)]
-    return OPERATORS[type(node.op)](*sides)
+        value = EXACT.mpf(str(node.value))
+    elif isinstance(node, ast.Name):
+        value = +point[node.id]
+    elif isinstance(node, ast.Call):
+        value = KNOWN[node.func.id](value_of(node.args[0], point))
+    else:
+        sides = [value_of(getattr(node, side), point) for side in ("left", "right", "operand") if hasattr(node, side)]
+        value = OPERATORS[type(node.op)](*sides)
+    if value and abs(EXACT.mag(value)) > LARGEST:
+        raise OverflowError
+    return value
 
 
 def values_of(*texts):
     """The values of formulas at three random points, in turn."""
     trees = [formula(text) for text in texts]
     letters = sorted({node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)} - KNOWN.keys())
-    generator = random.Random(7)
+    generator, signs = random.Random(7), (1,) if any("ln" in text for text in texts) else (1, -1)
     for _ in range(3):
-        point = {letter: generator.choice((-1, 1)) * generator.uniform(0.6, 2.4) for letter in letters} | KNOWN
+        point = {letter: EXACT.mpf(generator.choice(signs) * generator.uniform(0.6, 2.4)) for letter in letters} | KNOWN
         yield [value_of(tree, point) for tree in trees]
 
 
@@ -258,11 +291,11 @@ def same_values(mine, gold):
     try:
         if "=" in mine and "=" in gold:
             ratios = [(a - b) / (c - d) for a, b, c, d in values_of(*mine.split("="), *gold.split("="))]
-            return True if all(0 < abs(ratios[0]) and abs(ratio / ratios[0] - 1) < 1e-9 for ratio in ratios) else None
+            return True if all(0 < abs(ratios[0]) and abs(ratio / ratios[0] - 1) < SMALL for ratio in ratios) else None
         for x, y in values_of(mine, gold):
             size, gap = max(abs(x), abs(y)), abs(x - y)
-            if not gap <= 1e-12 * size < 1e-3:
-                return False if gap > 1e-6 * size > 1e-12 and "." not in mine + gold else None
+            if not gap <= SMALL * size or not size:
+                return False if gap > SMALL * size * 10 ** 10 and "." not in mine + gold else None
     except (ArithmeticError, ValueError, TypeError, SyntaxError, LookupError, AttributeError, RecursionError):
         return None
     return True
@@ -294,17 +327,18 @@ def interval_of(text):
 # ---------------------------------------------------------------------------------------------------------------------
 # The verdict
 
-NAMED = re.compile(r"((?:[a-zA-Z]|\\mathbf\{[a-zA-Z]\})(?:_\{?\w+\}?)?(?:\([a-z, ]*\))?|\\[a-z]+|\([a-zA-Z\\, _]*\))"
+NAMED = re.compile(r"((?:[a-zA-Z]|\\mathbf\{[a-zA-Z]\})(?:_\{?\w+\}?|\^\{?-1\}?)?(?:\([a-z, ]*\))?|\\[a-z]+|\([a-zA-Z\\, _]*\))"
                    r"\s*(?:=|\\in(?![a-z]))\s*([^=]+)")
 MODULUS = re.compile(r" mod \w+$")
 CALL = re.compile(r"[a-zA-Z](?:\^\{?-?\d\}?)?\([^()]*\)")
+INFINITE = re.compile(r"[-+]?\s*\\infty")
 EQUATION = re.compile(r"\d\s*[a-z]|[a-z]\s*(?:\^|[-+]\s*\d)")
 
 
 def split_name(text):
     """("x", "5") of "x = 5", ("f(x)", "x^2") of "f(x) = x^2", ("x", "[1,2]") of "x \\in [1,2]"; ("", text) without a name."""
     match = NAMED.fullmatch(text.strip())
-    return (match[1].replace(" ", ""), match[2].strip()) if match else ("", text)
+    return (re.sub(r"[\s{}]", "", match[1]), match[2].strip()) if match else ("", text)
 
 
 def bare_answers(found, answer):
@@ -313,9 +347,10 @@ def bare_answers(found, answer):
     mine, gold = tidy(found), tidy(answer)
     mine = mine if "mod" in gold else MODULUS.sub("", mine)
     (name, value), (gold_name, gold_value) = split_name(mine), split_name(gold)
-    if name and (name == gold_name or not gold_name and "=" not in gold):
+    same = name.partition("(")[0] == gold_name.partition("(")[0]  # y, y(x)
+    if name and (same or not gold_name and "=" not in gold):
         mine = value
-    if gold_name and (name == gold_name or "=" not in mine):
+    if gold_name and (same or "=" not in mine):
         gold = gold_value
     before = []
     if not re.search(r"=|[<>]|\\[lgn]e(?![a-z])", gold) and not choices(gold):
@@ -341,6 +376,8 @@ def quick_verdict(found, answer):
             return False
     if squeezed(mine) == squeezed(gold):
         return True
+    if named_set(gold):
+        return named_set(mine) == named_set(gold)
     if choices(gold):
         return choices(mine) == choices(gold)
     if words(gold):
@@ -355,4 +392,6 @@ def quick_verdict(found, answer):
     if based(bare_gold) or based(bare):
         (digits, base), (gold_digits, gold_base) = based(bare) or (bare, None), based(bare_gold) or (bare_gold, None)
         return digits == gold_digits and (base == gold_base or not base or not gold_base)
+    if INFINITE.fullmatch(bare) or INFINITE.fullmatch(bare_gold):
+        return squeezed(bare.lstrip("+")) == squeezed(bare_gold.lstrip("+"))
     return equal_numbers(x, y) if x and y else same_values(bare, bare_gold)

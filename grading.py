@@ -41,7 +41,8 @@ STATED = re.compile(r"(?i)(?:\banswer\b\W{0,6}\s*(?:is|:|=)|^[#* ]*(?:the )?(?:f
 CONCLUSION = re.compile(r"(?i)^\W*(?:so|thus|therefore|hence|in total|in conclusion|altogether)\b")
 COMPLETE = re.compile(r"(?:[.!$]|\*\*|\\\]|\\\))$")
 NUMBER = re.compile(r"-?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\\?%)?|-?\.\d+")
-BETWEEN = re.compile(r"(?:[\s$,;.&*-]|\\[\[\]()\\]|\\q?quad|\\text\s*\{[^{}]*\}|and|or|[a-zA-Z](?:_\{?\d\}?)?\s*=)*")  # boxes that are one answer together
+BETWEEN = re.compile(  # boxes that are one answer together
+    r"(?:[\s$,;.&*-]|\\[\[\]()\\]|\\q?quad|\\text\s*\{[^{}]*\}|and|or|[a-zA-Z](?:_\{?\d\}?)?\s*=)*")
 
 
 def extract_answer(response):
@@ -119,7 +120,7 @@ def plain_answer(lines, stated):
 # ---------------------------------------------------------------------------------------------------------------------
 # math-verify, in worker processes
 
-BRUTAL = re.compile(r"(?:\^|\*\*)[\s{(]*\d+[\s})]*(?:\^|\*\*)|\d{4,}[\s})]*!|!\s*!|\\binom\s*\{\d{4,}"
+BRUTAL = re.compile(r"(?:\^|\*\*)[\s{(]*\d+\s*(?:\^|\*\*)|\d{4,}[\s})]*!|!\s*!|\\binom\s*\{\d{4,}"
                     r"|\\(?:i*int|oint|sum|prod|lim)(?![a-z])")
 
 
@@ -179,12 +180,21 @@ def parts(text):
     return inner or ("" if kind == "{}" else kind), [f"{scalar}({part})" for part in found] if scalar else found
 
 
+def values_of_names(parts):
+    """["1", "2"] of ["x = 1", "y = 2"]; None where a part has no name or two have the same."""
+    names, values = zip(*map(split_name, parts))
+    return list(values) if all(names) and len({*names}) == len(parts) > 1 else None
+
+
 def verdict_by_parts(mine, gold):
     """A verdict on tuples, intervals, lists and sets part by part; None where there are no parts, or where it takes more."""
     (kind, ours), (gold_kind, theirs) = parts(mine), parts(gold)
-    named = [split_name(part) for part in ours]
-    if gold_kind == "()" and not kind and len(ours) > 1 and all(name for name, _ in named):  # x = 1, y = 2 for (1, 2)
-        kind, ours = gold_kind, [value for _, value in named]
+    if gold_kind == "()" and not kind and (values := values_of_names(ours)):  # x = 1, y = 2 for (1, 2)
+        kind, ours = gold_kind, values
+    if kind == "()" and not gold_kind and (values := values_of_names(theirs)):
+        gold_kind, theirs = kind, values
+    if kind and not gold_kind and len(theirs) > 1 and parts(theirs[0])[0]:  # one tuple for several
+        kind, ours = "", [mine]
     if {kind, gold_kind} == {"()", "[]"} and len(ours) == len(theirs) > 2:  # no intervals, so vectors
         kind = gold_kind
     if not 2 <= max(len(ours), len(theirs)) <= 16 or re.search(r"\\[pm][pm]|;|\\setminus", "".join(ours + theirs)):

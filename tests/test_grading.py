@@ -191,6 +191,16 @@ def test_a_batch_gives_the_verdicts_of_its_parts():
     assert not any(one.timed_out for one in grades)
 
 
+def test_verdicts_that_were_given_without_this_grader():
+    """5275 ends of responses to MATH and olympiad problems, right and wrong ones, written and judged by a language model that saw
+    neither the grader nor its verdicts. No wrong answer is accepted. What is missed is prose without a box ("it is an ellipse")."""
+    rows = [json.loads(line) for line in open(os.path.join(ROOT, "tests/graded_answers.jsonl"), encoding="utf-8")]
+    grades = grade([row["response"] for row in rows], [row["answer"] for row in rows])
+    wrong = [row["response"] for row, found in zip(rows, grades, strict=True) if found.correct != row["correct"]]
+    assert not [row for row, found in zip(rows, grades) if found.correct and not row["correct"]]
+    assert len(wrong) <= 13 and sum("boxed" in response for response in wrong) <= 2, wrong
+
+
 @pytest.mark.parametrize("response, answer, correct", [
     (r"\boxed{-2} \quad \text{and} \quad \boxed{1}", "1,-2", True), ("$\\boxed{(2, 2)}$,\n$\\boxed{(6, 2)}$", "(6,2),(2,2)", True),
     (r"\boxed{1} and \boxed{2} and \boxed{3}", r"\{1,2,3\}", True), (r"\boxed{k = 45}, \boxed{n = 2}", "k = 45, n = 2", True),

@@ -31,10 +31,11 @@ REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # one spelling fo
     (r"(?<=\d)(?:\{,\}|\\,|\\!|,\\!|,\\,|\\ )\s*(?=\d{3}(?:\D|$))", ""),                  # LaTeX's thousands separators
     ("[⁻⁰¹²³⁴-⁹]+", lambda match: "^{" + match[0].translate(RAISED) + "}"),
     (r"\\text\s*\{\s*,\s*\}", ","),
+    (r"\bC(?=_)", "c"),                                                                  # constants of integration
     (r"\{:\}", ":"),                                                                     # 12{:}40
     (r"√\s*(\d+(?:\.\d+)?|[a-zA-Z]|\([^()]*\))", r"\\sqrt{\1}"),
     (STRIPPED, " "),
-    (r"(?<=\S)[,\s]+\(?\s*[a-z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?\s*\)?$", ""),               # x = k\pi, k \in \mathbb{Z}
+    (r"(?<=\S)[,\s]+\(?\s*[a-z]\s*\\in\s*\\math(?:bb|bf)\s*\{?[ZN]\}?\s*\)?$", ""),               # x = k\pi, k \in \mathbb{Z}
     (r"\\([%$])", r"\1"),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
@@ -238,7 +239,7 @@ FLIPPED = {">": "<", "\\ge ": "\\le "}  # relations that put the larger side fir
 @functools.lru_cache(maxsize=10_000)
 def formula(text):
     """The syntax tree of a formula of numbers, letters, powers, fractions and functions, "2*x**(3)". ValueError for all else."""
-    if re.search(r"\d\s*\\frac|(?<!\\)\b[a-zA-Z]{4}|[\w)]\s+\d", text):  # 1\\frac{a}{b}, words, 12 34
+    if re.search(r"\d\s*\\frac|(?<!\\)\b[a-zA-Z]{4}", text):  # 1\\frac{a}{b}, words
         raise ValueError(text)
     text = re.sub(r"\\sqrt\s*\[3\]", r"\\cbrt", re.sub(r"_\{(\w)\}", r"_\1", text))
     text = re.sub(r"\\(sin|cos|tan)\s*\^\s*(?:-1|\{-1\})", r"\\arc\1", text)
@@ -246,6 +247,8 @@ def formula(text):
     while (deeper := FRACTION_OF.sub(r"((\1)/(\2))", re.sub(r"(\\sqrt|\\cbrt|\^)\s*\{([^{}]*)\}", r"\1(\2)", text))) != text:
         text = deeper
     text = FUNCTION_OF.sub(lambda match: f"({match[1]}({match[3]}))^{match[2] or 1}", text)
+    if re.search(r"[\w)]\s+\d", text):  # 12 34
+        raise ValueError(text)
     text = re.sub(rf"\s+|\\(?=sqrt|cbrt|pi|{GREEK})", "", re.sub(r"\\(?:cdot|times)(?![a-z])", "*", text))
     source = " ".join(TOKEN.findall(text))
     if source.replace(" ", "") != text or AMBIGUOUS.search(source):
@@ -285,13 +288,24 @@ def values_of(*texts):
         yield [value_of(tree, point) for tree in trees]
 
 
+def is_polynomial(text):
+    """Whether a formula has no functions, and letters only in numerators and under constant powers."""
+    nodes = list(ast.walk(formula(text)))
+    inner = [node.right for node in nodes if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Div, ast.Pow))]
+    return not any(isinstance(node, ast.Call) for node in nodes) and not any(
+        isinstance(node, ast.Name) for part in inner for node in ast.walk(part))
+
+
 def same_values(mine, gold):
     """Whether two formulas have equal values at three points; two equations are the same where their differences of sides are
     proportional. None where one is not so simple, or where it is too close to call."""
     try:
         if "=" in mine and "=" in gold:
-            ratios = [(a - b) / (c - d) for a, b, c, d in values_of(*mine.split("="), *gold.split("="))]
-            return True if all(0 < abs(ratios[0]) and abs(ratio / ratios[0] - 1) < SMALL for ratio in ratios) else None
+            sides = [*mine.split("="), *gold.split("=")]
+            ratios = [(a - b) / (c - d) for a, b, c, d in values_of(*sides)]
+            if all(0 < abs(ratios[0]) and abs(ratio / ratios[0] - 1) < SMALL for ratio in ratios):
+                return True
+            return False if all(map(is_polynomial, sides)) and len(set(re.findall("[a-z]", gold))) > 1 else None
         for x, y in values_of(mine, gold):
             size, gap = max(abs(x), abs(y)), abs(x - y)
             if not gap <= SMALL * size or not size:

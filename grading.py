@@ -40,7 +40,7 @@ STATED = re.compile(r"(?i)(?:\banswer\b\W{0,6}\s*(?:is|:|=)|^[#* ]*(?:the )?(?:f
                     r"|^\W{0,9}(?:final )?answer\W{0,9}:|(?-i:^A(?:ns)?:))", re.MULTILINE)
 CONCLUSION = re.compile(r"(?i)^\W*(?:so|thus|therefore|hence|in total|in conclusion|altogether)\b")
 COMPLETE = re.compile(r"(?:[.!$]|\*\*|\\\]|\\\))$")
-NUMBER = re.compile(r"-?[$€£]?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\\?%)?|-?\.\d+")
+NUMBER = re.compile(r"-?[$€£]?\d[\d,]*(?:\.\d+)?(?:[/:]\d+)?(?:\\?%)?|-?\.\d+")
 BETWEEN = re.compile(  # boxes that are one answer together
     r"(?:[\s$,;.&*-]|\\[\[\]()\\]|\\q?quad|\\text\s*\{[^{}]*\}|and|or|[a-zA-Z](?:_\{?\d\}?)?\s*=)*")
 

@@ -22,6 +22,7 @@ RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 UNICODE = str.maketrans({"−": "-", "–": "-", "≤": "\\le ", "≥": "\\ge ", "π": "\\pi ", "∞": "\\infty", "×": "\\times ",
                          "·": "\\cdot ", "∪": "\\cup ", "∈": "\\in "})
 DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\\?deg(?:rees?)?\b)")
+ANGLE = re.compile(rf"\\(sin|cos|tan|cot|sec|csc)\s*\(?\s*(\d+(?:\.\d+)?){DEGREES.pattern}\s*\)?")
 FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|exp"
 NUMERALS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8",
             "nine": "9", "ten": "10", "eleven": "11", "twelve": "12"}
@@ -41,6 +42,7 @@ REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # one spelling fo
     (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
     (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+    (ANGLE, r"\\\1(\2\\pi/180)"),
     (DEGREES, ""),
     (r"\\([lg])eq?(?:slant|q)?(?![a-z])|([<>])=", lambda match: f"\\{match[1] or 'lg'['<>'.index(match[2])]}e "),
     (r"\\(?:lt|gt)(?![a-z])", lambda match: {"l": "<", "g": ">"}[match[0][1]]),

@@ -121,6 +121,7 @@ ACCEPTED = [
     (r"f^{-1}(x) = \frac{x}{3} + 1", r"f^{-1}(x)=\frac{x+3}{3}"), ("y(x) = 2e^{3x}", "y=2 e^{3 x}"),
     ("2^{2009}", "2^{2008} \\cdot 2"),
     (r"2 \cos(5x) \cos(3x)", r"2 \cos 5x \cos 3x"), ("C_1 e^{x} + C_2", "c_{1} e^{x}+c_{2}"),
+    (r"\cos 60^\circ", r"\frac12"), (r"4\sin(30^{\circ})", "2"),
     # solutions
     ("(k,n) = (2,3)", "k=2, n=3"), (r"\text{all real numbers}", r"$\mathbb{R}$"), (r"(-\infty, \infty)", "all real numbers"),
     (r"\varnothing", r"$\emptyset$"), (r"\text{No solutions}", r"\emptyset"),
@@ -171,6 +172,7 @@ REJECTED = [
     (r"\text{(B)}", r"\text{(B) and (D)}"), (r"\text{April 7}", r"\text{April 6}"),
     (r"x \equiv 3 \pmod{5}", r"x \equiv 3 \pmod{7}"),
     (r"2\begin{pmatrix} 1 & 0 \\ 0 & 1 \end{pmatrix}", r"\begin{pmatrix} 2 & 0 \\ 0 & 1 \end{pmatrix}"), ("4", r"\text{three}"),
+    (r"\cos 60", r"\frac12"), (r"\cos 30^\circ", r"\frac12"),
     (r"\{x \mid x < 2\}", r"(2,\infty)"), (r"\sqrt[3]{8}", "3"), ("52_{\\text{nine}}", "52_8"), (r"5 \pmod{7}", "4"),
 ]
 

@@ -225,7 +225,10 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.USub: operator.neg, ast.UAdd: operator.pos}
 GREEK = "alpha|beta|gamma|delta|epsilon|theta|mu|rho|sigma|tau|phi|omega|hbar"
 FRACTION_OF = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-NESTED = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"  # brackets in brackets
+NESTED = r"\([^()]*\)"
+for _ in range(4):
+    NESTED = rf"\((?:[^()]|{NESTED})*\)"  # brackets in brackets
+LOGARITHM = re.compile(rf"\\log\s*_\s*\{{?(\w+)\}}?\s*({NESTED}|\d+|[a-zA-Z])")
 FUNCTION_OF = re.compile(rf"\\({FUNCTIONS})(?![a-z])\s*(?:\^\(?(\d)\)?)?\s*({NESTED}|\d*\s*\\?[a-zA-Z]+(?:_\w)?(?!\s*[\w^]|\())")
 TOKEN = re.compile(rf"{DIGITS}|(?:sqrt|cbrt|{FUNCTIONS})\(|pi|(?:{GREEK}|[a-zA-Z])(?:_\w)?|[-+*/^()]")
 AMBIGUOUS = re.compile(r"[\w)] \d|/ [\w.]+ [a-zA-Z(]|\b[a-zA-Z] \( [\w.]+ \)|\b[fghP] \(")  # (x)2, 1/2x, I(0), f(x + 1)
@@ -248,6 +251,7 @@ def formula(text):
     text = re.sub(rf"(\\(?:{FUNCTIONS}))\s*\{{([^{{}}]*)\}}", r"\1(\2)", text)
     while (deeper := FRACTION_OF.sub(r"((\1)/(\2))", re.sub(r"(\\sqrt|\\cbrt|\^)\s*\{([^{}]*)\}", r"\1(\2)", text))) != text:
         text = deeper
+    text = LOGARITHM.sub(lambda match: f"(\\ln{match[2] if match[2][0] == '(' else f'({match[2]})'}/\\ln({match[1]}))", text)
     text = FUNCTION_OF.sub(lambda match: f"({match[1]}({match[3]}))^{match[2] or 1}", text)
     if re.search(r"[\w)]\s+\d", text):  # 12 34
         raise ValueError(text)
@@ -284,7 +288,7 @@ def values_of(*texts):
     """The values of formulas at three random points, in turn."""
     trees = [formula(text) for text in texts]
     letters = sorted({node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)} - KNOWN.keys())
-    generator, signs = random.Random(7), (1,) if any("ln" in text for text in texts) else (1, -1)
+    generator, signs = random.Random(7), (1,) if re.search("ln|log", "".join(texts)) else (1, -1)
     for _ in range(3):
         point = {letter: EXACT.mpf(generator.choice(signs) * generator.uniform(0.6, 2.4)) for letter in letters} | KNOWN
         yield [value_of(tree, point) for tree in trees]
@@ -384,6 +388,9 @@ def quick_verdict(found, answer):
     mine, gold, before = bare_answers(found, answer)
     if not mine:
         return False
+    (name, value), (gold_name, gold_value) = split_name(mine), split_name(gold)
+    if name and gold_name and name != gold_name and number(value) and number(gold_value):
+        return False  # x = 5 is not y = 5
     bare, bare_gold = without_unit(LABEL.sub("", mine)), without_unit(gold)
     x, y = number(TEXT.sub(r"\1", bare)), number(TEXT.sub(r"\1", bare_gold))
     for side in before:  # 5 = 1 and 3x - 6 = 0 are no answers; a + b = 5 and 2 + 3 = 5 are

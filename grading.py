@@ -205,7 +205,8 @@ def verdict_by_parts(mine, gold):
         verdicts = [verdict_on(*pair) for pair in zip(ours, theirs)] + ["wrong"] * (len(ours) != len(theirs))
     else:  # in any order
         verdicts = [min(verdict_on(x, y) for y in theirs) for x in ours] + [min(verdict_on(x, y) for x in ours) for y in theirs]
-    return max(verdicts) if "\\cup" not in mine + gold or max(verdicts) == "right" else None  # right < timeout < wrong
+    sure = "\\cup" not in mine + gold or max(verdicts) == "right" or len(ours) == len(theirs)  # [0,1) and [1,2] are [0,2]
+    return max(verdicts) if sure else None  # right < timeout < wrong
 
 
 def grade_one(response, answer):

@@ -121,7 +121,9 @@ ACCEPTED = [
     (r"f^{-1}(x) = \frac{x}{3} + 1", r"f^{-1}(x)=\frac{x+3}{3}"), ("y(x) = 2e^{3x}", "y=2 e^{3 x}"),
     ("2^{2009}", "2^{2008} \\cdot 2"),
     (r"2 \cos(5x) \cos(3x)", r"2 \cos 5x \cos 3x"), ("C_1 e^{x} + C_2", "c_{1} e^{x}+c_{2}"),
-    (r"\cos 60^\circ", r"\frac12"), (r"4\sin(30^{\circ})", "2"),
+    (r"\frac{\log_2 3}{2}", r"\frac{1}{2} \log _{2} 3"), (r"\log_2 8", "3"),
+    (r"\log_{3}(x^2) - \log_3 y", r"\log _{3} \frac{x^{2}}{y}"),
+    (r"[0,1) \cup [1,2]", "[0,2]"), (r"\cos 60^\circ", r"\frac12"), (r"4\sin(30^{\circ})", "2"),
     # solutions
     ("(k,n) = (2,3)", "k=2, n=3"), (r"\text{all real numbers}", r"$\mathbb{R}$"), (r"(-\infty, \infty)", "all real numbers"),
     (r"\varnothing", r"$\emptyset$"), (r"\text{No solutions}", r"\emptyset"),
@@ -164,7 +166,8 @@ REJECTED = [
     (r"1 \pm \sqrt{19}", r"1 \pm \sqrt{15}"), ("x = 15, y = -29", "(-29,15)"), ("[1, 2, 4]", "(1,2,3)"),
     ("10x - 14y - 8 = 0", "5x - 7y + 4 = 0"), ("2, 3", "2"),
     (r"I(0)e^{-RCt}", r"I(0) e^{-\frac{t}{R C}}"), ("2^{2009} - 1", "2^{2009}"), (r"1 - \frac{1}{2^{99}}", r"1-\frac{1}{2^{100}}"),
-    (r"\frac{x^2}{5} + \frac{y^2}{9} = 1", r"\frac{x^2}{9} + \frac{y^2}{5} = 1"), ("a_n = 2n+1", "a_{n}=2 n-1"), ("(1,1)", "(1,1), (3,2)"), (r"\emptyset", "0"), ("0", r"\emptyset"),
+    (r"\frac{x^2}{5} + \frac{y^2}{9} = 1", r"\frac{x^2}{9} + \frac{y^2}{5} = 1"), ("a_n = 2n+1", "a_{n}=2 n-1"), ("(1,1)", "(1,1), (3,2)"),
+    (r"\emptyset", "0"), ("0", r"\emptyset"),
     (r"\mathbb{R}", r"\emptyset"),
     (r"\tan^{-1}\left(\frac12\right)", r"\arctan 2"), ("(k,n) = (3,2)", "k=2, n=3"), (r"\sqrt[3]{-8}", "2"), ("V_1", "V_2"),
     ("3 + 4 = 8", "7"), ("x + 2y - 3z - 5 = 0", "x + 2y - 3z + 5 = 0"), (r"2:30 \text{ a.m.}", r"2:30 \text{ p.m.}"),
@@ -172,6 +175,7 @@ REJECTED = [
     (r"\text{(B)}", r"\text{(B) and (D)}"), (r"\text{April 7}", r"\text{April 6}"),
     (r"x \equiv 3 \pmod{5}", r"x \equiv 3 \pmod{7}"),
     (r"2\begin{pmatrix} 1 & 0 \\ 0 & 1 \end{pmatrix}", r"\begin{pmatrix} 2 & 0 \\ 0 & 1 \end{pmatrix}"), ("4", r"\text{three}"),
+    (r"2\log_2 3", r"\frac{1}{2} \log _{2} 3"), ("x = 2", "y=3"), (r"(0,1) \cup (1,2]", r"(0,1) \cup (1,2)"),
     (r"\cos 60", r"\frac12"), (r"\cos 30^\circ", r"\frac12"),
     (r"\{x \mid x < 2\}", r"(2,\infty)"), (r"\sqrt[3]{8}", "3"), ("52_{\\text{nine}}", "52_8"), (r"5 \pmod{7}", "4"),
 ]

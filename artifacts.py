@@ -266,6 +266,16 @@ def read_artifact(path, flag, *stages):
     return meta
 
 
+def read_checkpoint(path, flag):
+    """The state in the checkpoint of a run, RUN/step_000100, of which every file is as it was written; else refused."""
+    state = read_sealed(os.path.join(path, "checkpoint.json"), f"{flag} {path}")
+    for name, digest in state["files"].items():
+        file = os.path.join(path, name)
+        if not os.path.isfile(file) or file_sha256(file) != digest:
+            refuse(f"{flag}: {file} is missing or was changed after it was written; remove {path} and take the checkpoint before it")
+    return state
+
+
 def write_sealed(path, facts):
     """Write a JSON file that holds its own sha256, by rename."""
     facts = {"schema": SCHEMA, **facts}

@@ -6,13 +6,14 @@ import hashlib
 import json
 import math
 import os
+import re
 import urllib.error
 import urllib.request
 
 import torch
 from safetensors import SafetensorError
 
-from artifacts import read_artifact, read_jsonl, refuse
+from artifacts import read_artifact, read_checkpoint, read_jsonl, refuse
 
 # The hub data sets of the field: alias -> (hub id, configuration, split).
 ALIASES = {
@@ -132,6 +133,8 @@ def model_dir(name, flag):
         run = os.path.dirname(os.path.realpath(name))
         if os.path.isfile(os.path.join(run, "meta.json")):  # of a finished artifact, as final/ is: its checksums are there
             read_artifact(run, flag)
+        if re.fullmatch(r"step_\d{6}", os.path.basename(os.path.realpath(name))):
+            read_checkpoint(name, flag)
         return name
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         refuse(f"{flag} {name}: no such directory")

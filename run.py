@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ranks
-from artifacts import (defer_signals, file_sha256, finish_artifact, read_sealed, refuse, rewind_log, start_artifact, stop,
+from artifacts import (defer_signals, file_sha256, finish_artifact, read_checkpoint, refuse, rewind_log, start_artifact, stop,
                        stop_requested, write_json, write_sealed)
 from evaluate import EVAL_SAMPLING, evaluate
 from inputs import context_of, default_dtype, encode_problems, load_model, load_problems, template_sha256, tokenizer_sha256
@@ -129,7 +129,7 @@ class Run:
             self.prompts = encode_problems(args, self.problems, tokenizer, context_of(directory), "eval_max_response_tokens")
             self.sampling = sampling_from(args, tokenizer, stops, n=args.eval_n, top_k=0, **EVAL_SAMPLING)
         checkpoint = ([None] + checkpoints(args.out))[-1] if args.resume else None
-        state = read_checkpoint(checkpoint) if checkpoint else {"step": 0}
+        state = read_checkpoint(checkpoint, "--resume") if checkpoint else {"step": 0}
         self.first_step, self.curriculum = state["step"], state.get("curriculum")
         self.spent = {name: state.get(name, 0) for name in ("tflops", "tflops_uncached", "response_tokens")}
         self.model = ranks.load_sharded(checkpoint or directory, "the starting model", "float32", trained=True)
@@ -252,17 +252,6 @@ class Run:
 def checkpoints(out):
     """The run's checkpoints to resume from, oldest first."""
     return sorted(glob.glob(os.path.join(glob.escape(out), "step_" + "[0-9]" * 6)))
-
-
-def read_checkpoint(path):
-    """The state in a checkpoint, of which every file is as it was written; else refused."""
-    state = read_sealed(os.path.join(path, "checkpoint.json"), f"--resume {path}")
-    for name, digest in state["files"].items():
-        file = os.path.join(path, name)
-        if not os.path.isfile(file) or file_sha256(file) != digest:
-            refuse(f"--resume: {file} is missing or was changed after it was written; remove {path} to go on from the checkpoint "
-                   "before it, or from the start")
-    return state
 
 
 def optimizer_state(model, optimizer):

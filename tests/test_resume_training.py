@@ -12,6 +12,7 @@ import artifacts
 import grpo
 import run as run_file
 import train
+from inputs import model_dir
 from test_resume import Disk, in_fork
 
 
@@ -105,9 +106,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_still_good(whole, w
         for damaged in (bytes(flipped), whole_bytes[:-9], b""):
             (newest / name).write_bytes(damaged)
             refused(start(stage, world, rollouts, scores, out, "--resume"), "--resume", "step_000004")
+            refused(lambda: model_dir(str(newest), "--model"), "--model", "step_000004")
         (newest / name).unlink()
         refused(start(stage, world, rollouts, scores, out, "--resume"), "--resume", "step_000004")
         (newest / name).write_bytes(whole_bytes)
+    assert model_dir(str(newest), "--model") == str(newest)
     shutil.rmtree(newest)
     assert in_fork(start(stage, world, rollouts, scores, out, "--resume")) == 0
     assert results(out) == expected
@@ -154,7 +157,7 @@ def test_old_checkpoints_go_only_when_the_new_one_is_complete(world, rollouts, s
                 there = run_file.checkpoints(tmp_path / "run")
                 for path in there:
                     if os.path.isfile(os.path.join(path, "checkpoint.json")) and path == there[-1]:
-                        run_file.read_checkpoint(path)
+                        artifacts.read_checkpoint(path, "--resume")
                 if (tmp_path / "run/step_000006").exists():
                     assert len(there) >= 2
         Watch(0)

@@ -123,7 +123,8 @@ ACCEPTED = [
     (r"2 \cos(5x) \cos(3x)", r"2 \cos 5x \cos 3x"), ("C_1 e^{x} + C_2", "c_{1} e^{x}+c_{2}"),
     (r"\frac{\log_2 3}{2}", r"\frac{1}{2} \log _{2} 3"), (r"\log_2 8", "3"),
     (r"\log_{3}(x^2) - \log_3 y", r"\log _{3} \frac{x^{2}}{y}"),
-    (r"[0,1) \cup [1,2]", "[0,2]"), (r"\cos 60^\circ", r"\frac12"), (r"4\sin(30^{\circ})", "2"),
+    (r"[0,1) \cup [1,2]", "[0,2]"), (r"[0,1) \cup [1,2] \cup (3,4)", r"[0,2] \cup (3,4)"),
+    (r"\cos 60^\circ", r"\frac12"), (r"4\sin(30^{\circ})", "2"),
     # solutions
     ("(k,n) = (2,3)", "k=2, n=3"), (r"\text{all real numbers}", r"$\mathbb{R}$"), (r"(-\infty, \infty)", "all real numbers"),
     (r"\varnothing", r"$\emptyset$"), (r"\text{No solutions}", r"\emptyset"),

@@ -197,7 +197,8 @@ def verdict_by_parts(mine, gold):
         kind, ours = "", [mine]
     if {kind, gold_kind} == {"()", "[]"} and len(ours) == len(theirs) > 2:  # no intervals, so vectors
         kind = gold_kind
-    if not 2 <= max(len(ours), len(theirs)) <= 16 or re.search(r"\\[pm][pm]|;|\\setminus", "".join(ours + theirs)):
+    every = ours + theirs
+    if len(every) < 3 or len(ours) * len(theirs) > 64 or any(re.search(r"\\[pm][pm]|;|\\setminus", part) for part in every):
         return None
     if kind != gold_kind:
         return "wrong" if kind and gold_kind else None

@@ -17,11 +17,12 @@ import mpmath
 STRIPPED = re.compile(r"(?<!\\)\\(?:(?:left|right|[bB]ig[lr]?|displaystyle|textstyle|limits|quad|qquad)(?![a-zA-Z])|[,!;: ])|~")
 TEXT = re.compile(r"\\(?:text|mbox|textrm|textbf|textit|mathrm|mathbf|textnormal|operatorname|boldsymbol|bf|rm)\s*\{([^{}]*)\}")
 TRAILING = re.compile(r"(?:(?<!\\)[ .,;:]|\\[,!;: ])+$")
-MATRIX = re.compile(r"\\begin\{([pbvB]?matrix|array)\}(?:\{[clr|]*\})?((?:(?!\\begin|\\end).)*)\\end\{\1\}")
+MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[clr|]*\})?((?:(?!\\begin|\\end).)*)\\end\{\1\}")
 RAISED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 UNICODE = str.maketrans({"−": "-", "–": "-", "≤": "\\le ", "≥": "\\ge ", "π": "\\pi ", "∞": "\\infty", "×": "\\times ",
                          "·": "\\cdot ", "∪": "\\cup ", "∈": "\\in "})
-DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\\?deg(?:rees?)?\b)")
+DEGREES = re.compile(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\\?deg(?:rees?)?\b)"
+                     r"(?:\s*(?:\\(?:text|mathrm)\s*\{\s*[CF]\s*\}|[CF](?![a-zA-Z(])))?")
 ANGLE = re.compile(rf"\\(sin|cos|tan|cot|sec|csc)\s*\(?\s*(\d+(?:\.\d+)?){DEGREES.pattern}\s*\)?")
 FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|exp"
 NUMERALS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8",
@@ -32,16 +33,20 @@ REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # one spelling fo
     (r"(?<=\d)(?:\{,\}|\\,|\\!|,\\!|,\\,|\\ )\s*(?=\d{3}(?:\D|$))", ""),                  # LaTeX's thousands separators
     ("[⁻⁰¹²³⁴-⁹]+", lambda match: "^{" + match[0].translate(RAISED) + "}"),
     (r"\\text\s*\{\s*,\s*\}", ","),
+    (r"(?<=\d)\s*\\(?:mathrm|text|textit)\s*\{\s*([a-zA-Z])\s*\}", r" \1"),             # 2\mathrm{i}
     (r"\bC(?=_)", "c"),                                                                  # constants of integration
     (r"\{:\}", ":"),                                                                     # 12{:}40
     (r"√\s*(\d+(?:\.\d+)?|[a-zA-Z]|\([^()]*\))", r"\\sqrt{\1}"),
     (STRIPPED, " "),
     (r"(?<=\S)[,\s]+\(?\s*[a-z]\s*\\in\s*\\math(?:bb|bf)\s*\{?[ZN]\}?\s*\)?$", ""),               # x = k\pi, k \in \mathbb{Z}
     (r"\\([%$])", r"\1"),
+    (r"(?<=\d)\s*(?:\\text\s*\{\s*)?(thousand|million|billion|trillion)\s*\}?",
+     lambda match: " \\times 10^{%d}" % {"t": 3, "m": 6, "b": 9, "r": 12}[match[1][0] if match[1] != "trillion" else "r"]),
+    (r"(?<![\\a-zA-Z])(sin|cos|tan|cot|ln|log|sqrt|pi)(?![a-zA-Z])", r"\\\1 "),                  # sin x, pi/2
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
-    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
-    (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+    (r"\\frac\s*(\d|[a-zA-Z]|\\(?!sqrt|frac)[a-z]+)\s*(?=[\\\da-zA-Z{])", r"\\frac{\1}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d|[a-zA-Z]|\\(?!sqrt|frac)[a-z]+)", r"\1{\2}"),
+    (r"\\sqrt\s*(\d|[a-zA-Z](?![a-zA-Z])|\\pi)", r"\\sqrt{\1}"),
     (ANGLE, r"\\\1(\2\\pi/180)"),
     (DEGREES, ""),
     (r"\\([lg])eq?(?:slant|q)?(?![a-z])|([<>])=", lambda match: f"\\{match[1] or 'lg'['<>'.index(match[2])]}e "),
@@ -56,6 +61,7 @@ REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # one spelling fo
     (r"^\s*\\?\{\s*[a-zA-Z]\s*(?:\\in\s*(?:\\mathbb\s*\{?R\}?|\\R|ℝ)\s*)?(?:\\mid|\\vert|\||:)"   # \{x \in R \mid x < 2\}
      r"\s*([^|:]*(?:[<>]|\\[lg]e )[^|:]*?)\\?\}$", r"\1"),
     (MATRIX, lambda match: tuple_of(match)),
+    (r"^[A-Z](?=\([^()]*,[^()]*\)$)|(?<=\))\s*\^\s*\{?(?:T|\\top)\}?$", ""),               # A(1, 2), (1, 2)^T
 )]
 
 
@@ -103,11 +109,14 @@ def squeezed(text):
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers, and what may stand around them
 
-UNIT = re.compile(  # what follows a number and is words alone: 5 cm, 5\text{ apples}, 5 square inches^2, 5 \text{ km/h}, 5¢
-    r"(?:(?<=[\d})%])|(?<=\\pi))"
-    r"(?:[\s/]*\\(?:text|mbox|textrm|mathrm|textbf)\s*\{\s*[a-zA-Z][a-zA-Z\s./°^\d-]*\}(?:\^\{?\d\}?)?[./]?"
-    r"|\s*\\frac\s*\{\s*\\text\{[a-zA-Z. ]+\}\s*\}\s*\{\s*\\text\{[a-zA-Z. ]+\}\s*\}|\s*¢"
-    r"|[\s/]\s*(?:[a-zA-Z]{2,}|[mgshLJNW](?=$|[\s/^]))\.?(?:\^\{?\d\}?)?)+$")
+SHORT = "cm|mm|km|kg|mg|ft|in|lbs?|oz|m[lL]|hrs?|mins?|secs?|yd|mi|pm|am|sq|Hz|kW|kJ|[mgshLJNWVAKCF](?=$|[\\s/^])"
+UNIT = re.compile("|".join(  # what follows a number and is words alone: 5 cm, 5\text{ apples}, 5 square inches^2, 5 \text{ km/h}, 5¢
+    rf"{behind}(?:[\s/]*\\(?:text|mbox|textrm|mathrm|textbf)\s*\{{\s*(?![a-zA-Z]\s*\}}|[mgshLJNWVAKCF]\s*\}})[a-zA-Z][a-zA-Z\s./°^\d-]*\}}"
+    rf"(?:\^\{{?\d\}}?)?[./]?|[\s/]*\\(?:text|mathrm)\s*\{{\s*[mgshLJNWVAKCF]\s*\}}(?:\^\{{?\d\}}?)?"
+    rf"|\s*\\frac\s*\{{\s*\\text\{{[a-zA-Z. ]+\}}\s*\}}\s*\{{\s*\\text\{{[a-zA-Z. ]+\}}\s*\}}|\s*¢|\s*\\Omega"
+    rf"|(?:\s|(?<=[a-zA-Z])/|/(?=[a-zA-Z]{{3}}))\s*(?:{SHORT}|[a-zA-Z]{{{shortest},}})\.?(?:\^\{{?\d\}}?)?)+$"
+    for behind, shortest in ((r"(?<=[\d%])", 3), (r"(?:(?<=[})])|(?<=\\pi))", 4))))
+MEASURE = re.compile(r"(?i)\b(second|minute|hour|day|week|month|year|cent|dollar|inch|yard|mile|gram|kilogram|meter)(?:e?s)?\b")
 NOT_UNITS = re.compile(r"(?i)\b(?:and|or|if|mod|pi|sqrt|infinity|log|sin|cos|tan|choose|pm|hundred|thousand|[mbtr]+illion)\b")
 CURRENCY = re.compile(r"^(-?)\s*(?:\\?[$€£¥]|\\pounds|\\text\{\s*\\?[$€£]\s*\}|USD|US\$|Rs\.?)\s*(?=[\d.\\-])")
 LABEL = re.compile(r"^(?:\\text(?:bf)?\{\s*)?\(([A-J])\)\s*\}?\s*(?=[-\d\\])")  # "\textbf{(C)}\ 27" for 27
@@ -139,7 +148,7 @@ def number(text):
         text = text.replace(found[0], f"{int(start + cycle) - int(start or 0)}/{10 ** len(found[2]) * (10 ** len(cycle) - 1)}")
     if found := PLAIN.fullmatch(text):
         sign, digits, exponent, power = found.groups()
-        value, decimals = Fraction(digits) * Fraction(10) ** int(exponent or power or 0), len(digits.partition(".")[2])
+        value, decimals = Fraction(digits) * Fraction(10) ** int(exponent or power or 0), 0 if exponent or power else len(digits.partition(".")[2])
     elif found := RATIO.fullmatch(text) or FRACTION.fullmatch(text):
         sign, whole, top, bottom = found.groups()
         if not Fraction(bottom) or whole and not top.isdigit():
@@ -155,7 +164,8 @@ def equal_numbers(mine, gold):
     (x, decimals, percent), (y, _, gold_percent) = mine, gold
     if percent != gold_percent:
         return x == y or (x / 100 == y if percent else x == y / 100)
-    return x == y or bool(decimals >= 6 and 10 ** 99 % y.denominator and abs(x - y) * 10 ** decimals <= 1)
+    endless = 10 ** 99 % y.denominator and abs(x) * 10 ** decimals >= 10 ** 5  # six digits that say something
+    return x == y or bool(decimals >= 6 and endless and abs(x - y) * 10 ** decimals <= 1)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Letters, words, numerals in a base
@@ -166,6 +176,8 @@ def choices(text):
     text = TEXT.sub(r"\1 ", text).replace("$", "").strip()
     if re.fullmatch(r"\(?[A-J]\)?(?:(?:[\s,&]|and)+\(?[A-J]\)?)+", text):
         return "".join(sorted(re.findall("[A-J]", text)))
+    if len(letters := {*re.findall(r"\(([A-J])\)", text)}) > 1:
+        return "".join(sorted(letters))
     match = re.match(r"^(?:Option|Choice|[Pp]oint|[Ll]etter)?\s*\(?([A-J])(?:\)|[.:](?=\s|$)|$)", text)
     return match[1] if match else None
 
@@ -228,8 +240,9 @@ FRACTION_OF = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 NESTED = r"\([^()]*\)"
 for _ in range(4):
     NESTED = rf"\((?:[^()]|{NESTED})*\)"  # brackets in brackets
-LOGARITHM = re.compile(rf"\\log\s*_\s*\{{?(\w+)\}}?\s*({NESTED}|\d+|[a-zA-Z])")
-FUNCTION_OF = re.compile(rf"\\({FUNCTIONS})(?![a-z])\s*(?:\^\(?(\d)\)?)?\s*({NESTED}|\d*\s*\\?[a-zA-Z]+(?:_\w)?(?!\s*[\w^]|\())")
+ATOM = rf"(?:\\(?:pi|{GREEK})|[a-zA-Z](?:_\w)?)"
+LOGARITHM = re.compile(rf"\\log\s*_\s*\{{?(\w+)\}}?\s*({NESTED}|\d+|[a-zA-Z])(?!\s*[\w^\\(])")
+FUNCTION_OF = re.compile(rf"\\({FUNCTIONS})(?![a-z])\s*(?:\^\(?(\d)\)?)?\s*({NESTED}|(?:\d+|{ATOM})(?:\s*{ATOM})*(?!\s*[\w^]|\())")
 TOKEN = re.compile(rf"{DIGITS}|(?:sqrt|cbrt|{FUNCTIONS})\(|pi|(?:{GREEK}|[a-zA-Z])(?:_\w)?|[-+*/^()]")
 AMBIGUOUS = re.compile(r"[\w)] \d|/ [\w.]+ [a-zA-Z(]|\b[a-zA-Z] \( [\w.]+ \)|\b[fghP] \(")  # (x)2, 1/2x, I(0), f(x + 1)
 RELATED = r"(<|>|\\[lg]e )"
@@ -255,7 +268,7 @@ def formula(text):
     text = FUNCTION_OF.sub(lambda match: f"({match[1]}({match[3]}))^{match[2] or 1}", text)
     if re.search(r"[\w)]\s+\d", text):  # 12 34
         raise ValueError(text)
-    text = re.sub(rf"\s+|\\(?=sqrt|cbrt|pi|{GREEK})", "", re.sub(r"\\(?:cdot|times)(?![a-z])", "*", text))
+    text = re.sub(rf"\s+|\\(?=(?:sqrt|cbrt)\s*\(|pi|{GREEK})", "", re.sub(r"\\(?:cdot|times)(?![a-z])", "*", text))
     source = " ".join(TOKEN.findall(text))
     if source.replace(" ", "") != text or AMBIGUOUS.search(source):
         raise ValueError(text)
@@ -290,7 +303,7 @@ def values_of(*texts):
     letters = sorted({node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)} - KNOWN.keys())
     generator, signs = random.Random(7), (1,) if re.search("ln|log", "".join(texts)) else (1, -1)
     for _ in range(3):
-        point = {letter: EXACT.mpf(generator.choice(signs) * generator.uniform(0.6, 2.4)) for letter in letters} | KNOWN
+        point = {letter: EXACT.mpf(generator.choice(signs) * generator.uniform(0.6, 9.7)) for letter in letters} | KNOWN
         yield [value_of(tree, point) for tree in trees]
 
 
@@ -367,7 +380,7 @@ def bare_answers(found, answer):
     mine, gold = tidy(found), tidy(answer)
     mine = mine if "mod" in gold else MODULUS.sub("", mine)
     (name, value), (gold_name, gold_value) = split_name(mine), split_name(gold)
-    same = name.partition("(")[0] == gold_name.partition("(")[0]  # y, y(x)
+    same = name == gold_name or name.partition("(")[0] == gold_name or gold_name.partition("(")[0] == name  # y, y(x)
     if name and (same or not gold_name and "=" not in gold):
         mine = value
     if gold_name and (same or "=" not in mine):
@@ -378,6 +391,7 @@ def bare_answers(found, answer):
         if not re.search(r"[,<>]|\\[lgn]e(?![a-z])", outside(mine)) and not re.search(r"\b(?:or|and)\b", mine):
             *before, mine = split_outside("=", mine)
     mine_in, gold_in = interval_of(mine), interval_of(gold)
+    mine_in, gold_in = mine_in if gold_in or gold[:1] in ("(", "[") else None, gold_in if mine_in or mine[:1] in ("(", "[") else None
     if not (mine_in and gold_in) or mine_in[0] == gold_in[0]:
         mine, gold = mine_in[1] if mine_in else mine, gold_in[1] if gold_in else gold
     return mine, gold, before
@@ -393,6 +407,9 @@ def quick_verdict(found, answer):
         return False  # x = 5 is not y = 5
     bare, bare_gold = without_unit(LABEL.sub("", mine)), without_unit(gold)
     x, y = number(TEXT.sub(r"\1", bare)), number(TEXT.sub(r"\1", bare_gold))
+    measures = [{unit.lower() for unit in MEASURE.findall(text)} for text in (mine, gold)]
+    if x and y and all(measures) and measures[0] != measures[1]:
+        return False  # 5 cents are not 5 dollars
     for side in before:  # 5 = 1 and 3x - 6 = 0 are no answers; a + b = 5 and 2 + 3 = 5 are
         other = number(without_unit(side))
         if x and other and other[0] != x[0] or bare == "0" and EQUATION.search(CALL.sub("", side)):
@@ -401,8 +418,9 @@ def quick_verdict(found, answer):
         return True
     if named_set(gold):
         return named_set(mine) == named_set(gold)
-    if choices(gold):
+    if choices(gold) and (choices(mine) == choices(gold) or not LABEL.match(gold)):
         return choices(mine) == choices(gold)
+    bare_gold = LABEL.sub("", bare_gold)
     if words(gold):
         numeral = y or number(NUMERALS.get(words(gold), ""))
         return words(mine) == words(gold) or bool(x and numeral and equal_numbers(x, numeral))
@@ -414,7 +432,7 @@ def quick_verdict(found, answer):
         return True
     if based(bare_gold) or based(bare):
         (digits, base), (gold_digits, gold_base) = based(bare) or (bare, None), based(bare_gold) or (bare_gold, None)
-        return digits == gold_digits and (base == gold_base or not base or not gold_base)
+        return digits == gold_digits and (base == gold_base or not (base and gold_base) and digits.isdigit())
     if INFINITE.fullmatch(bare) or INFINITE.fullmatch(bare_gold):
         return squeezed(bare.lstrip("+")) == squeezed(bare_gold.lstrip("+"))
     return equal_numbers(x, y) if x and y else same_values(bare, bare_gold)

@@ -152,7 +152,7 @@ def ask_worker(found, answer):
 @functools.lru_cache(maxsize=100_000)
 def verdict_on(found, answer):
     """"right", "wrong" or "timeout"; equal pairs are looked at once."""
-    quick = quick_verdict(found, answer) if len(found) <= LONGEST else found == answer
+    quick = quick_verdict(found, answer) if max(len(found), len(answer)) <= LONGEST else found == answer
     if quick is not None:
         return "right" if quick else "wrong"
     mine, gold, _ = bare_answers(found, answer)
@@ -181,9 +181,11 @@ def parts(text):
 
 
 def values_of_names(parts):
-    """["1", "2"] of ["x = 1", "y = 2"]; None where a part has no name or two have the same."""
-    names, values = zip(*map(split_name, parts))
-    return list(values) if all(names) and len({*names}) == len(parts) > 1 else None
+    """["1", "2"] of ["x = 1", "y = 2"], in the order of the letters; None where a part has no name or two have the same."""
+    named = dict(map(split_name, parts))
+    if not all(named) or len(named) < max(2, len(parts)):
+        return None
+    return [named[name] for name in (sorted(named) if all(map(str.isalpha, named)) else named)]  # y = 2, x = 1 is (1, 2)
 
 
 def verdict_by_parts(mine, gold):
@@ -200,9 +202,13 @@ def verdict_by_parts(mine, gold):
     every = ours + theirs
     if len(every) < 3 or len(ours) * len(theirs) > 64 or any(re.search(r"\\[pm][pm]|;|\\setminus", part) for part in every):
         return None
-    if kind != gold_kind:
-        return "wrong" if kind and gold_kind else None
-    if kind:
+    if kind != gold_kind and "\\cup" in mine + gold:
+        return None
+    if kind != gold_kind and (kind and gold_kind or "\\{" in mine + gold or "[" in kind + gold_kind or "]" in kind + gold_kind):
+        return "wrong"
+    if re.search(r"\band\b", mine + gold) and re.search(r"[<>]|\\[lg]e ", mine + gold):  # no union
+        return None
+    if kind or gold_kind:
         verdicts = [verdict_on(*pair) for pair in zip(ours, theirs)] + ["wrong"] * (len(ours) != len(theirs))
     else:  # in any order
         verdicts = [min(verdict_on(x, y) for y in theirs) for x in ours] + [min(verdict_on(x, y) for x in ours) for y in theirs]

@@ -27,6 +27,7 @@ ANGLE = re.compile(rf"\\(sin|cos|tan|cot|sec|csc)\s*\(?\s*(\d+(?:\.\d+)?){DEGREE
 FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|exp"
 NUMERALS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8",
             "nine": "9", "ten": "10", "eleven": "11", "twelve": "12"}
+SCALES = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # one spelling for what models write in many
     (r"\\\\\[[\d.]+(?:pt|em|ex|mm)\]", r"\\\\"),                                          # \\[4pt] between rows
     (r"(?<=\.)\d+(?:\\,\s*\d+)+", lambda match: re.sub(r"\\,\s*", "", match[0])),         # 0.000\,067\,2
@@ -40,8 +41,7 @@ REWRITTEN = [(re.compile(pattern), new) for pattern, new in (  # one spelling fo
     (STRIPPED, " "),
     (r"(?<=\S)[,\s]+\(?\s*[a-z]\s*\\in\s*\\math(?:bb|bf)\s*\{?[ZN]\}?\s*\)?$", ""),               # x = k\pi, k \in \mathbb{Z}
     (r"\\([%$])", r"\1"),
-    (r"(?<=\d)\s*(?:\\text\s*\{\s*)?(thousand|million|billion|trillion)\s*\}?",
-     lambda match: " \\times 10^{%d}" % {"t": 3, "m": 6, "b": 9, "r": 12}[match[1][0] if match[1] != "trillion" else "r"]),
+    (rf"(?<=\d)\s*(?:\\text\s*\{{\s*)?({'|'.join(SCALES)})\s*\}}?", lambda match: " \\times 10^{%d}" % SCALES[match[1]]),
     (r"(?<![\\a-zA-Z])(sin|cos|tan|cot|ln|log|sqrt|pi)(?![a-zA-Z])", r"\\\1 "),                  # sin x, pi/2
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
     (r"\\frac\s*(\d|[a-zA-Z]|\\(?!sqrt|frac)[a-z]+)\s*(?=[\\\da-zA-Z{])", r"\\frac{\1}"),
@@ -111,7 +111,7 @@ def squeezed(text):
 
 SHORT = "cm|mm|km|kg|mg|ft|in|lbs?|oz|m[lL]|hrs?|mins?|secs?|yd|mi|pm|am|sq|Hz|kW|kJ|[mgshLJNWVAKCF](?=$|[\\s/^])"
 UNIT = re.compile("|".join(  # what follows a number and is words alone: 5 cm, 5\text{ apples}, 5 square inches^2, 5 \text{ km/h}, 5¢
-    rf"{behind}(?:[\s/]*\\(?:text|mbox|textrm|mathrm|textbf)\s*\{{\s*(?![a-zA-Z]\s*\}}|[mgshLJNWVAKCF]\s*\}})[a-zA-Z][a-zA-Z\s./°^\d-]*\}}"
+    rf"{behind}(?:[\s/]*\\(?:text|mbox|textrm|mathrm|textbf)\s*\{{\s*(?![a-zA-Z]\s*\}})[a-zA-Z][a-zA-Z\s./°^\d-]*\}}"
     rf"(?:\^\{{?\d\}}?)?[./]?|[\s/]*\\(?:text|mathrm)\s*\{{\s*[mgshLJNWVAKCF]\s*\}}(?:\^\{{?\d\}}?)?"
     rf"|\s*\\frac\s*\{{\s*\\text\{{[a-zA-Z. ]+\}}\s*\}}\s*\{{\s*\\text\{{[a-zA-Z. ]+\}}\s*\}}|\s*¢|\s*\\Omega"
     rf"|(?:\s|(?<=[a-zA-Z])/|/(?=[a-zA-Z]{{3}}))\s*(?:{SHORT}|[a-zA-Z]{{{shortest},}})\.?(?:\^\{{?\d\}}?)?)+$"
@@ -148,7 +148,8 @@ def number(text):
         text = text.replace(found[0], f"{int(start + cycle) - int(start or 0)}/{10 ** len(found[2]) * (10 ** len(cycle) - 1)}")
     if found := PLAIN.fullmatch(text):
         sign, digits, exponent, power = found.groups()
-        value, decimals = Fraction(digits) * Fraction(10) ** int(exponent or power or 0), 0 if exponent or power else len(digits.partition(".")[2])
+        value = Fraction(digits) * Fraction(10) ** int(exponent or power or 0)
+        decimals = 0 if exponent or power else len(digits.partition(".")[2])
     elif found := RATIO.fullmatch(text) or FRACTION.fullmatch(text):
         sign, whole, top, bottom = found.groups()
         if not Fraction(bottom) or whole and not top.isdigit():
@@ -174,9 +175,9 @@ def equal_numbers(mine, gold):
 def choices(text):
     """"C" of "C", "(C)", "\\text{(C)}", "\\textbf{(C) } 12", "C. 12", "(C) 12" or "point C"; "BD" of "(B) and (D)"; else None."""
     text = TEXT.sub(r"\1 ", text).replace("$", "").strip()
-    if re.fullmatch(r"\(?[A-J]\)?(?:(?:[\s,&]|and)+\(?[A-J]\)?)+", text):
-        return "".join(sorted(re.findall("[A-J]", text)))
-    if len(letters := {*re.findall(r"\(([A-J])\)", text)}) > 1:
+    several = re.fullmatch(r"\(?[A-J]\)?(?:(?:[\s,&]|and)+\(?[A-J]\)?)+", text)
+    letters = re.findall("[A-J]", text) if several else {*re.findall(r"\(([A-J])\)", text)}
+    if len(letters) > 1:
         return "".join(sorted(letters))
     match = re.match(r"^(?:Option|Choice|[Pp]oint|[Ll]etter)?\s*\(?([A-J])(?:\)|[.:](?=\s|$)|$)", text)
     return match[1] if match else None
@@ -336,24 +337,19 @@ def same_values(mine, gold):
 
 def interval_of(text):
     """(letter, interval) of an inequality: ("x", "(2, 5]") of "2 < x \\le 5", ("x", "(-\\infty, 5)") of "x < 5"; else None."""
-    low, left, high, right = "-\\infty", "<", "\\infty", "<"
     if found := BETWEEN_BOUNDS.fullmatch(text):
         low, left, letter, right, high = found.groups()
-        if left in FLIPPED and right in FLIPPED:
-            low, left, high, right = high, FLIPPED[right], low, FLIPPED[left]
     elif found := BOUNDED.fullmatch(text):
-        letter, relation, bound = found.groups()
-        if relation in FLIPPED:
-            low, left = bound, FLIPPED[relation]
-        else:
-            high, right = bound, relation
+        letter, right, high = found.groups()
+        low, left = ("\\infty", ">") if right in FLIPPED else ("-\\infty", "<")
     elif found := BOUNDS.fullmatch(text):
-        bound, relation, letter = found.groups()
-        if relation in FLIPPED:
-            high, right = bound, FLIPPED[relation]
-        else:
-            low, left = bound, relation
-    if not found or left in FLIPPED or right in FLIPPED:
+        low, left, letter = found.groups()
+        right, high = (">", "-\\infty") if left in FLIPPED else ("<", "\\infty")
+    else:
+        return None
+    if left in FLIPPED and right in FLIPPED:  # 5 > x > 2
+        low, left, right, high = high, FLIPPED[right], FLIPPED[left], low
+    if left in FLIPPED or right in FLIPPED:
         return None
     return letter, f"{'(' if left == '<' else '['}{low}, {high}{')' if right == '<' else ']'}"
 

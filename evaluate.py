@@ -31,7 +31,7 @@ from artifacts import (GrowingFile, add_output_flags, finish_artifact, is_finish
                        start_artifact, stop, stop_requested, write_json)
 from grading import extract_answer, grade, is_correct, verdict_on  # noqa: F401 (two are for others to import)
 from inputs import add_problem_flags, default_dtype, load_model
-from kernels import linear_streaming_kl
+from streaming_kl import linear_streaming_kl
 from rollout import add_sampling_flags, derive_seed, load_vllm, prepare, sample, sample_as_finished
 from score_teacher import batches_by_tokens, output_head, response_hidden
 

@@ -29,7 +29,7 @@ from artifacts import add_output_flags, run_stage
 from evaluate import origin_of
 from grading import grade
 from inputs import add_problem_flags, load_tokenizer, model_dir, tokenizer_sha256
-from kernels import linear_streaming_kl
+from streaming_kl import linear_streaming_kl
 from rollout import add_sampling_flags, derive_seed, prepare
 from run import Run, add_training_flags, autocast, batch_indices, check_training_flags, clock, optimizer_step, tflops
 from score_teacher import batches_by_tokens, check_tokenizers, output_head, response_hidden, token_logps

@@ -33,7 +33,7 @@ from artifacts import (GrowingFile, add_output_flags, check_out, check_space, fi
                        refuse, run_stage, start_artifact, stop, stop_requested)
 from inputs import (default_dtype, load_model, load_tokenizer, model_dir, prompt_text, render_prompt, stop_ids, template_sha256,
                     tokenizer_sha256)
-from kernels import chunk_of, linear_streaming_kl
+from streaming_kl import chunk_of, linear_streaming_kl
 from rollout import Sampling, read_rollouts, sample
 
 PROBES = ["What is 17 * 23?", "A train covers 120 km in 1.5 hours. What is its average speed in km/h?",

@@ -26,7 +26,7 @@ import torch
 import ranks
 from artifacts import add_output_flags, check_out, read_artifact, refuse, run_stage
 from inputs import add_problem_flags, context_of, encode_problems, load_problems, load_tokenizer, model_dir, stop_ids
-from kernels import chunk_of, linear_streaming_kl
+from streaming_kl import chunk_of, linear_streaming_kl
 from rollout import add_sampling_flags, derive_seed, read_rollouts, sampling_from
 from run import Run, add_training_flags, autocast, batch_indices, check_training_flags, clock, optimizer_step, tflops
 from score_teacher import (batches_by_tokens, check_pair, check_signal, match_tokenizers, output_head, overlap, print_preflight,

@@ -4,7 +4,7 @@ import itertools
 import pytest
 import torch
 
-from kernels import streaming_kl
+from streaming_kl import streaming_kl
 
 END, V, T = 0, 4, 3
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernels
-from kernels import KLOutput, bench, linear_divergence, linear_streaming_kl, reference, streaming_kl
+import streaming_kl as kernels
+from benchmarks import kernel_speed as bench
+from streaming_kl import KLOutput, linear_divergence, linear_streaming_kl, reference, streaming_kl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
@@ -28,9 +29,9 @@ if INTERPRETED:  # Triton reads the variable while it is imported: import it now
         patch.setenv("TRITON_INTERPRET", "1")
         import triton.experimental.gluon.language  # noqa: F401  as the interpreter will
 
-        from kernels import triton_kl
+        from streaming_kl import triton_kl
 else:
-    from kernels import triton_kl
+    from streaming_kl import triton_kl
 ROOT = Path(__file__).parent.parent
 ROUNDING = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # from one number to the next, relative
 INF, NAN = float("inf"), float("nan")
@@ -713,12 +714,12 @@ def test_11_few_large_chunks(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def resource_report(request, tmp_path_factory):
-    """python -m kernels.resources, begun before the first test: it takes half a minute, in a process without the interpreter."""
+    """python -m benchmarks.kernel_resources, begun before the first test: it takes half a minute, in a process without the interpreter."""
     if not any(item.name.startswith("test_11_compiles") for item in request.session.items):
         yield None
         return
     path = tmp_path_factory.mktemp("resources") / "resources.json"
-    command = [sys.executable, "-m", "kernels.resources", "--json", str(path)]
+    command = [sys.executable, "-m", "benchmarks.kernel_resources", "--json", str(path)]
     process = subprocess.Popen(command, cwd=ROOT, env=COMPILER, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     yield process, path
     process.kill()
@@ -740,7 +741,7 @@ def test_12_works_without_triton():
     """And says what is missing when Triton is asked for on a CPU."""
     code = """
 import sys; sys.modules["triton"] = None
-import torch; from kernels import *
+import torch; from streaming_kl import *
 x, w = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
 linear_streaming_kl(x, w, x.detach(), w.detach(), fkl_weight=0.5).loss.backward()
 streaming_kl(x @ w.T, torch.randn(3, 9), fkl_weight=0.5).loss.backward()
@@ -752,7 +753,7 @@ else: raise SystemExit("triton was not needed")
 
 
 def test_12_triton_on_a_cpu_is_refused():
-    code = 'import torch, kernels; x = torch.ones(2, 3); kernels.streaming_kl(x, x, fkl_weight=0.5, impl="triton")'
+    code = 'import torch, streaming_kl; x = torch.ones(2, 3); streaming_kl.streaming_kl(x, x, fkl_weight=0.5, impl="triton")'
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=COMPILER, capture_output=True, text=True)
     assert done.returncode and 'impl="triton" needs CUDA tensors' in done.stderr
 
@@ -836,7 +837,7 @@ FSDP_CODE = """
 import sys, torch, torch.nn as nn, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial
-from kernels import linear_streaming_kl
+from streaming_kl import linear_streaming_kl
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 mesh = dist.init_device_mesh("cpu", (2,))

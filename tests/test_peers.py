@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from grpo import Response, accumulate_gradients
-from kernels import streaming_kl
+from streaming_kl import streaming_kl
 from recipes.toy_world import make_model, make_tokenizer
 
 pytestmark = pytest.mark.peer

@@ -4,7 +4,7 @@ import argparse
 import pytest
 import torch
 
-from kernels import linear_streaming_kl
+from streaming_kl import linear_streaming_kl
 from score_teacher import Signal, top_tokens
 from train import diagnostics, objective
 

@@ -1,7 +1,7 @@
 """Time and memory of the KL kernels beside every other implementation that is installed, in one process.
 
-    python -m kernels.bench                                   the whole table (on a CPU: a small one, torch only)
-    python -m kernels.bench --n 8192 --vocab 151936           one corner of it
+    python -m benchmarks.kernel_speed                                   the whole table (on a CPU: a small one, torch only)
+    python -m benchmarks.kernel_speed --n 8192 --vocab 151936           one corner of it
 
 Two entries: from logits (N, V), and from hidden states (N, H) with heads (V, H). For each, forward alone and forward + backward, in
 milliseconds (median), with the peak of memory beyond the inputs. Every contender's loss is first compared with float64 on a small
@@ -28,7 +28,7 @@ import time
 
 import torch
 
-from . import linear_streaming_kl, streaming_kl
+from streaming_kl import linear_streaming_kl, streaming_kl
 
 
 def get_args(argv=None):

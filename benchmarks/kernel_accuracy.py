@@ -1,7 +1,7 @@
 """Errors of the KL and of its gradient against float64 on the same float32 logits, as a Markdown table.
 
-    python -m kernels.accuracy                          on a GPU, or on a CPU without the Triton column
-    TRITON_INTERPRET=1 python -m kernels.accuracy       on a CPU with it
+    python -m benchmarks.kernel_accuracy                          on a GPU, or on a CPU without the Triton column
+    TRITON_INTERPRET=1 python -m benchmarks.kernel_accuracy       on a CPU with it
 
 "formula" is the textbook: softmax(y) * (log_softmax(y) - log_softmax(z)) in float32, and autograd. KLs are forward, the largest error of
 all rows in nats; gradients are of the even mix, the root mean square of the error over that of the gradient.
@@ -12,7 +12,7 @@ import os
 
 import torch
 
-from . import streaming_kl
+from streaming_kl import streaming_kl
 
 V, ROWS = 151_936, 3
 

@@ -1,6 +1,6 @@
 """Peak memory of each stage against responses, response length, batch and vocabulary; and what a rank holds. Two Markdown tables.
 
-    OMP_NUM_THREADS=1 python -m recipes.memory --out out/memory
+    OMP_NUM_THREADS=1 python -m benchmarks.memory --out out/memory
 
 The toy architecture (student 64 wide, teacher 128, two layers) with random weights and a large vocabulary. One thing is changed at
 a time from: 16 responses of 128 tokens, a vocabulary of 32,768 tokens, batches of 16 responses in sampling (--sample_batch) and of

@@ -1,6 +1,6 @@
 """What the Triton kernels take on a GPU, found by compiling them for it. Needs no GPU. Fails if any kernel spills registers to memory.
 
-    python -m kernels.resources [--json FILE]
+    python -m benchmarks.kernel_resources [--json FILE]
 
 Kernels are built as they are launched for a vocabulary of 151,936: for sm_80, sm_90 and sm_100, every dtype, mixed directions; and once
 for rows that start at odd addresses, where loads cannot be wide. Registers and shared memory set how many programs fit on a
@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_kl
+from streaming_kl import triton_kl
 
 KERNELS = ("_statistics_kernel", "_gradient_kernel", "_fused_kernel")
 ARCHITECTURES = {80: 164, 90: 228, 100: 228}  # KiB of shared memory on a multiprocessor; all have 65536 registers and 64 warps

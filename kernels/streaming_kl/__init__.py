@@ -1,6 +1,6 @@
 """Exact full-vocabulary KL between two language models, with memory per token that does not depend on the vocabulary.
 
-    from kernels import streaming_kl, linear_streaming_kl, linear_divergence, KLOutput
+    from streaming_kl import streaming_kl, linear_streaming_kl, linear_divergence, KLOutput
 
 Per token, with q = softmax(teacher logits / T) and p = softmax(student logits / T) over the whole vocabulary:
 

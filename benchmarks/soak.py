@@ -1,6 +1,6 @@
 """Soak: the stages over and over on the toy world, disturbed at random; all must end with the bits of an undisturbed run.
 
-    OMP_NUM_THREADS=1 python -m recipes.soak --minutes 30 --out out/soak --seed 0
+    OMP_NUM_THREADS=1 python -m benchmarks.soak --minutes 30 --out out/soak --seed 0
 
 A cycle makes six artifacts, each from those before it. Each is begun with one to three faults, and then continued to its end:
 

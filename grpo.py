@@ -24,16 +24,27 @@ from typing import NamedTuple
 
 import torch
 
-import ranks
-from artifacts import add_output_flags, run_stage
-from evaluate import origin_of
-from grading import grade
-from inputs import add_problem_flags, load_tokenizer, model_dir, tokenizer_sha256
+from distil import ranks
+from distil.artifacts import add_output_flags, run_stage
+from distil.evaluation import origin_of
+from distil.grading import grade
+from distil.models import batches_by_tokens, model_dir, output_head, response_hidden, token_logps
+from distil.preflight import check_tokenizers
+from distil.problems import add_problem_flags
+from distil.prompts import load_tokenizer, tokenizer_sha256
+from distil.sampling import add_sampling_flags, derive_seed, prepare
+from distil.training import (
+    clock,
+    Run,
+    add_training_flags,
+    autocast,
+    batch_indices,
+    check_training_flags,
+    optimizer_step,
+    tflops,
+    token_weights,
+)
 from streaming_kl import linear_streaming_kl
-from rollout import add_sampling_flags, derive_seed, prepare
-from run import Run, add_training_flags, autocast, batch_indices, check_training_flags, clock, optimizer_step, tflops
-from score_teacher import batches_by_tokens, check_tokenizers, output_head, response_hidden, token_logps
-from train import token_weights
 
 SHOWN = ("reward", "equal_groups", "loss", "entropy", "clip_fraction", "reference_kl", "mismatch", "response_length", "truncated")
 

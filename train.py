@@ -23,14 +23,36 @@ from typing import NamedTuple
 
 import torch
 
-import ranks
-from artifacts import add_output_flags, check_out, read_artifact, refuse, run_stage
-from inputs import add_problem_flags, context_of, encode_problems, load_problems, load_tokenizer, model_dir, stop_ids
-from streaming_kl import chunk_of, linear_streaming_kl
-from rollout import add_sampling_flags, derive_seed, read_rollouts, sampling_from
-from run import Run, add_training_flags, autocast, batch_indices, check_training_flags, clock, optimizer_step, tflops
-from score_teacher import (batches_by_tokens, check_pair, check_signal, match_tokenizers, output_head, overlap, print_preflight,
-                           response_hidden, teacher_signal, token_logps, top_tokens)
+from distil import ranks
+from distil.artifacts import add_output_flags, check_out, read_artifact, refuse, run_stage
+from distil.diagnostics import diagnostics, exact_metrics, sampler_kl, teacher_top, truncates
+from distil.models import (
+    batches_by_tokens,
+    context_of,
+    model_dir,
+    output_head,
+    response_hidden,
+    token_logps,
+    top_tokens,
+)
+from distil.preflight import check_pair, check_signal, match_tokenizers, print_preflight
+from distil.problems import add_problem_flags, load_problems
+from distil.prompts import encode_problems, load_tokenizer, stop_ids
+from distil.rollouts import read_rollouts
+from distil.sampling import add_sampling_flags, derive_seed, sampling_from
+from distil.teacher import teacher_signal
+from distil.training import (
+    clock,
+    Run,
+    add_training_flags,
+    autocast,
+    batch_indices,
+    check_training_flags,
+    optimizer_step,
+    tflops,
+    token_weights,
+)
+from streaming_kl import linear_streaming_kl
 
 SHOWN = ("loss", "fkl", "rkl", "nll", "student_entropy", "teacher_entropy", "overlap_ratio", "response_length", "truncated")
 
@@ -146,58 +168,6 @@ def topk_objective(args, student_hidden, student_head, teacher, weight):
     loss = args.fkl_weight * fkl + (1 - args.fkl_weight) * rkl
     tails = {f"{name}_tail_mass": 1 - (log.exp() * keep).sum(1).detach() for name, log in (("student", log_q), ("teacher", log_p))}
     return (weight * loss).sum(), {"topk_fkl": fkl.detach(), "topk_rkl": rkl.detach(), **tails}
-
-
-def teacher_top(args, teacher):
-    """(log-probabilities, ids), each (N, k), of the teacher's k likeliest tokens."""
-    if teacher.hidden is None:
-        return teacher.top_logps[:, :args.k], teacher.top_ids[:, :args.k]
-    return top_tokens(teacher.hidden, teacher.head, args.k)
-
-
-def exact_metrics(out):
-    """Metrics of a KLOutput; the entropy gap is |H(p) - H(q)|."""
-    metrics = {name: getattr(out, name) for name in ("fkl", "rkl", "student_entropy", "teacher_entropy")}
-    return metrics | {"entropy_gap": (out.teacher_entropy - out.student_entropy).abs()}
-
-
-@torch.no_grad()
-def diagnostics(args, metrics, student_hidden, student_head, teacher):
-    """Adds what the loss did not bring of both papers' metrics, as far as the teacher is known: exact KLs, entropies, overlap."""
-    if "fkl" not in metrics and teacher.hidden is not None:
-        out = linear_streaming_kl(student_hidden, student_head, teacher.hidden, teacher.head, fkl_weight=args.fkl_weight,
-                                  logits_dtype=torch.float32)
-        metrics |= exact_metrics(out)
-    if teacher.hidden is None and teacher.top_ids is None:
-        return metrics
-    return metrics | overlap(*top_tokens(student_hidden, student_head, args.k), *teacher_top(args, teacher))
-
-
-def truncates(args):
-    """Whether the sampling flags make the samples others than the student's."""
-    return (args.temperature, args.top_p, args.top_k) != (1.0, 1.0, 0)
-
-
-def sampler_kl(hidden, head, temperature, top_p, top_k):
-    """(N,) KL(sampler || student), nats: how far temperature, then top-k, then top-p take the sampler from the student."""
-    pieces = []
-    for part in hidden.split(chunk_of(head)):
-        log_q, order = (part @ head.T.to(part.dtype)).float().log_softmax(-1).sort(-1, descending=True)
-        log_s = (log_q / temperature).log_softmax(-1) if temperature else torch.where(order == order[:, :1], 0.0, -torch.inf)
-        if top_k:
-            log_s = log_s.masked_fill(torch.arange(log_s.shape[1], device=log_s.device) >= top_k, -torch.inf).log_softmax(-1)
-        s = log_s.exp()
-        log_s = log_s.masked_fill(s.cumsum(-1) - s >= top_p, -torch.inf).log_softmax(-1)  # the first token is always kept
-        pieces.append(torch.where(log_s > -torch.inf, log_s.exp() * (log_s - log_q), 0.0).sum(-1))
-    return torch.cat(pieces)
-
-
-def token_weights(batch, normalize):
-    """Weight of each response's tokens, such that the loss is the mean over tokens, or over responses of their mean over tokens.
-
-    Counted over the whole batch before it is cut into micro-batches, so the result does not depend on the cut."""
-    total = sum(len(response.tokens) for response in batch)
-    return [1 / total if normalize == "token" else 1 / (len(batch) * len(response.tokens)) for response in batch]
 
 
 def accumulate_gradients(args, student, teacher, batch, vocab_size):

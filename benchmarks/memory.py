@@ -22,15 +22,18 @@ import torch
 
 import evaluate
 import grpo
-import ranks
 import rollout
 import score_teacher
 import train
-from artifacts import add_output_flags, finish_artifact, start_artifact
-from evaluate import markdown
-from inputs import load_model, load_problems, load_tokenizer, render_prompt, stop_ids, tokenizer_sha256
+from distil import models, ranks
+from distil.artifacts import add_output_flags, finish_artifact, start_artifact
+from distil.problems import load_problems
+from distil.prompts import load_tokenizer, render_prompt, stop_ids, tokenizer_sha256
+from distil.models import load_model
+from distil.sampling import Sample
+from distil.rollouts import finish_rollouts, write_rollouts
+from distil.report import markdown
 from recipes import toy_world
-from rollout import Sample, finish_rollouts, write_rollouts
 
 CONTEXT = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
 FLAGS = "--engine hf --dtype float32 --max_response_tokens {length}"
@@ -156,7 +159,7 @@ def as_rank(rank, count, port, directory, out):
     ranks.start()
     model = ranks.load_sharded(directory, "-", "float32", trained=True)
     optimizer = torch.optim.AdamW(model.parameters())
-    score_teacher.response_hidden(model, [[3, 4]], [[5, 6, 7]]).sum().backward()
+    models.response_hidden(model, [[3, 4]], [[5, 6, 7]]).sum().backward()
     optimizer.step()
     parameters = list(model.parameters())
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]

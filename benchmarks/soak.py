@@ -28,12 +28,12 @@ import time
 import traceback
 
 import evaluate
-import grading
 import grpo
 import rollout
 import score_teacher
 import train
-from artifacts import file_sha256, read_artifact, read_jsonl, refuse, run_stage
+from distil import grading
+from distil.artifacts import file_sha256, read_artifact, read_jsonl, refuse, run_stage
 from recipes import toy_world
 
 STAGES = {module.__name__.split(".")[-1]: module for module in (rollout, score_teacher, train, grpo, evaluate, toy_world)}

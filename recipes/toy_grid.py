@@ -33,8 +33,9 @@ import grpo
 import rollout
 import score_teacher
 import train
-from artifacts import provenance, read_artifact, read_jsonl, refuse, write_json
-from evaluate import markdown, mean_of, middle, pass_at_k, resampled
+from distil.artifacts import provenance, read_artifact, read_jsonl, refuse, write_json
+from distil.evaluation import mean_of, middle, pass_at_k, resampled
+from distil.report import markdown
 from recipes import toy_world
 
 STAGES = {stage.__name__.split(".")[-1]: stage for stage in (toy_world, rollout, score_teacher, train, grpo, evaluate)}

@@ -51,7 +51,7 @@ python - "$PROOF" <<'PYTHON'
 import json
 import sys
 
-from evaluate import interval
+from distil.evaluation import interval
 
 
 def accuracy(run):

@@ -29,9 +29,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from artifacts import add_output_flags, finish_artifact, start_artifact
-from inputs import load_problems, render_prompt, stop_ids
-from rollout import Sample, finish_rollouts, write_rollouts
+from distil.artifacts import add_output_flags, finish_artifact, start_artifact
+from distil.problems import load_problems
+from distil.prompts import render_prompt, stop_ids
+from distil.sampling import Sample
+from distil.rollouts import finish_rollouts, write_rollouts
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 WORDS = ["user", "assistant", "\\boxed{", "}", "\n", " ", "=", "+", *"0123456789", *"abcdefgh"]

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from artifacts import GrowingFile, finish_artifact, is_finished, read_artifact, read_jsonl, rewind_log, start_artifact
+from distil.artifacts import GrowingFile, finish_artifact, is_finished, read_artifact, read_jsonl, rewind_log, start_artifact
 
 
 def flags(out, **more):

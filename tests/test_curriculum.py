@@ -4,7 +4,8 @@ import json
 import pytest
 
 import train
-from artifacts import read_artifact
+from distil import training
+from distil.artifacts import read_artifact
 
 
 def read_rows(path):
@@ -39,8 +40,8 @@ def test_horizons_rise_while_the_entropy_is_above_the_floor(world, tmp_path, req
 
 
 def test_sampling_is_cut_at_the_horizon_too(world, tmp_path, student_prefix, monkeypatch):
-    limits, sample = [], train.Run.sample
-    monkeypatch.setattr(train.Run, "sample", lambda self, prompts, sampling, seed: limits.append(sampling.max_response_tokens)
+    limits, sample = [], training.Run.sample
+    monkeypatch.setattr(training.Run, "sample", lambda self, prompts, sampling, seed: limits.append(sampling.max_response_tokens)
                         or sample(self, prompts, sampling, seed))
     run(world, tmp_path / "run", student_prefix, "--horizons", "2,5", "--entropy_floor", 0, "--gate_every", 2, steps=4)
     assert limits[1:] == [2, 2, 5, 5]  # the first is the preflight's
@@ -62,7 +63,7 @@ def test_a_run_that_was_stopped_stays_stopped_when_resumed(world, tmp_path, teac
     def killed(*words, **facts):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("run.finish_artifact", killed)
+        patch.setattr("distil.training.finish_artifact", killed)
         run(world, tmp_path / "run", teacher_prefix, *flags)
     run(world, tmp_path / "run", teacher_prefix, *flags, "--resume")
     assert len(read_rows(tmp_path / "run/metrics.jsonl")) == 2
@@ -73,7 +74,7 @@ def test_a_run_that_was_stopped_stays_stopped_when_resumed(world, tmp_path, teac
 def test_a_resumed_run_decides_the_same(world, tmp_path, student_prefix, monkeypatch, floor):
     flags = ["--horizons", "2,3,4", "--entropy_floor", floor, "--gate_every", 2, "--save_every", 2]
     run(world, tmp_path / "whole/run", student_prefix, *flags)
-    optimizer_step = train.optimizer_step
+    optimizer_step = training.optimizer_step
 
     def killed(args, model, optimizer, step, ids):
         if step == 3:

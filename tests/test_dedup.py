@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from artifacts import read_artifact
+from distil.artifacts import read_artifact
 from recipes import dedup
 
 VECTORS = {"one plus one": [1.0, 0.0], "1 + 1": [0.7, 0.7], "area of a circle": [0.0, 1.0], "ONE  plus one": [5.0, 5.0], "far": [-1.0, 0.1],

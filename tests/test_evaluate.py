@@ -10,10 +10,12 @@ import torch
 
 import evaluate
 import train
-from artifacts import read_artifact
-from evaluate import (by_problem, extract_answer, interval, is_correct, majority, mark_equal_answers, mean_of, pass_at_k,
-                      predictive_entropy, summarise)
-from inputs import load_model, load_problems
+from distil import evaluation, models, report, sampling
+from distil.artifacts import read_artifact
+from distil.problems import load_problems
+from distil.models import load_model
+from distil.grading import extract_answer, is_correct
+from distil.evaluation import by_problem, interval, majority, mark_equal_answers, mean_of, pass_at_k, predictive_entropy, summarise
 from recipes.toy_world import make_model, make_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +179,7 @@ def test_right_responses_count(world, tmp_path, monkeypatch):
     def solve(engine, prompts, sampling, seed, places):
         ids = [tokenizer(f"\\boxed{{{answer}}}<|im_end|>").input_ids for answer in itertools.islice(answers, len(prompts))]
         return [{i: [(good, "stop"), (good[:2], "length")] for i, good in enumerate(ids)}]
-    monkeypatch.setattr(evaluate, "sample_as_finished", solve)
+    monkeypatch.setattr(evaluation, "sample_as_finished", solve)
     run(world, tmp_path / "eval", "--k", 1, 2, "--sample_batch", 2)
     results = json.loads((tmp_path / "eval/results.json").read_text())
     assert results["avg"] == 0.5 and results["pass"] == {"1": 0.5, "2": 1.0} and results["truncated"] == 0.5
@@ -246,13 +248,13 @@ class Killed(Exception):
 
 def kill_at(monkeypatch, call):
     """The call-th sampling of a chunk never comes back."""
-    real, calls = evaluate.sample_as_finished, itertools.count(1)
+    real, calls = sampling.sample_as_finished, itertools.count(1)
 
     def sample(*args):
         if next(calls) == call:
             raise Killed
         return real(*args)
-    monkeypatch.setattr(evaluate, "sample_as_finished", sample)
+    monkeypatch.setattr(evaluation, "sample_as_finished", sample)
 
 
 def files_of(path):
@@ -280,7 +282,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(world, tmp_path, monkeypatch, 
 def test_an_evaluation_with_vllm_goes_on_at_the_problem(world, tmp_path, monkeypatch, capsys):
     """vLLM finishes one problem after the other, in an order of its own: each is kept at once, and those alone are not made again."""
     run(world, tmp_path / "whole")
-    real, asked = evaluate.sample_as_finished, []
+    real, asked = sampling.sample_as_finished, []
 
     def one_by_one(stop, engine, prompts, sampling, seed, places):
         asked.append(list(places))
@@ -289,10 +291,10 @@ def test_an_evaluation_with_vllm_goes_on_at_the_problem(world, tmp_path, monkeyp
             yield {i: groups[i]}
         if stop:
             raise Killed
-    monkeypatch.setattr(evaluate, "sample_as_finished", lambda *args: one_by_one(3, *args))
+    monkeypatch.setattr(evaluation, "sample_as_finished", lambda *args: one_by_one(3, *args))
     with pytest.raises(Killed):
         run(world, tmp_path / "killed")
-    monkeypatch.setattr(evaluate, "sample_as_finished", lambda *args: one_by_one(None, *args))
+    monkeypatch.setattr(evaluation, "sample_as_finished", lambda *args: one_by_one(None, *args))
     run(world, tmp_path / "killed", "--resume")
     assert asked == [[0, 1, 2, 3], [0]] and "goes on after 3 problems" in capsys.readouterr().out
     rows = [[json.loads(line) for line in open(tmp_path / name / "samples.jsonl")] for name in ("killed", "whole")]
@@ -314,7 +316,7 @@ def test_benchmarks_are_the_single_evaluations_with_one_model_load(world, tmp_pa
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 4)  # the second chunk of the second data set
         run_benchmarks(world, tmp_path / "killed", "--n", 2)
-    loads, real = [], evaluate.load_model
+    loads, real = [], models.load_model
     monkeypatch.setattr(evaluate, "load_model", lambda *args: loads.append(args) or real(*args))
     run_benchmarks(world, tmp_path / "killed", "--n", 2, "--resume")
     for name in ("test", "heldout"):
@@ -348,7 +350,7 @@ def test_compare_pairs_the_problems(tmp_path, monkeypatch, capsys):
         (tmp_path / path[-1]).mkdir()
         (tmp_path / path[-1] / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     results = {path: summarise(rows, 4, [1, 2]) | {"run": path[-1]} for path, rows in zip(paths, sides)}
-    monkeypatch.setattr(evaluate, "read_results", lambda path, flag: results[path])
+    monkeypatch.setattr(report, "read_results", lambda path, flag: results[path])
     evaluate.main(evaluate.get_args(["--compare", *paths]))
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.strip().splitlines()]
     cells = {line[0]: line[1:] for line in lines[2:]}

@@ -18,13 +18,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import artifacts
-import inputs
 import rollout
+from distil import artifacts, models, prompts
+from distil.grading import grade
+from distil.problems import load_problems
+from distil.rollouts import read_rollouts
+from distil.teacher import Scores
 from conftest import ROOT
-from grading import grade
 from recipes.toy_world import make_tokenizer
-from score_teacher import Scores
 from test_artifacts import begun, flags, made
 from test_resume import STAGES, Disk, args_of, cheap, in_fork, results  # noqa: F401 (cheap is a fixture)
 
@@ -240,13 +241,13 @@ def test_fuzzed_meta_json(tmp_path_factory, data):
 def test_fuzzed_problems(tmp_path_factory, rows, edits):
     path, tokenizer = tmp_path_factory.getbasetemp() / "fuzzed.jsonl", make_tokenizer()
     path.write_bytes(edited("".join(json.dumps(row) + "\n" for row in rows).encode(), edits))
-    problems, message = outcome(lambda: inputs.load_problems(str(path)), "fuzzed.jsonl")
+    problems, message = outcome(lambda: load_problems(str(path)), "fuzzed.jsonl")
     if message is None:
         assert len({problem["id"] for problem in problems}) == len(problems)
         for problem in problems:
             assert all(type(value) is str and value.strip() for value in problem.values()) and problem["answer"] not in ("nan", "inf")
             json.dumps(problem, ensure_ascii=False).encode()  # it can be written
-            assert all(0 <= i < 29 for i in inputs.render_prompt(tokenizer, problem["problem"]))
+            assert all(0 <= i < 29 for i in prompts.render_prompt(tokenizer, problem["problem"]))
         if not edits:
             assert [problem["problem"] for problem in problems] == [row.get("problem", row.get("question")) for row in rows]
 
@@ -262,7 +263,7 @@ def test_fuzzed_rows_of_rollouts(rollouts, tmp_path_factory, data):
     bad = [*rows[:place], changed(data.draw, rows[place]), *rows[place + 1:]]
     text = "".join(json.dumps(row) + "\n" for row in bad).encode()
     (path / "rollouts.jsonl").write_bytes(edited(text, data.draw(st.lists(EDIT, max_size=1))))
-    found, message = outcome(lambda: list(rollout.read_rollouts(str(path), 29)), "rollouts.jsonl")
+    found, message = outcome(lambda: list(read_rollouts(str(path), 29)), "rollouts.jsonl")
     for row in found or []:
         for name in ("prompt_ids", "response_ids"):
             assert row[name] and all(type(i) is int and 0 <= i < 29 for i in row[name])
@@ -337,9 +338,9 @@ def test_fuzzed_models(world, tmp_path_factory, data):
         file.write_bytes(mutated)
 
         def read():
-            directory = inputs.model_dir(str(path), "--model")
-            tokenizer = inputs.load_tokenizer(directory, "--model")
-            return inputs.render_prompt(tokenizer, "a=3"), inputs.stop_ids(tokenizer, directory), inputs.context_of(directory)
+            directory = models.model_dir(str(path), "--model")
+            tokenizer = prompts.load_tokenizer(directory, "--model")
+            return prompts.render_prompt(tokenizer, "a=3"), prompts.stop_ids(tokenizer, directory), models.context_of(directory)
         found, message = outcome(read, str(path))
         assert message or all(type(i) is int for i in found[1]) and type(found[2]) is int
     finally:
@@ -375,7 +376,7 @@ def test_pickled_weights_are_refused_and_not_opened(world, tmp_path, refused):
     (model / "model.safetensors").unlink()
     for name in ("pytorch_model.bin", "model.pt", "tf_model.h5"):
         (model / name).write_bytes(pickle.dumps(Touch(trace)))
-        refused(lambda: inputs.load_model(str(model), "--model", "float32"), "--model", "cannot be loaded")
+        refused(lambda: models.load_model(str(model), "--model", "float32"), "--model", "cannot be loaded")
     assert not trace.exists()
 
 
@@ -386,11 +387,11 @@ def test_a_models_own_code_is_refused_and_not_run(world, tmp_path, refused):
     config = json.loads((model / "config.json").read_text())
     names = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
     (model / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
-    refused(lambda: inputs.context_of(str(model)), str(model), "trust_remote_code")
-    refused(lambda: inputs.load_model(str(model), "--model", "float32"), "--model", "cannot be loaded")
+    refused(lambda: models.context_of(str(model)), str(model), "trust_remote_code")
+    refused(lambda: models.load_model(str(model), "--model", "float32"), "--model", "cannot be loaded")
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "OwnTokenizer", "auto_map": names}))
-    refused(lambda: inputs.load_tokenizer(str(model), "--model"), "--model", "tokenizer")
+    refused(lambda: prompts.load_tokenizer(str(model), "--model"), "--model", "tokenizer")
     assert not trace.exists()
 
 
@@ -403,7 +404,7 @@ def calls(tree):
 
 def test_no_code_runs_data():
     """No shell, no eval, no pickles, no code of models: in every module of the project."""
-    modules = [path for folder in ("", "kernels", "recipes") for path in sorted(pathlib.Path(ROOT, folder).glob("*.py"))]
+    modules = [path for folder in ("", "distil", "kernels/streaming_kl", "recipes", "benchmarks") for path in sorted(pathlib.Path(ROOT, folder).glob("*.py"))]
     assert len(modules) > 15
     for path in modules:
         tree = ast.parse(path.read_text(encoding="utf-8"))

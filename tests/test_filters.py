@@ -7,8 +7,9 @@ from collections import Counter
 import pytest
 
 import rollout
-from artifacts import read_artifact
-from rollout import Sample, Sampling, fault, is_degenerate, sample_kept
+from rollout import fault, is_degenerate, sample_kept
+from distil.artifacts import read_artifact
+from distil.sampling import Sample, Sampling
 
 LETTERS = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=9000)
 

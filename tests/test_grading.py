@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-import grading
+from distil import grading
+from distil.grading import extract_answer, grade, is_correct
+from distil.equality import quick_verdict
 from conftest import ROOT
-from grading import extract_answer, grade, is_correct, quick_verdict
 
 
 @pytest.mark.parametrize("response, found", [

@@ -9,10 +9,10 @@ import numpy
 import pytest
 import torch
 
-import artifacts
 import rollout
 import score_teacher
-from rollout import Sample
+from distil import artifacts, rollouts, sampling
+from distil.sampling import Sample
 
 LENGTH = 500          # tokens of a response: 4 KB as a list
 FEW, MANY = 20, 120   # responses
@@ -33,7 +33,7 @@ def no_models(monkeypatch):
         monkeypatch.setattr(stage, "load_model", lambda *args: torch.nn.Linear(1, 1))
     monkeypatch.setattr(artifacts, "provenance", dict)
     monkeypatch.setattr(rollout, "sample", sample)
-    monkeypatch.setattr(rollout, "context_of", lambda directory: 10**6)
+    monkeypatch.setattr(sampling, "context_of", lambda directory: 10**6)
     monkeypatch.setattr(score_teacher, "output_head", lambda *args: torch.eye(29, 4))
 
 
@@ -59,7 +59,7 @@ def test_rollout_holds_a_chunk_of_responses(world, problems, tmp_path, monkeypat
     roll(world, problems, tmp_path / "first", FEW)  # imports, caches
     few, many = (roll(world, problems, tmp_path / str(count), count) for count in (FEW, MANY))
     assert many - few < 2000 * (MANY - FEW)  # bytes; problem and prompt are held
-    kept, write = [], rollout.write_rollouts
+    kept, write = [], rollouts.write_rollouts
     monkeypatch.setattr(rollout, "write_rollouts", lambda *args: (kept.append(args[-1]), write(*args)))
     assert roll(world, problems, tmp_path / "kept", MANY) - few > 4000 * (MANY - FEW)  # what it would be if it held them all
 

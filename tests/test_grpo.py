@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import grpo
-from artifacts import read_artifact
+from distil import training
 from grpo import Response, accumulate_gradients, add_old_logps, advantages_of, policy_loss, rewards_of, train_step, training_tflops
+from distil.artifacts import read_artifact
+from distil.sampling import Sample, Sampling, sample
+from distil.training import tflops
 from recipes.toy_world import make_model, make_tokenizer
-from rollout import Sample, Sampling, sample
-from run import tflops
 
 DEFAULTS = {"dtype": "float32", "micro_batch_tokens": 10 ** 6, "normalize": "token", "clip_low": 0.2, "clip_high": 0.2,
             "updates": 1, "kl_weight": 0.0, "importance_cap": 2.0}
@@ -252,7 +253,7 @@ def test_a_killed_run_continues_to_the_same_end(world, tmp_path, monkeypatch, re
     more = ["--steps", 3, "--save_every", 1]
     run(world, tmp_path / "whole", *more)
     (tmp_path / "again").mkdir()
-    out, step_of = tmp_path / "again/whole", grpo.optimizer_step
+    out, step_of = tmp_path / "again/whole", training.optimizer_step
 
     def killed_in_step_3(args, model, optimizer, step, ids):
         if step == 2:
@@ -304,7 +305,7 @@ def test_masked_responses_carry_no_loss_but_their_rewards_count(world, tmp_path,
     def with_logps(self, prompts, sampling, seed):
         assert sampling.logprobs  # vLLM is asked for them
         return [[Sample([5, 2], "stop", [-1.0, -2.0]), *[Sample([6, 7, 8], "length", [-3.0] * 3)] * 3] for _ in prompts]
-    monkeypatch.setattr(grpo.Run, "sample", with_logps)
+    monkeypatch.setattr(training.Run, "sample", with_logps)
     steps = []
     monkeypatch.setattr(grpo, "train_step", lambda args, run, reference, groups, vocab_size, step: steps.append(groups) or {})
     for word in ("keep", "mask"):

@@ -11,9 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-import inputs
+from distil import problems, prompts
+from distil.problems import gold_answer, load_problems
+from distil.prompts import load_tokenizer, render_prompt, stop_ids
+from distil.models import load_model
 from conftest import ROOT
-from inputs import gold_answer, load_model, load_problems, load_tokenizer, render_prompt, stop_ids
 from recipes.toy_world import SPECIAL, TEMPLATE, make_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,7 +91,7 @@ def test_aliases_and_hub_ids(monkeypatch, data):
         asked.append((repo, config, split))
         return iter([{"question": "1+1?", "answer": "#### 2"}, {"question": "2?", "answer": "#### 2"}])
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(inputs, "hub_reachable", lambda: True)
+    monkeypatch.setattr(problems, "hub_reachable", lambda: True)
     repo, config, split = HUB[data]
     assert load_problems(data) == [{"id": f"{repo}/{split}/0", "problem": "1+1?", "answer": "2"},
                                    {"id": f"{repo}/{split}/1", "problem": "2?", "answer": "2"}]
@@ -110,20 +112,20 @@ def test_hub_reachable(monkeypatch, hub):
             assert url == hub.ENDPOINT and timeout <= 10
             if isinstance(result, Exception):
                 raise result
-        monkeypatch.setattr(inputs.urllib.request, "urlopen", urlopen)
+        monkeypatch.setattr(problems.urllib.request, "urlopen", urlopen)
     answer(None)
-    assert inputs.hub_reachable()
+    assert problems.hub_reachable()
     answer(urllib.error.HTTPError("url", 503, "busy", {}, None))
-    assert inputs.hub_reachable() and not hub.HF_HUB_OFFLINE
+    assert problems.hub_reachable() and not hub.HF_HUB_OFFLINE
     answer(urllib.error.URLError("no route"))
-    assert not inputs.hub_reachable() and hub.HF_HUB_OFFLINE
+    assert not problems.hub_reachable() and hub.HF_HUB_OFFLINE
 
 
 def test_a_hub_that_accepts_and_never_answers_is_given_up_within_seconds(monkeypatch, hub):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
-        assert not inputs.hub_reachable()
+        assert not problems.hub_reachable()
     assert time.monotonic() - started < 8
 
 
@@ -192,10 +194,10 @@ def test_stop_ids_come_from_tokenizer_and_every_model(tmp_path):
 
 def test_template_and_tokenizer_hashes_see_differences(world):
     tokenizer, other = make_tokenizer(), make_tokenizer()
-    assert inputs.tokenizer_sha256(tokenizer) == inputs.tokenizer_sha256(load_tokenizer(str(world / "teacher_init"), "-"))
-    assert inputs.template_sha256(tokenizer) != inputs.template_sha256(tokenizer, " s")
+    assert prompts.tokenizer_sha256(tokenizer) == prompts.tokenizer_sha256(load_tokenizer(str(world / "teacher_init"), "-"))
+    assert prompts.template_sha256(tokenizer) != prompts.template_sha256(tokenizer, " s")
     other.chat_template = other.chat_template.replace("user", "assistant").replace("message['role']", "'assistant'")
-    assert inputs.template_sha256(tokenizer) != inputs.template_sha256(other)
+    assert prompts.template_sha256(tokenizer) != prompts.template_sha256(other)
 
 
 @pytest.mark.parametrize("damage, word", [(lambda data: data[:-9], "cannot be loaded"), (lambda data: b"", "cannot be loaded"),

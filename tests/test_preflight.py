@@ -8,7 +8,9 @@ from safetensors.torch import load_file, save_file
 
 import score_teacher
 import train
-from train import sampler_kl
+from distil.preflight import check_pair, check_signal
+from distil.teacher import Signal
+from distil.diagnostics import sampler_kl
 
 
 def pair(world, tmp_path):
@@ -86,10 +88,10 @@ def test_another_template_and_another_tokenizer(world, tmp_path, capsys, refused
 
 def test_models_far_apart_get_the_advice_of_a_cold_start():
     hidden, head = torch.eye(40)[:5] * 9, torch.eye(40)
-    student, teacher = score_teacher.Signal(hidden, head), score_teacher.Signal(hidden.flip(1), head)
-    warnings = [warning for _, _, warning in score_teacher.check_signal(*student[:2], teacher, 1)]
+    student, teacher = Signal(hidden, head), Signal(hidden.flip(1), head)
+    warnings = [warning for _, _, warning in check_signal(*student[:2], teacher, 1)]
     assert any("first train on the teacher's rollouts" in warning for warning in warnings)
-    assert not any(warning for what, _, warning in score_teacher.check_signal(*student[:2], score_teacher.Signal(hidden + 0.1, head), 1)
+    assert not any(warning for what, _, warning in check_signal(*student[:2], Signal(hidden + 0.1, head), 1)
                    if "overlap" in what)
 
 
@@ -200,7 +202,7 @@ def test_thinking_is_off_in_the_prompt_and_a_prompt_that_thinks_is_warned_of(wor
     preflight(teacher, student)
     out = capsys.readouterr().out
     assert "assistant\\nb'" in out and "<think>" not in out
-    assert "thinking is off" in score_teacher.check_pair(Thinker(), [2], [2], 29, 29)[3][2]
+    assert "thinking is off" in check_pair(Thinker(), [2], [2], 29, 29)[3][2]
 
 
 class Thinker:

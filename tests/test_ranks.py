@@ -13,11 +13,11 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 import grpo
-import ranks
 import train
-from artifacts import refuse
+from distil import models, ranks
+from distil.artifacts import refuse
+from distil.prompts import load_tokenizer
 from conftest import ROOT
-from inputs import load_tokenizer
 from recipes.toy_world import make_model
 
 
@@ -145,7 +145,7 @@ def test_a_rank_holds_its_share_of_weights_gradients_and_moments(world, tmp_path
     def measure(out):
         model = ranks.load_sharded(world / "teacher_init", "--student", "float32", trained=True)
         optimizer = torch.optim.AdamW(model.parameters())
-        train.response_hidden(model, [[3, 4]], [[5, 6, 7]]).sum().backward()
+        models.response_hidden(model, [[3, 4]], [[5, 6, 7]]).sum().backward()
         optimizer.step()
         held = [*model.parameters(), *(p.grad for p in model.parameters()), *(t for s in optimizer.state.values() for t in s.values())]
         local = [t.to_local() if hasattr(t, "to_local") else t for t in held]
@@ -177,7 +177,8 @@ def test_shares_and_sums(tmp_path):
 
 
 FAILS = """
-import sys, ranks, train
+import sys, train
+from distil import ranks
 def optimizer_step(args, model, optimizer, step, ids):
     if step == 1 and ranks.rank() == 1:
         raise RuntimeError("this rank has lost its GPU")

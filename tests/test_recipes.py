@@ -13,7 +13,7 @@ import torch
 
 from conftest import ROOT
 from recipes import plan
-from run import tflops
+from distil.training import tflops
 from test_repo import parses
 
 FAKE = '#!/bin/sh\necho "$@"\ncat\n'  # in the place of python: prints how it was called, and what was piped into it

@@ -13,10 +13,10 @@ import pytest
 from conftest import ROOT
 
 ROOT = pathlib.Path(ROOT)
-# imports point to the left only
-ORDER = ["kernels", "artifacts", "inputs", "ranks", "rollout", "score_teacher", "equality", "grading", "evaluate", "run", "train", "grpo"]
-SHARED = ORDER[1:]
-STAGES = ["rollout", "score_teacher", "evaluate", "train", "grpo"]
+STAGES = ["rollout", "score_teacher", "train", "grpo", "evaluate"]
+MODULES = sorted((ROOT / "distil").glob("*.py"))
+KERNEL = sorted((ROOT / "kernels").rglob("*.py"))
+OURS = {*STAGES, "distil", "streaming_kl", "recipes", "benchmarks", "tests"}
 OWN_HELP = {"model", "teacher", "student", "rollouts", "dtype"}  # of these each stage says what it does with them
 
 
@@ -43,10 +43,9 @@ def actions_of(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_flag_is_read(stage):
-    """As args.NAME or as a name in a list, in the stage or in what it imports; that get_args reads it is not enough."""
-    text = ""
-    for name in SHARED[:SHARED.index(stage) + 1]:
-        text += re.sub(r"(?ms)^def get_args.*?(?=^(?:def|class|#|if) )", "", source(name))
+    """As args.NAME or as a name in a list, in the stage or in distil/; that get_args reads it is not enough."""
+    text = "".join(file.read_text(encoding="utf-8") for file in MODULES)
+    text += re.sub(r"(?ms)^def get_args.*?(?=^(?:def|class|#|if) )", "", source(stage))
     for flag in actions_of(stage):
         assert re.search(rf"\bargs\.{flag}\b|(?<!-)\"{flag}\"", text), f"{stage}.py never reads --{flag}"
 
@@ -63,38 +62,54 @@ def test_shared_flags_agree():
             assert first.setdefault(flag, kind) == kind, f"--{flag} of {stage}.py differs from another stage's"
 
 
-def imported(tree):
-    """Modules imported by the given statements, without their submodules."""
-    names = set()
-    for node in tree:
+def imported(file, everywhere=True):
+    """Names of the modules that a file imports, in full ("distil.models"); only at its top unless everywhere."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            names.add(node.module.split(".")[0])
-    return names
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_imports_point_to_the_left():
-    for place, name in enumerate(ORDER):
-        files = sorted((ROOT / "kernels").glob("*.py")) if name == "kernels" else [ROOT / f"{name}.py"]
-        for file in files:
-            found = imported(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
-            wrong = found & {*ORDER[place + 1:], "recipes", "tests"}
-            assert not wrong, f"{file.name} imports {wrong}"
+def packages(file, **options):
+    return {name.split(".")[0] for name in imported(file, **options)}
+
+
+def test_the_stages_are_the_only_files_at_the_door():
+    assert {file.stem for file in ROOT.glob("*.py")} == set(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_stage_imports_a_stage(stage):
+    assert packages(ROOT / f"{stage}.py") & OURS <= {"distil", "streaming_kl"}
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: file.stem)
+def test_distil_imports_no_stage(file):
+    assert packages(file) & OURS <= {"distil", "streaming_kl"}
+
+
+def test_the_modules_of_distil_import_no_module_in_a_circle():
+    below = {file.stem: {name.split(".")[1] for name in imported(file) if name.startswith("distil.")} for file in MODULES}
+    while free := [name for name, others in below.items() if not others & below.keys()]:
+        for name in free:
+            del below[name]
+    assert not below, f"in a circle: {sorted(below)}"
+
+
+@pytest.mark.parametrize("file", KERNEL, ids=lambda file: file.stem)
+def test_the_kernel_stands_alone(file):
+    assert packages(file) <= {"streaming_kl", "torch", "triton", *sys.stdlib_module_names}
 
 
 def test_nothing_heavy_is_imported_at_the_top():
     heavy = {"vllm", "datasets", "transformers", "matplotlib", "math_verify", "wandb", "triton"}
-    for name in SHARED:
-        assert not imported(ast.parse(source(name)).body) & heavy, name
+    for file in [*MODULES, *(ROOT / f"{stage}.py" for stage in STAGES)]:
+        assert not packages(file, everywhere=False) & heavy, file.name
     code = "import grpo, sys; assert not {'vllm', 'datasets', 'matplotlib'} & set(sys.modules), 'heavy'"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-def test_files_stay_short():
-    for name in SHARED:
-        lines = source(name).count("\n")
-        assert lines <= {"train": 450, "artifacts": 420, "equality": 450}.get(name, 400), f"{name}.py has {lines} lines"
 
 
 def commands(text):
@@ -140,7 +155,7 @@ def test_readme_names_only_flags_that_exist(readme):
     known = {f"--{flag}" for stage in STAGES for flag in actions_of(stage)} | {"--help"}
     known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}  # torchrun's
     known.add("--dist")  # pytest's
-    for file in [*ROOT.glob("recipes/*"), *ROOT.glob("kernels/*.py")]:
+    for file in [*ROOT.glob("recipes/*"), *ROOT.glob("benchmarks/*")]:
         if file.is_file():
             known |= set(re.findall(r"--[a-z_]+", file.read_text(encoding="utf-8")))
     assert set(re.findall(r"(?<![\w-])--[a-z_]+", readme)) <= known

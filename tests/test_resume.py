@@ -18,12 +18,12 @@ import traceback
 import pytest
 import torch
 
-import artifacts
 import evaluate
 import rollout
 import score_teacher
-from grading import Grade
-from rollout import Sample
+from distil import artifacts, evaluation, prompts, sampling
+from distil.grading import Grade
+from distil.sampling import Sample
 
 STAGES = {"rollout": rollout, "score_teacher": score_teacher, "evaluate": evaluate}
 RESULTS = {"rollout": ["rollouts.jsonl"], "score_teacher": ["head.safetensors", "shard_0"], "evaluate": ["samples.jsonl", "results.json"]}
@@ -96,7 +96,7 @@ class Disk:
 @pytest.fixture
 def cheap(monkeypatch, world, tmp_path):
     """Models that cost nothing. Every chunk that is sampled or scored is a byte in the file returned here."""
-    log, tokenizer = tmp_path / "chunks", rollout.load_tokenizer(str(world / "student_init"), "-")
+    log, tokenizer = tmp_path / "chunks", prompts.load_tokenizer(str(world / "student_init"), "-")
     log.touch()
 
     def work():
@@ -113,20 +113,20 @@ def cheap(monkeypatch, world, tmp_path):
         return [{"hidden": torch.tensor([[float(len(prompt) + i)] * 4 for i in range(len(response))])}
                 for prompt, response in zip(prompts, responses)]
     real_open, model = open, torch.nn.Linear(1, 1)
-    monkeypatch.setattr(rollout, "load_tokenizer", lambda *args: tokenizer)
+    monkeypatch.setattr(sampling, "load_tokenizer", lambda *args: tokenizer)
     monkeypatch.setattr(score_teacher, "load_tokenizer", lambda *args: tokenizer)
-    monkeypatch.setattr(rollout, "context_of", lambda directory: 512)
+    monkeypatch.setattr(sampling, "context_of", lambda directory: 512)
     monkeypatch.setattr(artifacts, "provenance", dict)
     monkeypatch.setattr(artifacts, "writing", False)  # as in a process that has just started
     monkeypatch.setattr(score_teacher, "score", score)
     monkeypatch.setattr(score_teacher, "output_head", lambda *args: torch.eye(29, 4))
-    monkeypatch.setattr(evaluate, "grade", lambda responses, answers: [Grade("1", False, False) for _ in responses])
-    monkeypatch.setattr(evaluate, "predictive_entropy", lambda model, prompts, *more: [1.0] * len(prompts))
-    monkeypatch.setattr(evaluate, "interval", lambda values, weights=None: [0.0, 1.0])
+    monkeypatch.setattr(evaluation, "grade", lambda responses, answers: [Grade("1", False, False) for _ in responses])
+    monkeypatch.setattr(evaluation, "predictive_entropy", lambda model, prompts, *more: [1.0] * len(prompts))
+    monkeypatch.setattr(evaluation, "interval", lambda values, weights=None: [0.0, 1.0])
     for stage in STAGES.values():
         monkeypatch.setattr(stage, "load_model", lambda *args: model)
     monkeypatch.setattr(rollout, "sample", sample)
-    monkeypatch.setattr(evaluate, "sample_as_finished", lambda *args: [dict(enumerate(sample(*args)))])
+    monkeypatch.setattr(evaluation, "sample_as_finished", lambda *args: [dict(enumerate(sample(*args)))])
     return log
 
 
@@ -219,7 +219,7 @@ def test_real_stages_killed_at_random_moments(stage, world, rollouts, tmp_path):
 def test_a_signal_ends_a_stage_after_its_chunk(stage, number, code, world, rollouts, tmp_path, cheap, monkeypatch, capfd):
     """The chunk under way is kept, one message says how to go on, and nothing is a traceback."""
     name = {"rollout": "sample", "score_teacher": "score", "evaluate": "sample_as_finished"}[stage]
-    real = getattr(STAGES[stage], name)
+    real = getattr(evaluation if stage == "evaluate" else STAGES[stage], name)
 
     def run(out, *more):
         args = args_of(stage, world, rollouts, out, *more)
@@ -228,7 +228,7 @@ def test_a_signal_ends_a_stage_after_its_chunk(stage, number, code, world, rollo
     chunks = cheap.stat().st_size
     capfd.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(STAGES[stage], name, lambda *args: os.kill(os.getpid(), number) or real(*args))
+        patch.setattr(evaluation if stage == "evaluate" else STAGES[stage], name, lambda *args: os.kill(os.getpid(), number) or real(*args))
         assert in_fork(run(tmp_path / "out")) == code
     out, err = capfd.readouterr()
     assert err.count("with --resume continues") == 1 and f"stopped by {number.name}: {tmp_path}/out keeps" in err

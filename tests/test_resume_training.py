@@ -8,11 +8,10 @@ import signal
 import pytest
 import torch
 
-import artifacts
 import grpo
-import run as run_file
 import train
-from inputs import model_dir
+from distil import artifacts, training as run_file
+from distil.models import model_dir
 from test_resume import Disk, in_fork
 
 

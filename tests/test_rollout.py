@@ -7,10 +7,11 @@ import torch
 from transformers import GenerationConfig
 
 import rollout
-from artifacts import read_artifact
-from inputs import load_problems, render_prompt
+from distil.artifacts import read_artifact
+from distil.problems import load_problems
+from distil.prompts import render_prompt
+from distil.sampling import Sampling, sample
 from recipes.toy_world import make_model, make_tokenizer
-from rollout import Sampling, sample
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling with transformers

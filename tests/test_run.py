@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from run import batch_indices, optimizer_step, tflops
+from distil.training import batch_indices, optimizer_step, tflops
 
 
 def test_batch_indices_are_permutations_and_a_function_of_the_step():

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 import score_teacher
-from artifacts import read_artifact
-from inputs import load_model, load_tokenizer
+from score_teacher import score, shards_of
+from distil import models
+from distil.artifacts import read_artifact
+from distil.prompts import load_tokenizer
+from distil.models import load_model, batches_by_tokens, output_head, response_hidden, token_logps
+from distil.rollouts import read_rollouts
+from distil.teacher import Scores
 from recipes.toy_world import make_model, make_tokenizer
-from rollout import read_rollouts
-from score_teacher import Scores, batches_by_tokens, output_head, response_hidden, score, shards_of, token_logps
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches, hidden states, log-probabilities
@@ -71,7 +74,7 @@ def test_score_keeps_the_order_whatever_the_batches(model):
 
 @pytest.mark.parametrize("chunk", [2, 4096])
 def test_token_logps_and_their_gradient(chunk, monkeypatch):
-    monkeypatch.setattr(score_teacher, "chunk_of", lambda head: chunk)
+    monkeypatch.setattr(models, "chunk_of", lambda head: chunk)
     g = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(7, 5, generator=g, requires_grad=True), torch.randn(12, 5, generator=g, requires_grad=True)
     tokens, upstream = torch.randint(9, (7,), generator=g), torch.randn(7, generator=g)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import artifacts
 import evaluate
 import train
+from distil import artifacts, evaluation, training
 from conftest import ROOT
 from recipes import toy_grid, toy_world
 
@@ -27,7 +27,7 @@ MINI = {"world": "--train 24 --heldout 2 --test 4 --terms 2 3 --restate 0.3 --sl
 @pytest.fixture(scope="module", autouse=True)
 def fewer_draws():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "DRAWS", 100)
+        patch.setattr(evaluation, "DRAWS", 100)
         yield
 
 
@@ -35,7 +35,7 @@ def fewer_draws():
 def finished(tmp_path_factory):
     """OUT of a miniature study that was interrupted in the second step of its curriculum and started again."""
     out = str(tmp_path_factory.mktemp("study"))
-    real = train.optimizer_step
+    real = training.optimizer_step
 
     def interrupted(args, model, optimizer, step, ids):
         if step == 1 and args.out.endswith("curriculum_1"):
@@ -66,9 +66,9 @@ def test_every_run_is_in_the_results(finished):
         if entry["name"] in toy_grid.runs_of(MINI):
             results = json.load(open(f"{finished}/{entry['name']}_1/eval/results.json"))
             for metric in ("avg", "length", "truncated", "entropy"):
-                mean = evaluate.mean_of(*toy_grid.values_of([entry], metric))
+                mean = evaluation.mean_of(*toy_grid.values_of([entry], metric))
                 assert mean == pytest.approx(results[metric], abs=0.02 if metric == "entropy" else 1e-9)
-            assert evaluate.mean_of(*toy_grid.values_of([entry], "pass@4")) == pytest.approx(results["pass"]["4"])
+            assert evaluation.mean_of(*toy_grid.values_of([entry], "pass@4")) == pytest.approx(results["pass"]["4"])
             assert [row["step"] for row in entry["curve"]] == ([0, 1] if entry["stage"] == "grpo" else [0, 2])
 
 
@@ -134,7 +134,7 @@ def by_hand(results, terms, metric):
                 bottom += tokens if metric == "entropy" else 1
         return top / bottom
     count, generator = len(results[0]["correct"].split()), torch.Generator().manual_seed(0)
-    picks = [torch.randint(count, (count,), generator=generator).tolist() for _ in range(evaluate.DRAWS)]
+    picks = [torch.randint(count, (count,), generator=generator).tolist() for _ in range(evaluation.DRAWS)]
     values = [sum(factor * metric_of(name, pick) for name, factor in terms.items()) for pick in [range(count), *picks]]
     draws = sorted(values[1:])  # 100: 2 on either side are left out, and the interval ends at the next
     return values[0], [draws[2], draws[96]]
@@ -222,7 +222,7 @@ def cells_of(text, count):
 def test_the_readme_says_what_the_committed_results_say(tmp_path, monkeypatch):
     path = shutil.copy(f"{ROOT}/results/toy_grid.json", tmp_path)
     monkeypatch.setattr(toy_grid, "figures", lambda *args: None)
-    monkeypatch.setattr(evaluate, "DRAWS", 1000)
+    monkeypatch.setattr(evaluation, "DRAWS", 1000)
     toy_grid.resampled_once.cache_clear()
     toy_grid.report(path)
     text = (tmp_path / "toy_grid.md").read_text()

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from streaming_kl import linear_streaming_kl
-from score_teacher import Signal, top_tokens
-from train import diagnostics, objective
+from train import objective
+from distil.models import top_tokens
+from distil.teacher import Signal
+from distil.diagnostics import diagnostics
 
 N, H, V, K = 7, 6, 11, 4
 

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from artifacts import read_artifact
+from train import Response, accumulate_gradients, objective
+from distil.artifacts import read_artifact
+from distil.models import load_model, output_head, response_hidden
+from distil.rollouts import read_rollouts
+from distil.teacher import Signal, teacher_signal
+from distil.training import optimizer_step, tflops, token_weights
 from conftest import ROOT
-from inputs import load_model
 from recipes.toy_world import make_model, make_tokenizer
-from rollout import read_rollouts
-from run import optimizer_step, tflops
-from score_teacher import Signal, output_head, response_hidden, teacher_signal
-from train import Response, accumulate_gradients, objective, token_weights
 
 CELL = {"forward": ("full", 1.0), "reverse": ("full", 0.0), "mix": ("full", 0.3)}
 
@@ -343,7 +343,7 @@ def test_a_run_killed_while_it_was_finishing_can_be_resumed(world, rollouts, sco
     def killed(*words, **facts):
         raise Killed
     with monkeypatch.context() as patch:
-        patch.setattr("run.finish_artifact", killed)
+        patch.setattr("distil.training.finish_artifact", killed)
         with pytest.raises(Killed):
             run(world, tmp_path / "run", *teacher_prefix(rollouts, scores), "--kl", "forward")
     run(world, tmp_path / "run", *teacher_prefix(rollouts, scores), "--kl", "forward", "--resume")

@@ -13,12 +13,12 @@ import torch
 import grpo
 import rollout
 import train
-from artifacts import read_artifact
+from distil.artifacts import read_artifact
+from distil.models import load_model, response_hidden, token_logps
+from distil.sampling import Sampling, push_weights, sample, sample_as_finished
+from distil.vllm_engine import load_vllm
 from conftest import ROOT
-from inputs import load_model
 from recipes.toy_world import make_model, make_tokenizer
-from rollout import Sampling, load_vllm, push_weights, sample, sample_as_finished
-from score_teacher import response_hidden, token_logps
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make test installs it)")
 

@@ -16,13 +16,26 @@ import time
 import torch
 from safetensors.torch import load_file, save_file
 
-import ranks
-from artifacts import (defer_signals, file_sha256, finish_artifact, read_checkpoint, refuse, rewind_log, start_artifact, stop,
-                       stop_requested, write_json, write_sealed)
-from evaluate import EVAL_SAMPLING, evaluate
-from inputs import context_of, default_dtype, encode_problems, load_model, load_problems, template_sha256, tokenizer_sha256
-from rollout import derive_seed, load_vllm, push_weights, sample, sampling_from
-from score_teacher import output_head
+from distil import ranks
+from distil.artifacts import (
+    defer_signals,
+    file_sha256,
+    finish_artifact,
+    read_checkpoint,
+    refuse,
+    rewind_log,
+    start_artifact,
+    stop,
+    stop_requested,
+    write_json,
+    write_sealed,
+)
+from distil.evaluation import EVAL_SAMPLING, evaluate
+from distil.models import context_of, default_dtype, load_model, output_head
+from distil.problems import load_problems
+from distil.prompts import encode_problems, template_sha256, tokenizer_sha256
+from distil.sampling import derive_seed, push_weights, sample, sampling_from
+from distil.vllm_engine import load_vllm
 
 LOGS = ("metrics.jsonl", "evals.jsonl", "gates.jsonl")
 
@@ -56,9 +69,6 @@ def check_training_flags(p, args):
     if args.keep_checkpoints < 0:
         p.error("--keep_checkpoints must be at least 0")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The ledger
-
 
 def tflops(config, prompt, response, forwards=0, generations=0):
     """TFLOPs of a model on one sequence (paper, appendix H.1), from the true projection sizes; multiply-add counts 2.
@@ -71,9 +81,6 @@ def tflops(config, prompt, response, forwards=0, generations=0):
     layer = 2 * hidden * (q + 2 * kv) + 2 * q * hidden + 6 * hidden * config["intermediate_size"]
     dense, attention = layers * layer + 2 * hidden * config["vocab_size"], layers * 4 * q * length
     return length * (forwards * (dense + attention) + generations * (dense + attention / 2)) / 1e12
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
 
 
 def clock():
@@ -273,3 +280,11 @@ def load_optimizer(path, model, optimizer):
             continue  # GRPO without a gradient so far
         optimizer.state[parameter] = {"step": state[f"{name}/step"]} | {
             key: ranks.piece_of(state[f"{name}/{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
+
+
+def token_weights(batch, normalize):
+    """Weight of each response's tokens, such that the loss is the mean over tokens, or over responses of their mean over tokens.
+
+    Counted over the whole batch before it is cut into micro-batches, so the result does not depend on the cut."""
+    total = sum(len(response.tokens) for response in batch)
+    return [1 / total if normalize == "token" else 1 / (len(batch) * len(response.tokens)) for response in batch]

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-from equality import bare_answers, outside, quick_verdict, split_name, split_outside, tidy
+from distil.equality import bare_answers, outside, quick_verdict, split_name, split_outside, tidy
 
 LIMIT_SECONDS = 1.0      # of processor time, for one answer
 HURRY_SECONDS = 0.1      # the same while more than 3 of the last 50 answers took too long, so that a flood of them ends
@@ -138,7 +138,7 @@ os.register_at_fork(after_in_child=idle.clear)  # a fork must not talk to its pa
 def ask_worker(found, answer):
     """"right", "wrong" or "timeout": a worker's verdict on one pair."""
     worker = idle.pop() if idle else subprocess.Popen(
-        [sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0)
+        [sys.executable, "-m", "distil.grading"], cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0)
     worker.stdin.write(json.dumps([HURRY_SECONDS if sum(recent) > 3 else LIMIT_SECONDS, found, answer]) + "\n")
     worker.stdin.flush()
     verdict = worker.stdout.readline().strip()

@@ -18,6 +18,7 @@ has no policy gradient; those groups are counted. Four functions are the method:
 PAPER: the division by the deviation, the mean over tokens, the clipping and what happens to responses that are cut off are not
 stated. Tokens are sampled with top-p 0.95 there and here, while pi and pi_old are the whole softmax.
 """
+
 import argparse
 from collections import Counter
 from typing import NamedTuple
@@ -34,41 +35,78 @@ from distil.problems import add_problem_flags
 from distil.prompts import load_tokenizer, tokenizer_sha256
 from distil.sampling import add_sampling_flags, derive_seed, prepare
 from distil.training import (
-    clock,
     Run,
     add_training_flags,
     autocast,
     batch_indices,
     check_training_flags,
+    clock,
     optimizer_step,
     tflops,
     token_weights,
 )
 from streaming_kl import linear_streaming_kl
 
-SHOWN = ("reward", "equal_groups", "loss", "entropy", "clip_fraction", "reference_kl", "mismatch", "response_length", "truncated")
+SHOWN = (
+    "reward",
+    "equal_groups",
+    "loss",
+    "entropy",
+    "clip_fraction",
+    "reference_kl",
+    "mismatch",
+    "response_length",
+    "truncated",
+)
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # what goes in
-    p.add_argument("--model", required=True, help="Hugging Face directory or hub id of the checkpoint to start from")
+    p.add_argument(
+        "--model", required=True, help="Hugging Face directory or hub id of the checkpoint to start from"
+    )
     add_problem_flags(p)
     # sampling; --n is the group size
     add_sampling_flags(p, n=8, top_p=0.95, gpu_memory_utilization=0.3)
     # the loss
-    p.add_argument("--scale_advantages", choices=["group", "none"], default="group",
-                   help="divide advantages by the deviation of the group's rewards, or not")
-    p.add_argument("--normalize", choices=["token", "sequence"], default="token", help="what weighs the same in a batch")
-    p.add_argument("--clip_low", type=float, default=0.2, help="the ratio to the sampling policy is clipped at 1 - this")
-    p.add_argument("--clip_high", type=float, default=0.2, help="the ratio to the sampling policy is clipped at 1 + this")
-    p.add_argument("--updates", type=int, default=1, help="parts into which a sampled batch is cut, with an update each")
-    p.add_argument("--kl_weight", type=float, default=0.0, help="weight of the KL to the reference (0: none is loaded)")
-    p.add_argument("--reference", help="Hugging Face directory or hub id of the reference, with --kl_weight (default: --model)")
-    p.add_argument("--overlong", choices=["keep", "mask"], default="keep",
-                   help="responses that were cut off count as any other, or carry no loss; their rewards count either way")
-    p.add_argument("--importance_cap", type=float, default=2.0,
-                   help="largest weight of a token for being likelier to the trainer than to vLLM (0: no weights)")
+    p.add_argument(
+        "--scale_advantages",
+        choices=["group", "none"],
+        default="group",
+        help="divide advantages by the deviation of the group's rewards, or not",
+    )
+    p.add_argument(
+        "--normalize", choices=["token", "sequence"], default="token", help="what weighs the same in a batch"
+    )
+    p.add_argument(
+        "--clip_low", type=float, default=0.2, help="the ratio to the sampling policy is clipped at 1 - this"
+    )
+    p.add_argument(
+        "--clip_high", type=float, default=0.2, help="the ratio to the sampling policy is clipped at 1 + this"
+    )
+    p.add_argument(
+        "--updates", type=int, default=1, help="parts into which a sampled batch is cut, with an update each"
+    )
+    p.add_argument(
+        "--kl_weight", type=float, default=0.0, help="weight of the KL to the reference (0: none is loaded)"
+    )
+    p.add_argument(
+        "--reference",
+        help="Hugging Face directory or hub id of the reference, with --kl_weight (default: --model)",
+    )
+    p.add_argument(
+        "--overlong",
+        choices=["keep", "mask"],
+        default="keep",
+        help="responses that were cut off count as any other, or carry no loss; their rewards count either way",
+    )
+    p.add_argument(
+        "--importance_cap",
+        type=float,
+        default=2.0,
+        help="largest weight of a token for being likelier to the trainer than to vLLM (0: no weights)",
+    )
     # optimisation
     add_training_flags(p, steps=1000, batch_size=32, lr=1e-6)
     add_output_flags(p)
@@ -79,7 +117,9 @@ def get_args(argv=None):
         p.error("--temperature 0: the responses of a group would be the same")
     check_training_flags(p, args)
     if not 0 <= args.clip_low <= 1 or args.clip_high < 0:
-        p.error(f"--clip_low {args.clip_low:g} --clip_high {args.clip_high:g}: must lie in [0, 1] and be at least 0")
+        p.error(
+            f"--clip_low {args.clip_low:g} --clip_high {args.clip_high:g}: must lie in [0, 1] and be at least 0"
+        )
     if args.updates < 1 or args.batch_size % args.updates:
         p.error(f"--updates {args.updates}: must divide the --batch_size of {args.batch_size} problems")
     if args.kl_weight < 0 or args.importance_cap < 0:
@@ -88,6 +128,7 @@ def get_args(argv=None):
         p.error("--reference needs a --kl_weight above 0")
     return args
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The method
 
@@ -95,6 +136,7 @@ def get_args(argv=None):
 class Response(NamedTuple):
     """One response to train on. tokens: its ids, with the stop token; sampler: their log-probabilities from vLLM (None: not known);
     old: those from the policy that sampled, as the trainer computes them (None: it is the model as it is)."""
+
     id: str
     prompt: list
     tokens: list
@@ -105,9 +147,15 @@ class Response(NamedTuple):
 
 def rewards_of(tokenizer, problems, groups):
     """1.0 for a response with the correct answer, else 0.0: (problems, n)."""
-    pairs = [(one.response_ids, problem["answer"]) for problem, group in zip(problems, groups, strict=True) for one in group]
+    pairs = [
+        (one.response_ids, problem["answer"])
+        for problem, group in zip(problems, groups, strict=True)
+        for one in group
+    ]
     pairs = pairs[ranks.mine(len(pairs))]
-    verdicts = grade([tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in pairs], [answer for _, answer in pairs])
+    verdicts = grade(
+        [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in pairs], [answer for _, answer in pairs]
+    )
     return torch.tensor(ranks.gather([float(verdict.correct) for verdict in verdicts])).view(len(groups), -1)
 
 
@@ -131,18 +179,26 @@ def policy_loss(args, logps, old_logps, advantages, weight):
 def train_step(args, run, reference, groups, vocab_size, step):
     """Cuts the groups of Responses into --updates parts and makes an update with each. Returns {metric: value}."""
     size = len(groups) // args.updates
-    parts = [[r for group in groups[i:i + size] for r in group] for i in range(0, len(groups), size)]
+    parts = [[r for group in groups[i : i + size] for r in group] for i in range(0, len(groups), size)]
     if args.updates > 1:  # the model is about to leave the policy that sampled
         parts = [add_old_logps(args, run.model, part, vocab_size) for part in parts]
     loss, norms, sums = 0.0, [], Counter()
     for part in parts:
         value, part_sums = accumulate_gradients(args, run.model, reference, part, vocab_size)
-        norm, lr = optimizer_step(args, run.model, run.optimizer, step, list(dict.fromkeys(r.id for r in part)))
+        norm, lr = optimizer_step(
+            args, run.model, run.optimizer, step, list(dict.fromkeys(r.id for r in part))
+        )
         loss += value / args.updates
         norms.append(norm)
         sums.update(part_sums)
     tokens = sum(len(r.tokens) for part in parts for r in part)
-    return {"loss": loss, **{name: value / tokens for name, value in sums.items()}, "grad_norm": sum(norms) / len(norms), "lr": lr}
+    return {
+        "loss": loss,
+        **{name: value / tokens for name, value in sums.items()},
+        "grad_norm": sum(norms) / len(norms),
+        "lr": lr,
+    }
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Its forward passes
@@ -174,8 +230,10 @@ def has_gradient(args, response):
 
 def micro_batch_loss(args, model, reference, micro, weight, vocab_size):
     """The loss over the N tokens of some Responses, sum_i weight_i loss_i, and metrics {name: (N,), detached}."""
+
     def per_token(values):
         return torch.tensor(values, device=model.device)
+
     hidden, head = forward(args, model, micro, vocab_size)
     logps = token_logps(hidden, head, per_token([token for r in micro for token in r.tokens]))
     old = logps.detach() if micro[0].old is None else torch.cat([r.old for r in micro]).to(model.device)
@@ -191,11 +249,15 @@ def micro_batch_loss(args, model, reference, micro, weight, vocab_size):
     if reference is None:
         with torch.no_grad():
             same = hidden.detach(), head.detach()
-            metrics["entropy"] = linear_streaming_kl(*same, *same, fkl_weight=1.0, logits_dtype=torch.float32).student_entropy
+            metrics["entropy"] = linear_streaming_kl(
+                *same, *same, fkl_weight=1.0, logits_dtype=torch.float32
+            ).student_entropy
     else:
         with torch.no_grad():
             other = forward(args, reference, micro, vocab_size)
-        out = linear_streaming_kl(hidden, head, *other, fkl_weight=0.0, weight=weight, logits_dtype=torch.float32)
+        out = linear_streaming_kl(
+            hidden, head, *other, fkl_weight=0.0, weight=weight, logits_dtype=torch.float32
+        )
         loss = loss + args.kl_weight * out.loss
         metrics |= {"entropy": out.student_entropy, "reference_kl": out.rkl}
     return loss, metrics
@@ -213,7 +275,9 @@ def forward(args, model, batch, vocab_size):
 def add_old_logps(args, model, batch, vocab_size):
     """The Responses with the log-probabilities of the model as it is now."""
     old = {}
-    for part, _ in ranks.deal(batches_by_tokens([len(r.prompt) + len(r.tokens) for r in batch], args.micro_batch_tokens)):
+    for part, _ in ranks.deal(
+        batches_by_tokens([len(r.prompt) + len(r.tokens) for r in batch], args.micro_batch_tokens)
+    ):
         tokens = torch.tensor([token for i in part for token in batch[i].tokens], device=model.device)
         logps = token_logps(*forward(args, model, [batch[i] for i in part], vocab_size), tokens)
         for i, piece in zip(part, logps.split([len(batch[i].tokens) for i in part])):
@@ -221,19 +285,24 @@ def add_old_logps(args, model, batch, vocab_size):
     old = dict(ranks.gather(list(old.items())))
     return [r._replace(old=old[i]) for i, r in enumerate(batch)]
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def load_reference(args, tokenizer):
     directory = model_dir(args.reference or args.model, "--reference")
-    check_tokenizers(tokenizer, "--model", tokenizer_sha256(load_tokenizer(directory, "--reference")), "--reference")
+    check_tokenizers(
+        tokenizer, "--model", tokenizer_sha256(load_tokenizer(directory, "--reference")), "--reference"
+    )
     return ranks.load_sharded(directory, "--reference", args.dtype)
 
 
 def training_tflops(args, run, reference, response):
     """Of an update with a response; one without a gradient is still measured."""
     size = len(response.prompt), len(response.tokens)
-    spent = tflops(run.config, *size, forwards=(3 if has_gradient(args, response) else 1) + (args.updates > 1))
+    spent = tflops(
+        run.config, *size, forwards=(3 if has_gradient(args, response) else 1) + (args.updates > 1)
+    )
     return spent + (tflops(reference.config.to_dict(), *size, forwards=1) if reference else 0.0)
 
 
@@ -242,7 +311,9 @@ def main(args):
     sampling = sampling._replace(logprobs=True)
     reference = load_reference(args, tokenizer) if args.kl_weight else None
     cell = origin_of(args, directory)["cell"]  # in which the checkpoint was distilled, if it was
-    run = Run(args, directory, tokenizer, stops, cell | {"name": cell.get("name", args.model) + ", then GRPO"})
+    run = Run(
+        args, directory, tokenizer, stops, cell | {"name": cell.get("name", args.model) + ", then GRPO"}
+    )
 
     for step in range(run.first_step, args.steps):
         started = clock()
@@ -252,23 +323,40 @@ def main(args):
         rewards = rewards_of(tokenizer, [problems[i] for i in picked], sampled)
         advantages = advantages_of(rewards, args.scale_advantages)
         seconds["seconds_grade"] = clock() - started - sum(seconds.values())
-        groups = [[Response(problems[i]["id"], prompts[i], one.response_ids, advantage, one.logps)
-                   for one, advantage in zip(group, row) if one.finish_reason == "stop" or args.overlong == "keep"]
-                  for i, group, row in zip(picked, sampled, advantages.tolist())]
+        groups = [
+            [
+                Response(problems[i]["id"], prompts[i], one.response_ids, advantage, one.logps)
+                for one, advantage in zip(group, row)
+                if one.finish_reason == "stop" or args.overlong == "keep"
+            ]
+            for i, group, row in zip(picked, sampled, advantages.tolist())
+        ]
         metrics = train_step(args, run, reference, groups, len(tokenizer), step)
         seconds["seconds_train"] = clock() - started - sum(seconds.values())
 
         lengths = [len(one.response_ids) for group in sampled for one in group]
-        spent = sum(tflops(run.config, len(prompts[i]), len(one.response_ids), generations=1)
-                    for i, group in zip(picked, sampled) for one in group)
-        spent += sum(training_tflops(args, run, reference, response) for group in groups for response in group)
+        spent = sum(
+            tflops(run.config, len(prompts[i]), len(one.response_ids), generations=1)
+            for i, group in zip(picked, sampled)
+            for one in group
+        )
+        spent += sum(
+            training_tflops(args, run, reference, response) for group in groups for response in group
+        )
         run.spent["tflops"] += spent
         run.spent["tflops_uncached"] += spent
         run.spent["response_tokens"] += sum(lengths)
-        row = {"reward": rewards.mean().item(), "equal_groups": (advantages == 0).all(1).float().mean().item(), **metrics,
-               "response_length": sum(lengths) / len(lengths),
-               "truncated": sum(one.finish_reason == "length" for group in sampled for one in group) / len(lengths),
-               "seconds": sum(seconds.values()), **seconds, "tokens_per_second": sum(lengths) / sum(seconds.values())}
+        row = {
+            "reward": rewards.mean().item(),
+            "equal_groups": (advantages == 0).all(1).float().mean().item(),
+            **metrics,
+            "response_length": sum(lengths) / len(lengths),
+            "truncated": sum(one.finish_reason == "length" for group in sampled for one in group)
+            / len(lengths),
+            "seconds": sum(seconds.values()),
+            **seconds,
+            "tokens_per_second": sum(lengths) / sum(seconds.values()),
+        }
         run.end_step(step + 1, row, SHOWN, last=step + 1 == args.steps)
     run.finish("grpo", args.steps)
 

@@ -9,6 +9,7 @@ on a GPU the most that torch has allocated, on a CPU the largest resident set ab
 of a process that only loads and saves what the stage does: tokenizers, models and, where one is trained, gradients and moments.
 Training makes two steps with a micro-batch each, without the preflight.
 """
+
 import argparse
 import functools
 import json
@@ -27,12 +28,12 @@ import score_teacher
 import train
 from distil import models, ranks
 from distil.artifacts import add_output_flags, finish_artifact, start_artifact
+from distil.models import load_model
 from distil.problems import load_problems
 from distil.prompts import load_tokenizer, render_prompt, stop_ids, tokenizer_sha256
-from distil.models import load_model
-from distil.sampling import Sample
-from distil.rollouts import finish_rollouts, write_rollouts
 from distil.report import markdown
+from distil.rollouts import finish_rollouts, write_rollouts
+from distil.sampling import Sample
 from recipes import toy_world
 
 CONTEXT = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
@@ -41,19 +42,48 @@ SAMPLE = FLAGS + " --data {data} --limit {responses} --sample_batch {rows} --n 1
 TRAIN = FLAGS + " --steps 2 --micro_batch_tokens {tokens}"
 STAGES = {  # file, models that it loads, whether the first is trained, flags
     "rollout": (rollout, ["teacher"], False, "--model {teacher} " + SAMPLE),
-    "score_teacher": (score_teacher, ["teacher"], False, "--teacher {teacher} --rollouts {rollouts} --dtype float32 "
-                      "--shard_tokens 2048 --micro_batch_tokens {tokens}"),
-    "train, teacher prefix": (train, ["student"], True, "--prefix teacher --kl forward --student {student} --rollouts {rollouts} "
-                              "--scores {scores} --batch_size {trained} " + TRAIN),
-    "train, student prefix": (train, ["student", "teacher"], True, "--prefix student --kl reverse --student {student} "
-                              "--teacher {teacher} --data {data} --limit {responses} --batch_size {trained} " + TRAIN),
-    "grpo": (grpo, ["student", "student"], True, "--model {student} --data {data} --limit {responses} --n 2 --batch_size {groups} "
-             "--kl_weight 0.1 " + TRAIN),
-    "evaluate": (evaluate, ["student"], False, "--model {student} --micro_batch_tokens {tokens} " + SAMPLE)}
+    "score_teacher": (
+        score_teacher,
+        ["teacher"],
+        False,
+        "--teacher {teacher} --rollouts {rollouts} --dtype float32 "
+        "--shard_tokens 2048 --micro_batch_tokens {tokens}",
+    ),
+    "train, teacher prefix": (
+        train,
+        ["student"],
+        True,
+        "--prefix teacher --kl forward --student {student} --rollouts {rollouts} "
+        "--scores {scores} --batch_size {trained} " + TRAIN,
+    ),
+    "train, student prefix": (
+        train,
+        ["student", "teacher"],
+        True,
+        "--prefix student --kl reverse --student {student} "
+        "--teacher {teacher} --data {data} --limit {responses} --batch_size {trained} " + TRAIN,
+    ),
+    "grpo": (
+        grpo,
+        ["student", "student"],
+        True,
+        "--model {student} --data {data} --limit {responses} --n 2 --batch_size {groups} "
+        "--kl_weight 0.1 " + TRAIN,
+    ),
+    "evaluate": (evaluate, ["student"], False, "--model {student} --micro_batch_tokens {tokens} " + SAMPLE),
+}
 BASE = {"responses": 16, "length": 128, "batch": 1, "vocabulary": 2**15}
-POINTS = {"MB": {}, "responses x4": {"responses": 64}, "x16": {"responses": 256}, "length x4": {"length": 512},
-          "x8": {"length": 1024}, "batch x2": {"batch": 2}, "x4": {"batch": 4}, "vocabulary x2": {"vocabulary": 2**16},
-          "x4 ": {"vocabulary": 2**17}}
+POINTS = {
+    "MB": {},
+    "responses x4": {"responses": 64},
+    "x16": {"responses": 256},
+    "length x4": {"length": 512},
+    "x8": {"length": 1024},
+    "batch x2": {"batch": 2},
+    "x4": {"batch": 4},
+    "vocabulary x2": {"vocabulary": 2**16},
+    "x4 ": {"vocabulary": 2**17},
+}
 
 
 def get_args(argv=None):
@@ -83,13 +113,18 @@ def measure(send, function, args):
 
 def make_world(out, size):
     """Problems, a tokenizer of `size` tokens, and the two untrained models."""
-    words, toy_world.WORDS = toy_world.WORDS, toy_world.WORDS + [chr(0x10000 + i) for i in range(size - len(toy_world.WORDS) - 3)]
+    words, toy_world.WORDS = (
+        toy_world.WORDS,
+        toy_world.WORDS + [chr(0x10000 + i) for i in range(size - len(toy_world.WORDS) - 3)],
+    )
     tokenizer, toy_world.WORDS = toy_world.make_tokenizer(), words
     for name, shape in {"teacher": (128, 2, 4), "student": (64, 2, 2)}.items():
         model = toy_world.make_model(tokenizer, *shape)
         model.config.max_position_embeddings = 2048
         with torch.no_grad():
-            model.get_input_embeddings().weight.mul_(4)[tokenizer.all_special_ids] = 0  # distributions with a signal; nothing stops
+            model.get_input_embeddings().weight.mul_(4)[tokenizer.all_special_ids] = (
+                0  # distributions with a signal; nothing stops
+            )
         model.save_pretrained(os.path.join(out, name))
         tokenizer.save_pretrained(os.path.join(out, name))
     with open(os.path.join(out, "problems.jsonl"), "w", encoding="utf-8") as file:
@@ -106,7 +141,9 @@ def make_rollouts(out, world, responses, length):
     with open(os.path.join(out, "rollouts.jsonl.tmp"), "w", encoding="utf-8") as file:
         for problem in problems:
             sample = Sample([rng.randrange(3, len(tokenizer)) for _ in range(length)], "length")
-            write_rollouts(file, tokenizer, [problem], [render_prompt(tokenizer, problem["problem"])], [[sample]])
+            write_rollouts(
+                file, tokenizer, [problem], [render_prompt(tokenizer, problem["problem"])], [[sample]]
+            )
     finish_rollouts(args, tokenizer, model="random", stop_ids=stop_ids(tokenizer))
 
 
@@ -137,25 +174,41 @@ def point(out, name, responses, length, batch, vocabulary):
     in_process(make_world, world, vocabulary)
     if "prefix" not in name:
         responses = max(responses, 16 * batch)  # enough to fill a batch
-    sizes = {"tokens": 600 * batch, "rows": 16 * batch, "trained": max(1, 512 * batch // length),
-             "groups": max(1, 256 * batch // length)}
-    paths = {"teacher": os.path.join(world, "teacher"), "student": os.path.join(world, "student"),
-             "data": os.path.join(world, "problems.jsonl"), "rollouts": os.path.join(world, f"rollouts_{responses}_{length}"),
-             "scores": os.path.join(world, f"scores_{responses}_{length}")}
+    sizes = {
+        "tokens": 600 * batch,
+        "rows": 16 * batch,
+        "trained": max(1, 512 * batch // length),
+        "groups": max(1, 256 * batch // length),
+    }
+    paths = {
+        "teacher": os.path.join(world, "teacher"),
+        "student": os.path.join(world, "student"),
+        "data": os.path.join(world, "problems.jsonl"),
+        "rollouts": os.path.join(world, f"rollouts_{responses}_{length}"),
+        "scores": os.path.join(world, f"scores_{responses}_{length}"),
+    }
     if "{rollouts}" in flags:
         in_process(make_rollouts, paths["rollouts"], world, responses, length)
     if "{scores}" in flags:
         make = STAGES["score_teacher"][3] + " --out " + paths["scores"]
         in_process(run, score_teacher, make.format(**paths, tokens=600), os.path.join(out, "log.txt"))
-    words = f"{flags} --overwrite --out {os.path.join(out, 'run')}".format(**paths, **sizes, responses=responses, length=length)
+    words = f"{flags} --overwrite --out {os.path.join(out, 'run')}".format(
+        **paths, **sizes, responses=responses, length=length
+    )
     held = in_process(hold, os.path.join(out, "held"), trained, *(paths[model] for model in models))
     return (in_process(run, stage, words, os.path.join(out, "log.txt")) - held) / 1e6
 
 
 def as_rank(rank, count, port, directory, out):
     """Writes the bytes of weights, gradients and moments that this rank holds after a step."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "memory"}  # what torchrun sets
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "memory",
+    }  # what torchrun sets
     ranks.start()
     model = ranks.load_sharded(directory, "-", "float32", trained=True)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -163,8 +216,10 @@ def as_rank(rank, count, port, directory, out):
     optimizer.step()
     parameters = list(model.parameters())
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    held = [[getattr(tensor, "to_local", lambda: tensor)().nbytes for tensor in tensors]
-            for tensors in (parameters, [parameter.grad for parameter in parameters], moments)]
+    held = [
+        [getattr(tensor, "to_local", lambda: tensor)().nbytes for tensor in tensors]
+        for tensors in (parameters, [parameter.grad for parameter in parameters], moments)
+    ]
     with open(os.path.join(out, f"{count}_{rank}.json"), "w") as file:
         json.dump([sum(sizes) / 1e6 for sizes in held], file)
     ranks.end()
@@ -184,8 +239,9 @@ def main(args):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        torch.multiprocessing.start_processes(as_rank, (count, port, directory, args.out), nprocs=count,
-                                              start_method=CONTEXT.get_start_method())
+        torch.multiprocessing.start_processes(
+            as_rank, (count, port, directory, args.out), nprocs=count, start_method=CONTEXT.get_start_method()
+        )
         held = [json.load(open(os.path.join(args.out, f"{count}_{rank}.json"))) for rank in range(count)]
         lines.append([str(count), *(f"{max(sizes):.2f}" for sizes in zip(*held))])
     print(markdown([["ranks", "weights MB", "gradients MB", "moments MB"], ["---"] * 4, *lines]))

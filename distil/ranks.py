@@ -8,6 +8,7 @@ All ranks read the same inputs and keep the same books: batches, weights, metric
 
 so that loss and weights are those of one process, to rounding. Only rank 0 writes files and prints.
 """
+
 import os
 import sys
 
@@ -49,6 +50,7 @@ def barrier():
     if count() > 1:
         dist.barrier()
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Work
 
@@ -75,9 +77,9 @@ def deal(batches):
     while len(batches) % count() and any(len(batch) > 1 for batch in batches):
         i = max(range(len(batches)), key=lambda i: len(batches[i]))
         half = (len(batches[i]) + 1) // 2
-        batches[i:i + 1] = [batches[i][:half], batches[i][half:]]
+        batches[i : i + 1] = [batches[i][:half], batches[i][half:]]
     repeated = [(batches[-1], False)] * (-len(batches) % count()) if batches else []
-    return ([(batch, True) for batch in batches] + repeated)[rank()::count()]
+    return ([(batch, True) for batch in batches] + repeated)[rank() :: count()]
 
 
 def add_up(sums):
@@ -90,6 +92,7 @@ def largest(value):
     """The largest of the ranks' numbers, such as the signal that asked one of them to stop."""
     return max(gather([value]))
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
@@ -98,7 +101,9 @@ def load_sharded(directory, flag, dtype, trained=False):
     """inputs.load_model, cut into pieces among the ranks where there are several (fully_shard)."""
     if count() == 1:
         return load_model(directory, flag, dtype).requires_grad_(trained)
-    model = load_model(directory, flag, dtype, device="cpu").requires_grad_(trained)  # fully_shard moves the pieces
+    model = load_model(directory, flag, dtype, device="cpu").requires_grad_(
+        trained
+    )  # fully_shard moves the pieces
     for layer in model.get_decoder().layers:
         fully_shard(layer)
     fully_shard(model)
@@ -108,7 +113,9 @@ def load_sharded(directory, flag, dtype, trained=False):
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)  # the sum over ranks, not the mean: token weights are those of the whole batch
+            module.set_gradient_divide_factor(
+                1.0
+            )  # the sum over ranks, not the mean: token weights are those of the whole batch
     return model
 
 
@@ -133,4 +140,8 @@ def whole_weights(model):
 def piece_of(tensor, like):
     """The piece of a whole tensor that this rank holds, cut as the parameter `like` is."""
     tensor = tensor.to(like.device)
-    return distribute_tensor(tensor, like.device_mesh, like.placements) if hasattr(like, "device_mesh") else tensor
+    return (
+        distribute_tensor(tensor, like.device_mesh, like.placements)
+        if hasattr(like, "device_mesh")
+        else tensor
+    )

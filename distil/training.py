@@ -6,6 +6,7 @@ train.py and grpo.py are the loops; this file is what they do alike. A run direc
     step_000100/     a checkpoint to resume from (Hugging Face directory, optimizer.safetensors, checkpoint.json)
     final/           the result (Hugging Face directory, checkpoint.json)
 """
+
 import functools
 import glob
 import json
@@ -43,19 +44,46 @@ LOGS = ("metrics.jsonl", "evals.jsonl", "gates.jsonl")
 def add_training_flags(p, steps, batch_size, lr):
     """The flags that train.py and grpo.py share."""
     p.add_argument("--steps", type=int, default=steps, help="optimizer steps")
-    p.add_argument("--batch_size", type=int, default=batch_size, help="problems (or stored responses) in a step")
+    p.add_argument(
+        "--batch_size", type=int, default=batch_size, help="problems (or stored responses) in a step"
+    )
     p.add_argument("--lr", type=float, default=lr, help="constant after the warm-up")
-    p.add_argument("--warmup", type=float, default=0.05, help="share of the steps over which the learning rate rises")
+    p.add_argument(
+        "--warmup", type=float, default=0.05, help="share of the steps over which the learning rate rises"
+    )
     p.add_argument("--max_grad_norm", type=float, default=1.0)
-    p.add_argument("--micro_batch_tokens", type=int, default=16384, help="tokens in one forward pass, padding included")
-    p.add_argument("--dtype", choices=["float32", "bfloat16"], default=default_dtype(), help="of forward passes; weights are float32")
+    p.add_argument(
+        "--micro_batch_tokens", type=int, default=16384, help="tokens in one forward pass, padding included"
+    )
+    p.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default=default_dtype(),
+        help="of forward passes; weights are float32",
+    )
     p.add_argument("--seed", type=int, default=42)
     p.add_argument("--eval_data", help="problems evaluated in training")
-    p.add_argument("--eval_every", type=int, default=0, help="evaluate every N steps, and at the start and the end (0: never)")
+    p.add_argument(
+        "--eval_every",
+        type=int,
+        default=0,
+        help="evaluate every N steps, and at the start and the end (0: never)",
+    )
     p.add_argument("--eval_n", type=int, default=4, help="responses for each evaluation problem")
-    p.add_argument("--eval_max_response_tokens", type=int, help="limit of response tokens in evaluations (default: the run's own)")
-    p.add_argument("--log_every", type=int, default=1, help="print every N-th step; metrics.jsonl has them all")
-    p.add_argument("--save_every", type=int, default=0, help="save a checkpoint to resume from every N steps (0: only the last)")
+    p.add_argument(
+        "--eval_max_response_tokens",
+        type=int,
+        help="limit of response tokens in evaluations (default: the run's own)",
+    )
+    p.add_argument(
+        "--log_every", type=int, default=1, help="print every N-th step; metrics.jsonl has them all"
+    )
+    p.add_argument(
+        "--save_every",
+        type=int,
+        default=0,
+        help="save a checkpoint to resume from every N steps (0: only the last)",
+    )
     p.add_argument("--keep_checkpoints", type=int, default=0, help="of these, keep the newest N (0: all)")
 
 
@@ -63,7 +91,14 @@ def check_training_flags(p, args):
     if bool(args.eval_data) != bool(args.eval_every or getattr(args, "curriculum", None)):
         p.error("--eval_every and --eval_data go together")
     args.eval_max_response_tokens = args.eval_max_response_tokens or args.max_response_tokens
-    for name in ("steps", "batch_size", "micro_batch_tokens", "log_every", "eval_n", "eval_max_response_tokens"):
+    for name in (
+        "steps",
+        "batch_size",
+        "micro_batch_tokens",
+        "log_every",
+        "eval_n",
+        "eval_max_response_tokens",
+    ):
         if getattr(args, name) < 1:
             p.error(f"--{name} must be at least 1")
     if args.keep_checkpoints < 0:
@@ -118,9 +153,15 @@ def optimizer_step(args, model, optimizer, step, ids):
     norm = ranks.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)).item()
     if norm != norm or norm == float("inf"):
         if ranks.rank() == 0:
-            write_json(os.path.join(args.out, "failed_step.json"), {"step": step + 1, "grad_norm": str(norm), "ids": ids})
-        refuse(f"step {step + 1}: the gradient is {norm}; the run ends here. Its checkpoints are kept in {args.out}, the ids of the "
-               "step's problems are in failed_step.json there", code=1)
+            write_json(
+                os.path.join(args.out, "failed_step.json"),
+                {"step": step + 1, "grad_norm": str(norm), "ids": ids},
+            )
+        refuse(
+            f"step {step + 1}: the gradient is {norm}; the run ends here. Its checkpoints are kept in {args.out}, the ids of the "
+            "step's problems are in failed_step.json there",
+            code=1,
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, lr
@@ -130,26 +171,43 @@ class Run:
     """What train.py and grpo.py do alike around their loops: model, optimizer, engine, evaluations, checkpoints, totals spent."""
 
     def __init__(self, args, directory, tokenizer, stops, cell, samples=True):
-        self.args, self.tokenizer, self.cell, self.name = args, tokenizer, cell, os.path.basename(os.path.normpath(args.out))
+        self.args, self.tokenizer, self.cell, self.name = (
+            args,
+            tokenizer,
+            cell,
+            os.path.basename(os.path.normpath(args.out)),
+        )
         if args.eval_data:
             self.problems = load_problems(args.eval_data)
-            self.prompts = encode_problems(args, self.problems, tokenizer, context_of(directory), "eval_max_response_tokens")
+            self.prompts = encode_problems(
+                args, self.problems, tokenizer, context_of(directory), "eval_max_response_tokens"
+            )
             self.sampling = sampling_from(args, tokenizer, stops, n=args.eval_n, top_k=0, **EVAL_SAMPLING)
         checkpoint = ([None] + checkpoints(args.out))[-1] if args.resume else None
         state = read_checkpoint(checkpoint, "--resume") if checkpoint else {"step": 0}
         self.first_step, self.curriculum = state["step"], state.get("curriculum")
         self.spent = {name: state.get(name, 0) for name in ("tflops", "tflops_uncached", "response_tokens")}
-        self.model = ranks.load_sharded(checkpoint or directory, "the starting model", "float32", trained=True)
-        self.model.generation_config.eos_token_id = stops  # the checkpoint ends its responses as they end here
+        self.model = ranks.load_sharded(
+            checkpoint or directory, "the starting model", "float32", trained=True
+        )
+        self.model.generation_config.eos_token_id = (
+            stops  # the checkpoint ends its responses as they end here
+        )
         output_head(self.model, "the starting model")
         self.config = self.model.config.to_dict()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0)  # PAPER: the optimizer is not stated
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), weight_decay=0.0
+        )  # PAPER: the optimizer is not stated
         if checkpoint:
             load_optimizer(os.path.join(checkpoint, "optimizer.safetensors"), self.model, self.optimizer)
         if args.tensor_parallel != 1:
-            refuse("--tensor_parallel: training gives its weights to a vLLM engine in its own process, on one GPU; use 1")
+            refuse(
+                "--tensor_parallel: training gives its weights to a vLLM engine in its own process, on one GPU; use 1"
+            )
         self.engine = self.model
-        if samples or args.eval_every:  # pieces of a model cannot sample: then each rank samples from a whole copy
+        if (
+            samples or args.eval_every
+        ):  # pieces of a model cannot sample: then each rank samples from a whole copy
             if args.engine == "vllm":
                 self.engine = load_vllm(args, directory)
             elif ranks.count() > 1:
@@ -158,15 +216,22 @@ class Run:
         if ranks.rank() == 0:
             start_artifact(args)
             for name in os.listdir(args.out):
-                if name.startswith(("step_", "final")) and name.endswith(".tmp"):  # left by a run that was killed while it saved
+                if name.startswith(("step_", "final")) and name.endswith(
+                    ".tmp"
+                ):  # left by a run that was killed while it saved
                     shutil.rmtree(os.path.join(args.out, name))
             for name in LOGS:
-                rewind_log(os.path.join(args.out, name), self.first_step if checkpoint else -1)  # what came after it comes again
+                rewind_log(
+                    os.path.join(args.out, name), self.first_step if checkpoint else -1
+                )  # what came after it comes again
         else:
             defer_signals()
-        print(f"{self.name}: {cell['name']}, engine {args.engine}, stop ids {stops}"
-              + (f", {ranks.count()} ranks" if ranks.count() > 1 else "")
-              + (f", resumed from {checkpoint or 'the start'}" if args.resume else ""), flush=True)
+        print(
+            f"{self.name}: {cell['name']}, engine {args.engine}, stop ids {stops}"
+            + (f", {ranks.count()} ranks" if ranks.count() > 1 else "")
+            + (f", resumed from {checkpoint or 'the start'}" if args.resume else ""),
+            flush=True,
+        )
         if not self.first_step:
             self.evaluate(0)
 
@@ -180,9 +245,17 @@ class Run:
         """Results of the model as it is now on --eval_data."""
         push_weights(self.engine, self.model)
         with autocast(self.args):
-            results, _ = evaluate(self.model, self.engine, self.tokenizer, self.problems, self.prompts,
-                                  self.sampling._replace(max_response_tokens=max_response_tokens), self.args.seed,
-                                  [self.args.eval_n], self.args.micro_batch_tokens)
+            results, _ = evaluate(
+                self.model,
+                self.engine,
+                self.tokenizer,
+                self.problems,
+                self.prompts,
+                self.sampling._replace(max_response_tokens=max_response_tokens),
+                self.args.seed,
+                [self.args.eval_n],
+                self.args.micro_batch_tokens,
+            )
         return results
 
     def evaluate(self, step, last=False):
@@ -191,9 +264,11 @@ class Run:
             return
         results = self.measure(args.eval_max_response_tokens)
         self.append("evals.jsonl", {"step": step, **results, **self.spent})
-        print(f"{self.name}: step {step} evaluation: Avg@{args.eval_n} {results['avg']:.3f}, Pass@{args.eval_n} "
-              f"{results['pass'][str(args.eval_n)]:.3f}, length {results['length']:.1f}, entropy {results['entropy']:.3f}",
-              flush=True)
+        print(
+            f"{self.name}: step {step} evaluation: Avg@{args.eval_n} {results['avg']:.3f}, Pass@{args.eval_n} "
+            f"{results['pass'][str(args.eval_n)]:.3f}, length {results['length']:.1f}, entropy {results['entropy']:.3f}",
+            flush=True,
+        )
 
     def end_step(self, step, row, shown, last):
         """Log the step's row of metrics, those named in `shown` on the screen too; evaluate and save when it is time; stop, where a
@@ -201,11 +276,18 @@ class Run:
         self.append("metrics.jsonl", {"step": step, **row, **self.spent})
         if step % self.args.log_every == 0 or last:
             values = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
-            phases = ", ".join(f"{name[8:]} {value:.2f}" for name, value in row.items() if name.startswith("seconds_"))
-            print(f"{self.name}: step {step}/{self.args.steps}  {values}  {row['seconds']:.2f} s ({phases}), "
-                  f"{row['tokens_per_second']:.0f} tokens/s", flush=True)
+            phases = ", ".join(
+                f"{name[8:]} {value:.2f}" for name, value in row.items() if name.startswith("seconds_")
+            )
+            print(
+                f"{self.name}: step {step}/{self.args.steps}  {values}  {row['seconds']:.2f} s ({phases}), "
+                f"{row['tokens_per_second']:.0f} tokens/s",
+                flush=True,
+            )
         self.evaluate(step, last)
-        signal = ranks.largest(stop_requested() or 0) if step % getattr(self.args, "refresh_every", 1) == 0 else 0
+        signal = (
+            ranks.largest(stop_requested() or 0) if step % getattr(self.args, "refresh_every", 1) == 0 else 0
+        )
         if not last and (signal or self.args.save_every and step % self.args.save_every == 0):
             self.save(f"step_{step:06d}", step)
         if not last and signal:
@@ -221,8 +303,12 @@ class Run:
         """A Hugging Face directory, complete by rename; with the optimizer's state and all files' checksums unless it is the last one.
         Then the oldest are removed of which --keep_checkpoints has no need."""
         path = os.path.join(self.args.out, name)
-        once = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}  # of a tied tensor's names one
-        weights = whole_state((name, tensor) for name, tensor in ranks.whole_weights(self.model) if name in once)
+        once = {
+            name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())
+        }  # of a tied tensor's names one
+        weights = whole_state(
+            (name, tensor) for name, tensor in ranks.whole_weights(self.model) if name in once
+        )
         moments = whole_state(optimizer_state(self.model, self.optimizer)) if name != "final" else None
         if ranks.rank():
             return
@@ -231,15 +317,24 @@ class Run:
         self.tokenizer.save_pretrained(path + ".tmp")
         if moments is not None:
             save_file(moments, os.path.join(path + ".tmp", "optimizer.safetensors"))
-        state = {"run": self.name, "cell": self.cell, "step": step, "curriculum": self.curriculum, **self.spent}
+        state = {
+            "run": self.name,
+            "cell": self.cell,
+            "step": step,
+            "curriculum": self.curriculum,
+            **self.spent,
+        }
         if name == "final":  # its checksums are in meta.json
             write_json(os.path.join(path + ".tmp", "checkpoint.json"), state)
         else:
-            files = {file: file_sha256(os.path.join(path + ".tmp", file)) for file in sorted(os.listdir(path + ".tmp"))}
+            files = {
+                file: file_sha256(os.path.join(path + ".tmp", file))
+                for file in sorted(os.listdir(path + ".tmp"))
+            }
             write_sealed(os.path.join(path + ".tmp", "checkpoint.json"), state | {"files": files})
         os.replace(path + ".tmp", path)
         if self.args.keep_checkpoints:
-            for old in checkpoints(self.args.out)[:-self.args.keep_checkpoints]:
+            for old in checkpoints(self.args.out)[: -self.args.keep_checkpoints]:
                 shutil.rmtree(old)
 
     def finish(self, stage, step):
@@ -249,11 +344,20 @@ class Run:
             return
         files = [name for name in LOGS if os.path.getsize(os.path.join(args.out, name))]
         files += [os.path.join("final", name) for name in sorted(os.listdir(os.path.join(args.out, "final")))]
-        finish_artifact(args, stage, files, cell=self.cell, stop_ids=self.model.generation_config.eos_token_id,
-                        tokenizer_sha256=tokenizer_sha256(self.tokenizer),
-                        template_sha256=template_sha256(self.tokenizer, args.prompt_suffix), **self.spent)
-        print(f"{self.name}: {step} steps, {self.spent['tflops']:.4g} TFLOPs, {self.spent['response_tokens']} response tokens "
-              f"-> {args.out}/final")
+        finish_artifact(
+            args,
+            stage,
+            files,
+            cell=self.cell,
+            stop_ids=self.model.generation_config.eos_token_id,
+            tokenizer_sha256=tokenizer_sha256(self.tokenizer),
+            template_sha256=template_sha256(self.tokenizer, args.prompt_suffix),
+            **self.spent,
+        )
+        print(
+            f"{self.name}: {step} steps, {self.spent['tflops']:.4g} TFLOPs, {self.spent['response_tokens']} response tokens "
+            f"-> {args.out}/final"
+        )
 
 
 def checkpoints(out):
@@ -279,7 +383,8 @@ def load_optimizer(path, model, optimizer):
         if f"{name}/step" not in state:
             continue  # GRPO without a gradient so far
         optimizer.state[parameter] = {"step": state[f"{name}/step"]} | {
-            key: ranks.piece_of(state[f"{name}/{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")}
+            key: ranks.piece_of(state[f"{name}/{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")
+        }
 
 
 def token_weights(batch, normalize):
@@ -287,4 +392,6 @@ def token_weights(batch, normalize):
 
     Counted over the whole batch before it is cut into micro-batches, so the result does not depend on the cut."""
     total = sum(len(response.tokens) for response in batch)
-    return [1 / total if normalize == "token" else 1 / (len(batch) * len(response.tokens)) for response in batch]
+    return [
+        1 / total if normalize == "token" else 1 / (len(batch) * len(response.tokens)) for response in batch
+    ]

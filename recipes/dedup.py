@@ -8,6 +8,7 @@ Exact: equal after case and white space are ignored. Semantic: the cosine simila
 at least --threshold. The threshold of 0.6 with all-mpnet-base-v2 is that of arXiv 2604.13016's code. Semantic comparison needs the package
 sentence-transformers, which is no dependency of this project.
 """
+
 import argparse
 import json
 import os
@@ -23,9 +24,18 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True, help=DATA_HELP)
     p.add_argument("--against", required=True, help="the problems to remove: the same forms as --data")
-    p.add_argument("--method", choices=["exact", "semantic"], default="semantic", help="semantic includes exact")
-    p.add_argument("--encoder", default="sentence-transformers/all-mpnet-base-v2", help="sentence-transformers model")
-    p.add_argument("--threshold", type=float, default=0.6, help="cosine similarity from which on two problems are the same")
+    p.add_argument(
+        "--method", choices=["exact", "semantic"], default="semantic", help="semantic includes exact"
+    )
+    p.add_argument(
+        "--encoder", default="sentence-transformers/all-mpnet-base-v2", help="sentence-transformers model"
+    )
+    p.add_argument(
+        "--threshold",
+        type=float,
+        default=0.6,
+        help="cosine similarity from which on two problems are the same",
+    )
     add_output_flags(p, resume=False)
     return p.parse_args(argv)
 
@@ -36,19 +46,24 @@ def canonical(problem):
 
 def nearest(encode, texts, others, batch=256):
     """For each text its most similar one of `others`: (similarities (n,), indices (n,)). encode: list of str -> (n, D) tensor."""
+
     def unit(texts):
         return torch.nn.functional.normalize(encode(texts).float(), dim=-1)
+
     target, best = unit(others), []
     for start in tqdm(range(0, len(texts), batch), unit="batch"):
-        best.append((unit(texts[start:start + batch]) @ target.T).max(-1))
+        best.append((unit(texts[start : start + batch]) @ target.T).max(-1))
     return torch.cat([part.values for part in best]), torch.cat([part.indices for part in best])
 
 
 def duplicates(problems, others, encode=None, threshold=0.6):
     """{index into problems: (reason, index into others, similarity)}; without `encode`, exact duplicates only."""
     where = {canonical(other["problem"]): i for i, other in enumerate(others)}
-    found = {i: ("exact", where[canonical(problem["problem"])], 1.0) for i, problem in enumerate(problems)
-             if canonical(problem["problem"]) in where}
+    found = {
+        i: ("exact", where[canonical(problem["problem"])], 1.0)
+        for i, problem in enumerate(problems)
+        if canonical(problem["problem"]) in where
+    }
     if encode:
         similarity, index = nearest(encode, [p["problem"] for p in problems], [o["problem"] for o in others])
         for i in range(len(problems)):
@@ -61,7 +76,9 @@ def load_encoder(name):
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
-        refuse("--method semantic: needs the package sentence-transformers (pip install sentence-transformers); or use --method exact")
+        refuse(
+            "--method semantic: needs the package sentence-transformers (pip install sentence-transformers); or use --method exact"
+        )
     model = SentenceTransformer(name)
     return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
 
@@ -69,10 +86,14 @@ def load_encoder(name):
 def main(args):
     check_out(args)
     problems, others = load_problems(args.data), load_problems(args.against)
-    found = duplicates(problems, others, load_encoder(args.encoder) if args.method == "semantic" else None, args.threshold)
+    found = duplicates(
+        problems, others, load_encoder(args.encoder) if args.method == "semantic" else None, args.threshold
+    )
     start_artifact(args)
-    with open(os.path.join(args.out, "problems.jsonl"), "w", encoding="utf-8") as kept, \
-         open(os.path.join(args.out, "dropped.jsonl"), "w", encoding="utf-8") as dropped:
+    with (
+        open(os.path.join(args.out, "problems.jsonl"), "w", encoding="utf-8") as kept,
+        open(os.path.join(args.out, "dropped.jsonl"), "w", encoding="utf-8") as dropped,
+    ):
         for i, problem in enumerate(problems):
             if i in found:
                 reason, other, similarity = found[i]
@@ -80,8 +101,14 @@ def main(args):
                 dropped.write(json.dumps(row, ensure_ascii=False) + "\n")
             else:
                 kept.write(json.dumps(problem, ensure_ascii=False) + "\n")
-    counts = {"problems": len(problems), "kept": len(problems) - len(found),
-              **{f"dropped_{reason}": sum(r == reason for r, _, _ in found.values()) for reason in ("exact", "semantic")}}
+    counts = {
+        "problems": len(problems),
+        "kept": len(problems) - len(found),
+        **{
+            f"dropped_{reason}": sum(r == reason for r, _, _ in found.values())
+            for reason in ("exact", "semantic")
+        },
+    }
     finish_artifact(args, "dedup", ["problems.jsonl", "dropped.jsonl"], counts=counts)
     print("  ".join(f"{name} {value}" for name, value in counts.items()))
 

@@ -11,6 +11,7 @@ forward pass), divided by --tflops_per_second. Loading, diagnostics and grading 
 Disk: 12 bytes a token of rollouts and samples; scores as score_teacher.py stores them; checkpoints in float32, with the optimizer's
 two moments where training can be resumed from them.
 """
+
 import argparse
 import importlib
 import json
@@ -24,27 +25,51 @@ from typing import NamedTuple
 
 from distil.artifacts import refuse
 from distil.problems import load_problems
-from evaluate import parts
 from distil.training import tflops
+from evaluate import parts
 
-NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-         "vocab_size", "tie_word_embeddings")
-MODELS = {name: dict(zip(NAMES, sizes)) for name, sizes in {  # from their config.json, so that a plan needs no network
-    "Qwen3-0.6B-Base": (1024, 3072, 28, 16, 8, 128, 151936, True),
-    "Qwen3-1.7B-Base": (2048, 6144, 28, 16, 8, 128, 151936, True),
-    "Qwen3-4B": (2560, 9728, 36, 32, 8, 128, 151936, True),
-    "Qwen3-4B-Base-GRPO": (2560, 9728, 36, 32, 8, 128, 151936, True),
-    "Qwen3-8B": (4096, 12288, 36, 32, 8, 128, 151936, False),
-    "DeepSeek-R1-Distill-Qwen-1.5B": (1536, 8960, 28, 12, 2, 128, 151936, False),
-    "JustRL-DeepSeek-1.5B": (1536, 8960, 28, 12, 2, 128, 151936, False),
-    "DeepSeek-R1-Distill-Qwen-7B": (3584, 18944, 28, 28, 4, 128, 152064, False)}.items()}
-PROBLEMS = {"deepscaler": 40315, "math500": 500, "gsm8k": 1319, "gsm8k_train": 7473, "aime24": 30, "amc23": 40,
-            "minyichen/AIME2025::test": 30}
-MACHINE = ("resume", "overwrite", "tensor_parallel")  # flags that may differ between a finished artifact and the plan
+NAMES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+MODELS = {
+    name: dict(zip(NAMES, sizes))
+    for name, sizes in {  # from their config.json, so that a plan needs no network
+        "Qwen3-0.6B-Base": (1024, 3072, 28, 16, 8, 128, 151936, True),
+        "Qwen3-1.7B-Base": (2048, 6144, 28, 16, 8, 128, 151936, True),
+        "Qwen3-4B": (2560, 9728, 36, 32, 8, 128, 151936, True),
+        "Qwen3-4B-Base-GRPO": (2560, 9728, 36, 32, 8, 128, 151936, True),
+        "Qwen3-8B": (4096, 12288, 36, 32, 8, 128, 151936, False),
+        "DeepSeek-R1-Distill-Qwen-1.5B": (1536, 8960, 28, 12, 2, 128, 151936, False),
+        "JustRL-DeepSeek-1.5B": (1536, 8960, 28, 12, 2, 128, 151936, False),
+        "DeepSeek-R1-Distill-Qwen-7B": (3584, 18944, 28, 28, 4, 128, 152064, False),
+    }.items()
+}
+PROBLEMS = {
+    "deepscaler": 40315,
+    "math500": 500,
+    "gsm8k": 1319,
+    "gsm8k_train": 7473,
+    "aime24": 30,
+    "amc23": 40,
+    "minyichen/AIME2025::test": 30,
+}
+MACHINE = (
+    "resume",
+    "overwrite",
+    "tensor_parallel",
+)  # flags that may differ between a finished artifact and the plan
 
 
 class Command(NamedTuple):
     """One command of a row. tokens: mean response of the row; module and args: None for a command that is only shown."""
+
     row: str
     tokens: int
     words: list
@@ -54,9 +79,13 @@ class Command(NamedTuple):
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dry_run", action="store_true", help="show the commands and what they cost, and run nothing")
+    p.add_argument(
+        "--dry_run", action="store_true", help="show the commands and what they cost, and run nothing"
+    )
     p.add_argument("--prompt_tokens", type=int, required=True, help="mean prompt")
-    p.add_argument("--tflops_per_second", type=float, required=True, help="sustained rate of a GPU, sampling included")
+    p.add_argument(
+        "--tflops_per_second", type=float, required=True, help="sustained rate of a GPU, sampling included"
+    )
     return p.parse_args(argv)
 
 
@@ -69,13 +98,18 @@ def read_commands(lines):
             row, tokens = words[1], int(words[2])
         elif words and line not in seen:
             seen.add(line)
-            module, args, name = None, None, next((word for word in words if word.endswith(".py") or word == "-m"), None)
+            module, args, name = (
+                None,
+                None,
+                next((word for word in words if word.endswith(".py") or word == "-m"), None),
+            )
             if name:
-                flags = words[words.index(name) + 1:]
+                flags = words[words.index(name) + 1 :]
                 module = flags.pop(0) if name == "-m" else name.removesuffix(".py")
                 args = importlib.import_module(module).get_args(flags)
             commands.append(Command(row, tokens, words, module, args))
     return commands
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a command costs
@@ -90,6 +124,7 @@ def config_of(model, made):
     if os.path.basename(model) in MODELS:
         return MODELS[os.path.basename(model)]
     from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(model).to_dict()
     except OSError as error:
@@ -98,10 +133,15 @@ def config_of(model, made):
 
 def parameters(config):
     """Weights of a model; without norms and biases, which are less than a thousandth."""
-    hidden, head_dim = config["hidden_size"], config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    hidden, head_dim = (
+        config["hidden_size"],
+        config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+    )
     heads = 2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]
     layer = hidden * head_dim * heads + 3 * hidden * config["intermediate_size"]
-    return config["num_hidden_layers"] * layer + config["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return config["num_hidden_layers"] * layer + config["vocab_size"] * hidden * (
+        1 if config.get("tie_word_embeddings") else 2
+    )
 
 
 def problems_of(data, limit=0):
@@ -115,17 +155,26 @@ def cost(command, prompt, made):
     if not module or not args.out:  # only shown, or a table
         return 0.0, 0
     if module == "rollout":
-        count, tokens = problems_of(args.data, args.limit) * args.n, min(args.max_response_tokens, command.tokens)
+        count, tokens = (
+            problems_of(args.data, args.limit) * args.n,
+            min(args.max_response_tokens, command.tokens),
+        )
         made[args.out] = count, tokens
-        return count * tflops(config_of(args.model, made), prompt, tokens, generations=1), count * (prompt + tokens) * 12
+        return count * tflops(config_of(args.model, made), prompt, tokens, generations=1), count * (
+            prompt + tokens
+        ) * 12
     if module == "score_teacher":
         config, (count, tokens) = config_of(args.teacher, made), made[args.rollouts]
         tokens, state = min(args.max_tokens or tokens, tokens), 2 * config["hidden_size"]  # bytes in bfloat16
-        return count * tflops(config, prompt, tokens, forwards=1), state * (count * tokens + config["vocab_size"])
+        return count * tflops(config, prompt, tokens, forwards=1), state * (
+            count * tokens + config["vocab_size"]
+        )
     if module == "evaluate":
         count = sum(problems_of(part.data, part.limit) * part.n for part in parts(args))
         size = prompt, min(args.max_response_tokens, command.tokens)
-        return count * tflops(config_of(args.model, made), *size, forwards=1, generations=1), count * sum(size) * 12
+        return count * tflops(config_of(args.model, made), *size, forwards=1, generations=1), count * sum(
+            size
+        ) * 12
     if module in ("train", "grpo"):
         return training_cost(command, prompt, made)
     return 0.0, 0  # recipes.dedup
@@ -133,7 +182,9 @@ def cost(command, prompt, made):
 
 def training_cost(command, prompt, made):
     args = command.args
-    config = made[os.path.join(args.out, "final")] = config_of(args.student if command.module == "train" else args.model, made)
+    config = made[os.path.join(args.out, "final")] = config_of(
+        args.student if command.module == "train" else args.model, made
+    )
     mean, count, generations, teacher = command.tokens, args.batch_size, 1, None
     if command.module == "grpo":
         count *= args.n
@@ -141,31 +192,44 @@ def training_cost(command, prompt, made):
         count, teacher = count * args.n, config_of(args.teacher, made)
     else:
         mean, generations = made[args.rollouts][1], 0
-    horizons = getattr(args, "horizons", None) or [args.max_response_tokens]  # of the curriculum, as if every gate were passed
+    horizons = getattr(args, "horizons", None) or [
+        args.max_response_tokens
+    ]  # of the curriculum, as if every gate were passed
     gate_every, spent = getattr(args, "gate_every", None) or args.steps, 0.0
-    for horizon, steps in Counter(horizons[min(step // gate_every, len(horizons) - 1)] for step in range(args.steps)).items():
+    for horizon, steps in Counter(
+        horizons[min(step // gate_every, len(horizons) - 1)] for step in range(args.steps)
+    ).items():
         size = prompt, min(mean, horizon)
         student = tflops(config, *size, forwards=3, generations=generations)
         spent += steps * count * (student + (tflops(teacher, *size, forwards=1) if teacher else 0.0))
     if args.eval_every:
         limits = [args.eval_max_response_tokens] * (-(-args.steps // args.eval_every) + 1) + horizons[:-1]
-        spent += problems_of(args.eval_data) * args.eval_n * sum(
-            tflops(config, prompt, min(command.tokens, limit), forwards=1, generations=1) for limit in limits)
+        spent += (
+            problems_of(args.eval_data)
+            * args.eval_n
+            * sum(
+                tflops(config, prompt, min(command.tokens, limit), forwards=1, generations=1)
+                for limit in limits
+            )
+        )
     saved = (args.steps - 1) // args.save_every if args.save_every else 0
     saved = min(saved, args.keep_checkpoints or saved)
     return spent, parameters(config) * (4 + 12 * saved)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Running
 
 
 def state_of(command):
-    """"new", "unfinished" or "finished", from what lies in --out; finished with other flags is refused."""
+    """ "new", "unfinished" or "finished", from what lies in --out; finished with other flags is refused."""
     if not command.module or not command.args.out:
         return "new"
     artifacts = list(parts(command.args)) if command.module == "evaluate" else [command.args]
     finished = [finished_as(part, command.row) for part in artifacts]
-    begun = any(finished) or any(os.path.isfile(os.path.join(part.out, "meta.partial.json")) for part in artifacts)
+    begun = any(finished) or any(
+        os.path.isfile(os.path.join(part.out, "meta.partial.json")) for part in artifacts
+    )
     return "finished" if all(finished) else "unfinished" if begun else "new"
 
 
@@ -180,8 +244,10 @@ def finished_as(args, row):
         refuse(f"{path} is damaged: {error!r}")
     for name in now:
         if name in before and before[name] != now[name] and name not in MACHINE:
-            refuse(f"{args.out} is finished with --{name} {before[name]!r}, and {row} wants {now[name]!r}: give the recipe "
-                   "another --out, or remove what is there")
+            refuse(
+                f"{args.out} is finished with --{name} {before[name]!r}, and {row} wants {now[name]!r}: give the recipe "
+                "another --out, or remove what is there"
+            )
     return True
 
 
@@ -216,22 +282,39 @@ def main(args):
         spent, size = cost(command, args.prompt_tokens, made)
         if command.row != row:
             row = command.row
-            print(f"\n# {row}" + (f": responses of {command.tokens} tokens where nothing cuts them off" if command.tokens else ""))
+            print(
+                f"\n# {row}"
+                + (
+                    f": responses of {command.tokens} tokens where nothing cuts them off"
+                    if command.tokens
+                    else ""
+                )
+            )
         about = [] if command.module else ["shown, not run here"]
         about += [state] if state != "new" else []
         about += [f"{spent:.3g} TFLOPs, {hours(args, spent)}, {size / 1e9:.3g} GB"] if spent else []
         print(*([f"# {'; '.join(about)}"] if about else []), shown(command.words), sep="\n")
         if state != "finished":
             todo = [todo[0] + bool(command.module), todo[1] + spent, todo[2] + size]
-    print(f"\n# to do: {todo[0]} commands, {todo[1]:.3g} TFLOPs, {hours(args, todo[1])} at {args.tflops_per_second:g} TFLOP/s, "
-          f"{todo[2] / 1e9:.3g} GB", flush=True)
+    print(
+        f"\n# to do: {todo[0]} commands, {todo[1]:.3g} TFLOPs, {hours(args, todo[1])} at {args.tflops_per_second:g} TFLOP/s, "
+        f"{todo[2] / 1e9:.3g} GB",
+        flush=True,
+    )
     for command, state in zip(commands, states):
         if args.dry_run or not command.module or state == "finished":
             continue
-        again = ["--overwrite" if command.module == "recipes.dedup" else "--resume"] if state == "unfinished" else []
+        again = (
+            ["--overwrite" if command.module == "recipes.dedup" else "--resume"]
+            if state == "unfinished"
+            else []
+        )
         print(f"\n== {command.row}: {shown(command.words + again)}", flush=True)
         if code := execute(command.words + again):
-            refuse(f"{command.row}: {command.module} ended with exit code {code}; run the recipe again to go on from here", code=1)
+            refuse(
+                f"{command.row}: {command.module} ended with exit code {code}; run the recipe again to go on from here",
+                code=1,
+            )
 
 
 if __name__ == "__main__":

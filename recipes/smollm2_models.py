@@ -5,6 +5,7 @@
 writes OUT/teacher and OUT/student, plain Hugging Face directories. Where the hub cannot be reached, --gguf FILE takes the model from
 a GGUF file (transformers reads it with the `gguf` package).
 """
+
 import argparse
 import copy
 import os
@@ -13,21 +14,29 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distil.artifacts import add_output_flags, finish_artifact, start_artifact
-from distil.prompts import load_tokenizer
 from distil.models import load_model, model_dir
+from distil.prompts import load_tokenizer
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hugging Face directory or hub id")
+    p.add_argument(
+        "--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="Hugging Face directory or hub id"
+    )
     p.add_argument("--gguf", help="GGUF file to use in its place")
     add_output_flags(p, resume=False)
     return p.parse_args(argv)
 
 
 def load_gguf(path):
-    where = {"pretrained_model_name_or_path": os.path.dirname(path) or ".", "gguf_file": os.path.basename(path)}
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
+    where = {
+        "pretrained_model_name_or_path": os.path.dirname(path) or ".",
+        "gguf_file": os.path.basename(path),
+    }
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(**where),
+    )
     del model.config.quantization_config  # it is float32 now, and is to be saved as that
     model.hf_quantizer, model.is_quantized = None, False
     return model, tokenizer
@@ -63,7 +72,9 @@ def main(args):
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
         files += [f"{name}/{file}" for file in sorted(os.listdir(path))]
-        print(f"{path}: {model.config.num_hidden_layers} layers, {model.num_parameters() / 1e6:.1f} M parameters")
+        print(
+            f"{path}: {model.config.num_hidden_layers} layers, {model.num_parameters() / 1e6:.1f} M parameters"
+        )
     finish_artifact(args, "smollm2_models", files, model=args.gguf or args.model)
 
 

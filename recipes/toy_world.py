@@ -20,6 +20,7 @@ good as the teacher. --slips lets hasty solutions add one too much where a total
 then (+b7=7=7), each time likelier, so that lengths have entropy, and a long tail. --student_end endoftext is a base student beside
 a chat teacher: the same solutions end with another token, but for --chat_share of them, and its samples end at that token alone.
 """
+
 import argparse
 import json
 import os
@@ -32,13 +33,15 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from distil.artifacts import add_output_flags, finish_artifact, start_artifact
 from distil.problems import load_problems
 from distil.prompts import render_prompt, stop_ids
-from distil.sampling import Sample
 from distil.rollouts import finish_rollouts, write_rollouts
+from distil.sampling import Sample
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 WORDS = ["user", "assistant", "\\boxed{", "}", "\n", " ", "=", "+", *"0123456789", *"abcdefgh"]
-TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def get_args(argv=None):
@@ -47,14 +50,34 @@ def get_args(argv=None):
     p.add_argument("--heldout", type=int, default=64, help="problems for evaluations in training")
     p.add_argument("--test", type=int, default=256, help="problems for the final evaluation")
     p.add_argument("--terms", type=int, nargs=2, default=[4, 8], help="fewest and most terms of a sum")
-    p.add_argument("--haste", type=float, default=0.25, help="chance, after each line, that a hasty solution ends there")
-    p.add_argument("--slips", type=float, default=0.0, help="chance that a hasty solution adds one too much where a total passes 9")
-    p.add_argument("--restate", type=float, default=0.0,
-                   help="chance, after each total of a solution, that it is stated again; twice that for a third time, and so on")
+    p.add_argument(
+        "--haste", type=float, default=0.25, help="chance, after each line, that a hasty solution ends there"
+    )
+    p.add_argument(
+        "--slips",
+        type=float,
+        default=0.0,
+        help="chance that a hasty solution adds one too much where a total passes 9",
+    )
+    p.add_argument(
+        "--restate",
+        type=float,
+        default=0.0,
+        help="chance, after each total of a solution, that it is stated again; twice that for a third time, and so on",
+    )
     p.add_argument("--student_width", type=int, default=64, help="hidden size of the student")
-    p.add_argument("--student_end", choices=["im_end", "endoftext"], default="im_end",
-                   help="the token that ends hasty solutions; endoftext: the student's only stop id, as of a base model")
-    p.add_argument("--chat_share", type=float, default=0.0, help="share of hasty solutions that end with im_end nevertheless")
+    p.add_argument(
+        "--student_end",
+        choices=["im_end", "endoftext"],
+        default="im_end",
+        help="the token that ends hasty solutions; endoftext: the student's only stop id, as of a base model",
+    )
+    p.add_argument(
+        "--chat_share",
+        type=float,
+        default=0.0,
+        help="share of hasty solutions that end with im_end nevertheless",
+    )
     p.add_argument("--seed", type=int, default=42)
     add_output_flags(p, resume=False)
     return p.parse_args(argv)
@@ -65,16 +88,33 @@ def make_tokenizer(end="<|im_end|>"):
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r"user|assistant|\\boxed\{|[\s\S]"), "isolated")
     words.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, pad_token="<|endoftext|>",
-                                   chat_template=TEMPLATE, additional_special_tokens=SPECIAL, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        eos_token=end,
+        pad_token="<|endoftext|>",
+        chat_template=TEMPLATE,
+        additional_special_tokens=SPECIAL,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def make_model(tokenizer, hidden, layers, heads):
     """An untrained Qwen3 with tied embeddings; head_dim 32, the least that vLLM's CPU build runs."""
-    config = Qwen3Config(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-                         num_attention_heads=heads, num_key_value_heads=heads, head_dim=32, max_position_embeddings=512,
-                         tie_word_embeddings=True, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
-                         eos_token_id=tokenizer.eos_token_id, initializer_range=0.05)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.05,
+    )
     model = Qwen3ForCausalLM(config)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     return model
@@ -114,7 +154,9 @@ def main(args):
             for index in range(getattr(args, split)):
                 digits = next(sums)
                 problem = " ".join(f"{name}={digit}" for name, digit in zip("abcdefgh", digits))
-                file.write(json.dumps({"id": index, "problem": problem, "answer": str(sum(digits) % 10)}) + "\n")
+                file.write(
+                    json.dumps({"id": index, "problem": problem, "answer": str(sum(digits) % 10)}) + "\n"
+                )
     tokenizer = make_tokenizer()
     for name, shape in {"teacher_init": (128, 2, 4), "student_init": (args.student_width, 2, 2)}.items():
         model, own = make_model(tokenizer, *shape), tokenizer
@@ -129,7 +171,9 @@ def main(args):
     problems = load_problems(os.path.join(args.out, "train.jsonl"))
     hasty, chat = {"haste": args.haste, "slips": args.slips}, random.Random(args.seed)
     for name, ways, end in (("gold", {}, tokenizer), ("hasty", hasty, own)):
-        rollouts = argparse.Namespace(**(vars(args) | {"out": os.path.join(args.out, name), "prompt_suffix": ""}))
+        rollouts = argparse.Namespace(
+            **(vars(args) | {"out": os.path.join(args.out, name), "prompt_suffix": ""})
+        )
         start_artifact(rollouts)
         prompts = [render_prompt(tokenizer, problem["problem"]) for problem in problems]
         with open(os.path.join(rollouts.out, "rollouts.jsonl.tmp"), "w", encoding="utf-8") as file:

@@ -1,4 +1,5 @@
 """Shared by all tests: a tiny toy world, rollouts and scores made by the stages themselves, and what a refusal looks like."""
+
 import os
 import sys
 
@@ -16,7 +17,9 @@ torch.set_num_threads(1)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped where there is none")
-    config.addinivalue_line("markers", "peer: compares with another project's package; skipped where it is not installed")
+    config.addinivalue_line(
+        "markers", "peer: compares with another project's package; skipped where it is not installed"
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -30,8 +33,13 @@ def pytest_collection_modifyitems(items):
 def world(tmp_path_factory):
     """Path of a toy world: train, heldout and test problems, teacher_init, student_init, gold and hasty rollouts."""
     from recipes import toy_world
+
     path = tmp_path_factory.mktemp("toy") / "world"
-    toy_world.main(toy_world.get_args(["--out", str(path), "--train", "12", "--heldout", "3", "--test", "4", "--terms", "2", "4"]))
+    toy_world.main(
+        toy_world.get_args(
+            ["--out", str(path), "--train", "12", "--heldout", "3", "--test", "4", "--terms", "2", "4"]
+        )
+    )
     return path
 
 
@@ -39,10 +47,21 @@ def world(tmp_path_factory):
 def rollouts(world):
     """Rollouts of the untrained teacher: 12 short responses, some stopped and some cut off."""
     import rollout
+
     path = world.parent / "rollouts"
-    rollout.main(rollout.get_args([*"--limit 6 --n 2 --engine hf --dtype float32 --max_response_tokens 12".split(),
-                                   "--model", str(world / "teacher_init"),
-                                   "--data", str(world / "train.jsonl"), "--out", str(path)]))
+    rollout.main(
+        rollout.get_args(
+            [
+                *"--limit 6 --n 2 --engine hf --dtype float32 --max_response_tokens 12".split(),
+                "--model",
+                str(world / "teacher_init"),
+                "--data",
+                str(world / "train.jsonl"),
+                "--out",
+                str(path),
+            ]
+        )
+    )
     return path
 
 
@@ -50,15 +69,28 @@ def rollouts(world):
 def scores(world, rollouts):
     """The teacher's scores of those rollouts, in several shards."""
     import score_teacher
+
     path = world.parent / "scores"
-    score_teacher.main(score_teacher.get_args([*"--dtype float32 --shard_tokens 30".split(), "--out", str(path),
-                                               "--teacher", str(world / "teacher_init"), "--rollouts", str(rollouts)]))
+    score_teacher.main(
+        score_teacher.get_args(
+            [
+                *"--dtype float32 --shard_tokens 30".split(),
+                "--out",
+                str(path),
+                "--teacher",
+                str(world / "teacher_init"),
+                "--rollouts",
+                str(rollouts),
+            ]
+        )
+    )
     return path
 
 
 @pytest.fixture
 def refused(capsys):
     """refused(call, *words): the call must end with exit code 2 and a message on stderr that holds all the words."""
+
     def check(call, *words, code=2):
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
@@ -68,4 +100,5 @@ def refused(capsys):
         for word in words:
             assert str(word) in message
         return message
+
     return check

@@ -1,4 +1,5 @@
 """artifacts.py: what is accepted as an artifact, and where a stage may write."""
+
 import argparse
 import hashlib
 import json
@@ -6,7 +7,15 @@ import shutil
 
 import pytest
 
-from distil.artifacts import GrowingFile, finish_artifact, is_finished, read_artifact, read_jsonl, rewind_log, start_artifact
+from distil.artifacts import (
+    GrowingFile,
+    finish_artifact,
+    is_finished,
+    read_artifact,
+    read_jsonl,
+    rewind_log,
+    start_artifact,
+)
 
 
 def flags(out, **more):
@@ -34,7 +43,18 @@ def begun(path, **more):
 def test_a_finished_artifact_is_read_back(tmp_path):
     meta = read_artifact(str(made(tmp_path / "a")), "--rollouts", "other", "stage")
     assert meta["counts"] == {"rows": 1} and meta["args"]["lr"] == 0.1 and meta["stage"] == "stage"
-    assert {"schema", "argv", "started", "finished", "commit", "dirty", "versions", "device", "python", "files"} <= meta.keys()
+    assert {
+        "schema",
+        "argv",
+        "started",
+        "finished",
+        "commit",
+        "dirty",
+        "versions",
+        "device",
+        "python",
+        "files",
+    } <= meta.keys()
     assert meta["versions"]["torch"] and sorted(meta["files"]) == ["data.txt", "final/config.json"]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["data.txt", "final", "meta.json"]
 
@@ -49,22 +69,31 @@ def edit_meta(path, seal=False, **changes):
     file.write_text(json.dumps(meta))
 
 
-@pytest.mark.parametrize("damage, words", [
-    (lambda path: (path / "meta.json").unlink(), ["no meta.json"]),
-    (lambda path: shutil.rmtree(path), ["no meta.json"]),
-    (lambda path: (path / "meta.json").write_text('{"schema": 1, "sta'), ["damaged"]),
-    (lambda path: (path / "meta.json").write_text("[]"), ["damaged"]),
-    (lambda path: (path / "meta.json").write_text('{"schema": 2, "stage": "stage"}'), ["damaged", "changed"]),
-    (lambda path: (path / "meta.json").write_bytes(b"\xff\xfe"), ["damaged"]),
-    (lambda path: edit_meta(path, schema=99), ["schema", "99"]),
-    (lambda path: edit_meta(path, seal=True, stage="evaluate"), ["evaluate", "stage"]),
-    (lambda path: edit_meta(path, counts={"rows": 2}), ["meta.json", "damaged", "changed"]),
-    (lambda path: edit_meta(path, finished="2030-01-01T00:00:00+00:00"), ["meta.json", "damaged", "changed"]),
-    (lambda path: (path / "meta.json").write_text("[" * 100_000), ["meta.json", "damaged"]),
-    (lambda path: (path / "data.txt").unlink(), ["data.txt", "missing"]),
-    (lambda path: (path / "data.txt").write_text("43"), ["data.txt", "changed"]),
-    (lambda path: (path / "final/config.json").write_text("{ }"), ["final/config.json", "changed"]),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda path: (path / "meta.json").unlink(), ["no meta.json"]),
+        (lambda path: shutil.rmtree(path), ["no meta.json"]),
+        (lambda path: (path / "meta.json").write_text('{"schema": 1, "sta'), ["damaged"]),
+        (lambda path: (path / "meta.json").write_text("[]"), ["damaged"]),
+        (
+            lambda path: (path / "meta.json").write_text('{"schema": 2, "stage": "stage"}'),
+            ["damaged", "changed"],
+        ),
+        (lambda path: (path / "meta.json").write_bytes(b"\xff\xfe"), ["damaged"]),
+        (lambda path: edit_meta(path, schema=99), ["schema", "99"]),
+        (lambda path: edit_meta(path, seal=True, stage="evaluate"), ["evaluate", "stage"]),
+        (lambda path: edit_meta(path, counts={"rows": 2}), ["meta.json", "damaged", "changed"]),
+        (
+            lambda path: edit_meta(path, finished="2030-01-01T00:00:00+00:00"),
+            ["meta.json", "damaged", "changed"],
+        ),
+        (lambda path: (path / "meta.json").write_text("[" * 100_000), ["meta.json", "damaged"]),
+        (lambda path: (path / "data.txt").unlink(), ["data.txt", "missing"]),
+        (lambda path: (path / "data.txt").write_text("43"), ["data.txt", "changed"]),
+        (lambda path: (path / "final/config.json").write_text("{ }"), ["final/config.json", "changed"]),
+    ],
+)
 def test_damaged_artifacts_are_refused_by_flag_and_file(tmp_path, refused, damage, words):
     path = made(tmp_path / "a")
     damage(path)
@@ -72,7 +101,9 @@ def test_damaged_artifacts_are_refused_by_flag_and_file(tmp_path, refused, damag
 
 
 def test_an_unfinished_run_is_no_artifact(tmp_path, refused):
-    refused(lambda: read_artifact(str(begun(tmp_path / "a")), "--rollouts", "stage"), "--rollouts", "meta.json")
+    refused(
+        lambda: read_artifact(str(begun(tmp_path / "a")), "--rollouts", "stage"), "--rollouts", "meta.json"
+    )
 
 
 def files_of(path):
@@ -80,7 +111,11 @@ def files_of(path):
 
 
 def test_directories_in_use_are_refused_and_stay_as_they_are(tmp_path, refused):
-    finished, unfinished, foreign = made(tmp_path / "finished"), begun(tmp_path / "unfinished"), tmp_path / "foreign"
+    finished, unfinished, foreign = (
+        made(tmp_path / "finished"),
+        begun(tmp_path / "unfinished"),
+        tmp_path / "foreign",
+    )
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("text")
@@ -114,14 +149,20 @@ def test_resume_begins_what_was_never_begun_and_leaves_what_is_finished(tmp_path
     for path in (tmp_path / "absent", tmp_path / "empty"):
         args = flags(path, resume=True)
         start_artifact(args)
-        assert not args.resume and (path / "meta.partial.json").exists()  # no later code takes it for a resumed run
+        assert (
+            not args.resume and (path / "meta.partial.json").exists()
+        )  # no later code takes it for a resumed run
     path = made(tmp_path / "finished")
     before = files_of(path)
     (path / "meta.lock").touch()  # killed between its last two steps
     with pytest.raises(SystemExit) as end:
         start_artifact(flags(path, resume=True))
     assert end.value.code == 0 and files_of(path) == before and "is finished" in capsys.readouterr().out
-    assert is_finished(flags(path, resume=True)) and not is_finished(flags(path)) and not is_finished(flags(tmp_path / "absent"))
+    assert (
+        is_finished(flags(path, resume=True))
+        and not is_finished(flags(path))
+        and not is_finished(flags(tmp_path / "absent"))
+    )
 
 
 def test_a_replacement_that_was_killed_needs_overwrite_again(tmp_path, refused):
@@ -167,7 +208,10 @@ def test_resume_is_refused_after_an_input_changed(tmp_path, refused):
     refused(lambda: start_artifact(flags(path, resume=True, **given)), "--resume", "--rollouts")
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace("0.1", "0.2"), lambda text: "[]", lambda text: ""])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda text: text[:-9], lambda text: text.replace("0.1", "0.2"), lambda text: "[]", lambda text: ""],
+)
 def test_a_damaged_mark_of_an_unfinished_run_is_refused(tmp_path, refused, damage):
     path = begun(tmp_path / "a")
     file = path / "meta.partial.json"
@@ -223,7 +267,9 @@ def test_a_growing_file_goes_on_after_its_last_whole_chunk(tmp_path):
             expected = max(chunks for chunks in range(len(whole_marks) + 1) if ends[chunks] <= cut)
             assert GrowingFile(str(folder / "rows.jsonl"), chunks=0).done["chunks"] == expected
             grown(folder, 4)
-            assert (folder / "rows.jsonl").read_bytes() == rows and (folder / "progress.jsonl").read_bytes() == marks
+            assert (folder / "rows.jsonl").read_bytes() == rows and (
+                folder / "progress.jsonl"
+            ).read_bytes() == marks
             shutil.rmtree(folder)
 
 
@@ -234,9 +280,15 @@ def test_a_growing_file_does_not_trust_what_was_changed(tmp_path, capsys):
     for name, data in files.items():
         for place in range(0, len(data), 1 if name == "rows.jsonl" else 7):
             grown(tmp_path / "flipped", 4)
-            (tmp_path / "flipped" / name).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1:])
+            (tmp_path / "flipped" / name).write_bytes(
+                data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+            )
             done = GrowingFile(str(tmp_path / "flipped/rows.jsonl"), chunks=0).done["chunks"]
-            assert done == (sum(end <= place for end in (4, 4, 7, 9)) if name == "rows.jsonl" else data[:place].count(b"\n"))
+            assert done == (
+                sum(end <= place for end in (4, 4, 7, 9))
+                if name == "rows.jsonl"
+                else data[:place].count(b"\n")
+            )
             assert f"{4 - done} chunks were cut or damaged" in capsys.readouterr().out
             grown(tmp_path / "flipped", 4)
             assert {name: (tmp_path / "flipped" / name).read_bytes() for name in files} == files

@@ -1,4 +1,5 @@
 """De-duplication with an encoder whose vectors are known."""
+
 import json
 
 import pytest
@@ -7,8 +8,14 @@ import torch
 from distil.artifacts import read_artifact
 from recipes import dedup
 
-VECTORS = {"one plus one": [1.0, 0.0], "1 + 1": [0.7, 0.7], "area of a circle": [0.0, 1.0], "ONE  plus one": [5.0, 5.0], "far": [-1.0, 0.1],
-           "down": [0.0, -1.0]}
+VECTORS = {
+    "one plus one": [1.0, 0.0],
+    "1 + 1": [0.7, 0.7],
+    "area of a circle": [0.0, 1.0],
+    "ONE  plus one": [5.0, 5.0],
+    "far": [-1.0, 0.1],
+    "down": [0.0, -1.0],
+}
 
 
 def encode(texts):
@@ -20,27 +27,52 @@ def problems(*texts):
 
 
 def test_exact_ignores_case_and_white_space():
-    assert dedup.duplicates(problems("ONE  plus one", "far"), problems("area of a circle", "one plus one")) == {0: ("exact", 1, 1.0)}
+    assert dedup.duplicates(
+        problems("ONE  plus one", "far"), problems("area of a circle", "one plus one")
+    ) == {0: ("exact", 1, 1.0)}
 
 
 def test_semantic_drops_at_the_threshold_and_names_the_nearest():
-    found = dedup.duplicates(problems("1 + 1", "far"), problems("down", "one plus one"), encode, threshold=0.7)
+    found = dedup.duplicates(
+        problems("1 + 1", "far"), problems("down", "one plus one"), encode, threshold=0.7
+    )
     assert found.keys() == {0} and found[0][:2] == ("semantic", 1)
-    assert abs(found[0][2] - 0.5 ** 0.5) < 1e-6  # the cosine, whatever the vectors' lengths
+    assert abs(found[0][2] - 0.5**0.5) < 1e-6  # the cosine, whatever the vectors' lengths
     assert dedup.duplicates(problems("1 + 1"), problems("one plus one"), encode, threshold=0.71) == {}
 
 
 def test_main_writes_what_is_kept_and_what_is_dropped(tmp_path, monkeypatch):
     monkeypatch.setattr(dedup, "load_encoder", lambda name: encode)
-    for name, rows in {"data": problems("1 + 1", "far", "ONE  plus one"), "against": problems("one plus one")}.items():
+    for name, rows in {
+        "data": problems("1 + 1", "far", "ONE  plus one"),
+        "against": problems("one plus one"),
+    }.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
-    dedup.main(dedup.get_args(["--data", str(tmp_path / "data.jsonl"), "--against", str(tmp_path / "against.jsonl"), "--out", str(out)]))
+    dedup.main(
+        dedup.get_args(
+            [
+                "--data",
+                str(tmp_path / "data.jsonl"),
+                "--against",
+                str(tmp_path / "against.jsonl"),
+                "--out",
+                str(out),
+            ]
+        )
+    )
     assert [json.loads(line)["problem"] for line in open(out / "problems.jsonl")] == ["far"]
     dropped = [json.loads(line) for line in open(out / "dropped.jsonl")]
     assert [(row["problem"], row["reason"], row["nearest"]["problem"]) for row in dropped] == [
-        ("1 + 1", "semantic", "one plus one"), ("ONE  plus one", "exact", "one plus one")]
-    assert read_artifact(str(out), "--data", "dedup")["counts"] == {"problems": 3, "kept": 1, "dropped_exact": 1, "dropped_semantic": 1}
+        ("1 + 1", "semantic", "one plus one"),
+        ("ONE  plus one", "exact", "one plus one"),
+    ]
+    assert read_artifact(str(out), "--data", "dedup")["counts"] == {
+        "problems": 3,
+        "kept": 1,
+        "dropped_exact": 1,
+        "dropped_semantic": 1,
+    }
 
 
 def test_semantic_without_the_package_is_refused(monkeypatch, capsys):

@@ -1,4 +1,5 @@
 """evaluate.py: metrics by enumeration and by hand, entropy, resuming, several data sets, tables, comparisons and figures."""
+
 import itertools
 import json
 import os
@@ -12,10 +13,19 @@ import evaluate
 import train
 from distil import evaluation, models, report, sampling
 from distil.artifacts import read_artifact
-from distil.problems import load_problems
-from distil.models import load_model
+from distil.evaluation import (
+    by_problem,
+    interval,
+    majority,
+    mark_equal_answers,
+    mean_of,
+    pass_at_k,
+    predictive_entropy,
+    summarise,
+)
 from distil.grading import extract_answer, is_correct
-from distil.evaluation import by_problem, interval, majority, mark_equal_answers, mean_of, pass_at_k, predictive_entropy, summarise
+from distil.models import load_model
+from distil.problems import load_problems
 from recipes.toy_world import make_model, make_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,23 +57,44 @@ def test_predictive_entropy_is_that_of_the_softmax():
         entropies = predictive_entropy(model, prompts, responses, 29, budget)
         for prompt, response, found in zip(prompts, responses, entropies, strict=True):
             with torch.no_grad():
-                logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1, :29]
+                logits = model(input_ids=torch.tensor([prompt + response])).logits[
+                    0, len(prompt) - 1 : -1, :29
+                ]
             logps = logits.double().log_softmax(-1)
             assert found == pytest.approx(-(logps.exp() * logps).sum(-1).mean().item(), rel=1e-5)
 
 
 def graded(problem, correct, tokens, entropy, reason="stop", same_as=0, timed_out=False):
-    return {"id": problem, "correct": correct, "tokens": tokens, "entropy": entropy, "finish_reason": reason, "same_as": same_as,
-            "timed_out": timed_out}
+    return {
+        "id": problem,
+        "correct": correct,
+        "tokens": tokens,
+        "entropy": entropy,
+        "finish_reason": reason,
+        "same_as": same_as,
+        "timed_out": timed_out,
+    }
 
 
 def test_summarise_by_hand():
     """Two problems, two responses each: 1 of 2 and 2 of 2 correct; entropy is a mean over tokens, not over responses."""
-    rows = [graded("a", True, 2, 1.0), graded("a", False, 6, 2.0, "length", None, True),
-            graded("b", True, 1, 0.0), graded("b", True, 1, 4.0)]
+    rows = [
+        graded("a", True, 2, 1.0),
+        graded("a", False, 6, 2.0, "length", None, True),
+        graded("b", True, 1, 0.0),
+        graded("b", True, 1, 4.0),
+    ]
     results = summarise(rows, 2, [1, 2])
-    assert results["avg"] == 0.75 and results["pass"] == {"1": 0.75, "2": 1.0} and results["maj"] == {"1": 0.75, "2": 1.0}
-    assert results["length"] == 2.5 and results["truncated"] == 0.25 and results["entropy"] == (2 + 12 + 0 + 4) / 10
+    assert (
+        results["avg"] == 0.75
+        and results["pass"] == {"1": 0.75, "2": 1.0}
+        and results["maj"] == {"1": 0.75, "2": 1.0}
+    )
+    assert (
+        results["length"] == 2.5
+        and results["truncated"] == 0.25
+        and results["entropy"] == (2 + 12 + 0 + 4) / 10
+    )
     assert results["problems"] == 2 and results["n"] == 2 and results["timed_out"] == 1
 
 
@@ -104,21 +135,34 @@ def test_metrics_and_intervals_against_brute_force():
     rows = []
     for problem in range(40):
         marks, correct = votes(4)
-        rows += [graded(problem, good, random.randint(1, 50), random.random(), random.choice(["stop", "length"]), mark)
-                 for good, mark in zip(correct, marks)]
+        rows += [
+            graded(
+                problem, good, random.randint(1, 50), random.random(), random.choice(["stop", "length"]), mark
+            )
+            for good, mark in zip(correct, marks)
+        ]
 
     def measure(rows):
-        groups = [rows[i:i + 4] for i in range(0, len(rows), 4)]
-        pairs = [any(row["correct"] for row in pair) for group in groups for pair in itertools.combinations(group, 2)]
-        return {"avg": sum(row["correct"] for row in rows) / len(rows), "pass": sum(pairs) / len(pairs),
-                "length": sum(row["tokens"] for row in rows) / len(rows),
-                "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
-                "entropy": sum(row["entropy"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)}
+        groups = [rows[i : i + 4] for i in range(0, len(rows), 4)]
+        pairs = [
+            any(row["correct"] for row in pair)
+            for group in groups
+            for pair in itertools.combinations(group, 2)
+        ]
+        return {
+            "avg": sum(row["correct"] for row in rows) / len(rows),
+            "pass": sum(pairs) / len(pairs),
+            "length": sum(row["tokens"] for row in rows) / len(rows),
+            "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+            "entropy": sum(row["entropy"] * row["tokens"] for row in rows)
+            / sum(row["tokens"] for row in rows),
+        }
+
     results, expected = summarise(rows, 4, [2]), measure(rows)
     draws = []
     for _ in range(2000):
         picked = [random.randrange(40) for _ in range(40)]
-        draws.append(measure([row for i in picked for row in rows[4 * i:4 * i + 4]]))
+        draws.append(measure([row for i in picked for row in rows[4 * i : 4 * i + 4]]))
     for name, value in expected.items():
         found, bounds = results[name], results[f"{name}_interval"]
         if name == "pass":
@@ -128,20 +172,37 @@ def test_metrics_and_intervals_against_brute_force():
         width = ordered[1949] - ordered[50]
         assert bounds == pytest.approx([ordered[50], ordered[1949]], abs=0.12 * width), name
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole evaluations, tables, figures
 
 
 def run(world, out, *more):
-    given = ["--model", world / "student_init", "--data", world / "test.jsonl", "--out", out,
-             *"--n 2 --engine hf --dtype float32 --max_response_tokens 6".split(), *more]
+    given = [
+        "--model",
+        world / "student_init",
+        "--data",
+        world / "test.jsonl",
+        "--out",
+        out,
+        *"--n 2 --engine hf --dtype float32 --max_response_tokens 6".split(),
+        *more,
+    ]
     evaluate.main(evaluate.get_args([str(word) for word in given]))
 
 
 def trained(world, rollouts, out, *more):
-    given = [*"--prefix teacher --kl forward --vocab sampled --steps 2 --batch_size 2".split(), "--rollouts", rollouts,
-             *"--engine hf --dtype float32 --max_response_tokens 8".split(), "--student", world / "student_init",
-             "--out", out, *more]
+    given = [
+        *"--prefix teacher --kl forward --vocab sampled --steps 2 --batch_size 2".split(),
+        "--rollouts",
+        rollouts,
+        *"--engine hf --dtype float32 --max_response_tokens 8".split(),
+        "--student",
+        world / "student_init",
+        "--out",
+        out,
+        *more,
+    ]
     train.main(train.get_args([str(word) for word in given]))
 
 
@@ -165,7 +226,9 @@ def test_results_are_those_of_the_samples(world, tmp_path, capsys):
         assert row["extracted"] == extract_answer(row["response"])
         assert row["correct"] == is_correct(row["response"], problem["answer"])
     model = load_model(str(world / "student_init"), "-", "float32")
-    entropies = predictive_entropy(model, [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows], 29, 10)
+    entropies = predictive_entropy(
+        model, [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows], 29, 10
+    )
     assert [row["entropy"] for row in rows] == pytest.approx(entropies, rel=1e-5)
     assert set(results["pass"]) == {"1", "2"} and results["tflops"] is None
     assert "Avg@2" in capsys.readouterr().out
@@ -177,8 +240,12 @@ def test_right_responses_count(world, tmp_path, monkeypatch):
     answers = iter([p["answer"] for p in load_problems(str(world / "test.jsonl"))])
 
     def solve(engine, prompts, sampling, seed, places):
-        ids = [tokenizer(f"\\boxed{{{answer}}}<|im_end|>").input_ids for answer in itertools.islice(answers, len(prompts))]
+        ids = [
+            tokenizer(f"\\boxed{{{answer}}}<|im_end|>").input_ids
+            for answer in itertools.islice(answers, len(prompts))
+        ]
         return [{i: [(good, "stop"), (good[:2], "length")] for i, good in enumerate(ids)}]
+
     monkeypatch.setattr(evaluation, "sample_as_finished", solve)
     run(world, tmp_path / "eval", "--k", 1, 2, "--sample_batch", 2)
     results = json.loads((tmp_path / "eval/results.json").read_text())
@@ -195,11 +262,17 @@ def test_table_shows_the_results(world, trained_run, tmp_path, capsys):
     results = json.loads((tmp_path / "sft/results.json").read_text())
     low, high = results["avg_interval"]
     assert dict(zip(header, sft)) == {
-        "run": "sft", "prefix": "teacher", "KL": "forward (sampled)",
+        "run": "sft",
+        "prefix": "teacher",
+        "KL": "forward (sampled)",
         "Avg@2 [95%]": f"{results['avg']:.3f} [{low:.3f}, {high:.3f}]",
-        "Pass@2": f"{results['pass']['2']:.3f}", "Maj@2": f"{results['maj']['2']:.3f}",
-        "length": f"{results['length']:.1f}", "cut off": f"{results['truncated']:.1%}",
-        "entropy": f"{results['entropy']:.3f}", "TFLOPs": f"{json.loads((trained_run / 'meta.json').read_text())['tflops']:.4g}"}
+        "Pass@2": f"{results['pass']['2']:.3f}",
+        "Maj@2": f"{results['maj']['2']:.3f}",
+        "length": f"{results['length']:.1f}",
+        "cut off": f"{results['truncated']:.1%}",
+        "entropy": f"{results['entropy']:.3f}",
+        "TFLOPs": f"{json.loads((trained_run / 'meta.json').read_text())['tflops']:.4g}",
+    }
     assert base[:3] == [str(world / "student_init"), "-", "-"] and base[-1] == "-"
 
 
@@ -208,15 +281,22 @@ def test_evaluations_that_differ_are_not_put_in_one_table(world, tmp_path, refus
     changes = {"n": ["--n", 3, "--k", 2], "k": ["--k", 1], "limit": ["--limit", 2]}
     for name, more in changes.items():
         run(world, tmp_path / name, *more)
-        refused(lambda: evaluate.main(evaluate.get_args(["--table", str(tmp_path / "a"), str(tmp_path / name)])), "--table")
+        refused(
+            lambda: evaluate.main(evaluate.get_args(["--table", str(tmp_path / "a"), str(tmp_path / name)])),
+            "--table",
+        )
     (tmp_path / "a/results.json").write_text("{}")
-    refused(lambda: evaluate.main(evaluate.get_args(["--table", str(tmp_path / "a")])), "--table", "results.json")
+    refused(
+        lambda: evaluate.main(evaluate.get_args(["--table", str(tmp_path / "a")])), "--table", "results.json"
+    )
 
 
 def test_figure_is_a_png_with_a_line_for_each_run(trained_run, tmp_path, monkeypatch):
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
     evaluate.main(evaluate.get_args(["--figure", str(tmp_path / "cells.png"), "--runs", str(trained_run)]))
@@ -226,16 +306,22 @@ def test_figure_is_a_png_with_a_line_for_each_run(trained_run, tmp_path, monkeyp
     assert [row["step"] for row in rows] == [0, 1, 2]
     for axis, key in zip(figures[0].axes, ("avg", "entropy", "length")):
         [line] = axis.get_lines()
-        assert line.get_xdata().tolist() == [0, 1, 2] and line.get_ydata().tolist() == [row[key] for row in rows]
+        assert line.get_xdata().tolist() == [0, 1, 2] and line.get_ydata().tolist() == [
+            row[key] for row in rows
+        ]
 
 
 def test_figure_against_tflops(trained_run, tmp_path, monkeypatch):
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
-    evaluate.main(evaluate.get_args(["--figure", str(tmp_path / "a.png"), "--runs", str(trained_run), "--x", "tflops"]))
+    evaluate.main(
+        evaluate.get_args(["--figure", str(tmp_path / "a.png"), "--runs", str(trained_run), "--x", "tflops"])
+    )
     rows = [json.loads(line) for line in open(trained_run / "evals.jsonl")]
     spent = [row["tflops"] for row in rows]
     assert spent == sorted(set(spent)) and figures[0].axes[0].get_lines()[0].get_xdata().tolist() == spent
@@ -254,6 +340,7 @@ def kill_at(monkeypatch, call):
         if next(calls) == call:
             raise Killed
         return real(*args)
+
     monkeypatch.setattr(evaluation, "sample_as_finished", sample)
 
 
@@ -291,21 +378,33 @@ def test_an_evaluation_with_vllm_goes_on_at_the_problem(world, tmp_path, monkeyp
             yield {i: groups[i]}
         if stop:
             raise Killed
+
     monkeypatch.setattr(evaluation, "sample_as_finished", lambda *args: one_by_one(3, *args))
     with pytest.raises(Killed):
         run(world, tmp_path / "killed")
     monkeypatch.setattr(evaluation, "sample_as_finished", lambda *args: one_by_one(None, *args))
     run(world, tmp_path / "killed", "--resume")
     assert asked == [[0, 1, 2, 3], [0]] and "goes on after 3 problems" in capsys.readouterr().out
-    rows = [[json.loads(line) for line in open(tmp_path / name / "samples.jsonl")] for name in ("killed", "whole")]
+    rows = [
+        [json.loads(line) for line in open(tmp_path / name / "samples.jsonl")] for name in ("killed", "whole")
+    ]
     for found, expected in zip(*rows, strict=True):
         assert found.pop("entropy") == pytest.approx(expected.pop("entropy"), rel=1e-5) and found == expected
     assert sorted(os.listdir(tmp_path / "killed")) == ["meta.json", "results.json", "samples.jsonl"]
 
 
 def run_benchmarks(world, out, *more):
-    given = ["--model", world / "student_init", "--benchmarks", world / "test.jsonl", world / "heldout.jsonl", "--out", out,
-             *"--engine hf --dtype float32 --max_response_tokens 6 --sample_batch 4".split(), *more]
+    given = [
+        "--model",
+        world / "student_init",
+        "--benchmarks",
+        world / "test.jsonl",
+        world / "heldout.jsonl",
+        "--out",
+        out,
+        *"--engine hf --dtype float32 --max_response_tokens 6 --sample_batch 4".split(),
+        *more,
+    ]
     evaluate.main(evaluate.get_args([str(word) for word in given]))
 
 
@@ -326,13 +425,25 @@ def test_benchmarks_are_the_single_evaluations_with_one_model_load(world, tmp_pa
     capsys.readouterr()
     evaluate.main(evaluate.get_args(["--table", str(tmp_path / "whole")]))
     lines = capsys.readouterr().out.strip().splitlines()
-    assert [[cell.strip() for cell in line.strip("|").split("|")][3] for line in lines] == ["data", "---", "heldout", "test"]
+    assert [[cell.strip() for cell in line.strip("|").split("|")][3] for line in lines] == [
+        "data",
+        "---",
+        "heldout",
+        "test",
+    ]
 
 
 def test_benchmarks_have_the_papers_n(refused):
-    args = evaluate.get_args("--model m --out o --benchmarks aime24 amc23 data/math500.jsonl gsm8k mine.jsonl".split())
+    args = evaluate.get_args(
+        "--model m --out o --benchmarks aime24 amc23 data/math500.jsonl gsm8k mine.jsonl".split()
+    )
     assert [(part.n, part.k, part.out) for part in evaluate.parts(args)] == [
-        (5, [5], "o/aime24"), (5, [5], "o/amc23"), (3, [3], "o/math500"), (3, [3], "o/gsm8k"), (4, [4], "o/mine")]
+        (5, [5], "o/aime24"),
+        (5, [5], "o/amc23"),
+        (3, [3], "o/math500"),
+        (3, [3], "o/gsm8k"),
+        (4, [4], "o/mine"),
+    ]
     args = evaluate.get_args("--model m --out o --data aime24 --n 8 --k 1 8".split())
     assert [(part.n, part.k, part.out) for part in evaluate.parts(args)] == [(8, [1, 8], "o")]
 
@@ -344,7 +455,10 @@ def test_compare_pairs_the_problems(tmp_path, monkeypatch, capsys):
     for problem in range(60):
         chance = random.choice([0, 1, 2])
         for side, more in zip(sides, (0, problem % 3 == 0)):
-            side += [graded(problem, sample < chance + more, 10 + problem % 7, 1.0) | {"answer": "1"} for sample in range(4)]
+            side += [
+                graded(problem, sample < chance + more, 10 + problem % 7, 1.0) | {"answer": "1"}
+                for sample in range(4)
+            ]
     paths = [str(tmp_path / name) for name in "ab"]
     for path, rows in zip(paths, sides):
         (tmp_path / path[-1]).mkdir()
@@ -352,14 +466,19 @@ def test_compare_pairs_the_problems(tmp_path, monkeypatch, capsys):
     results = {path: summarise(rows, 4, [1, 2]) | {"run": path[-1]} for path, rows in zip(paths, sides)}
     monkeypatch.setattr(report, "read_results", lambda path, flag: results[path])
     evaluate.main(evaluate.get_args(["--compare", *paths]))
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.strip().splitlines()]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in capsys.readouterr().out.strip().splitlines()
+    ]
     cells = {line[0]: line[1:] for line in lines[2:]}
     first, second = (mean_of(*by_problem(rows, 4, [1])["avg"]) for rows in sides)
     assert second - first == pytest.approx(20 / 240)
     difference, low, high = (float(word.strip("[],")) for word in cells["avg"][2].split())
     assert difference == pytest.approx(20 / 240, abs=1e-3)
     share, deviation = 1 / 3, (1 / 3 * 2 / 3 / 60) ** 0.5 / 4  # a third of the problems gain a quarter
-    assert (low, high) == pytest.approx((share / 4 - 1.96 * deviation, share / 4 + 1.96 * deviation), abs=0.006) and low > 0
+    assert (low, high) == pytest.approx(
+        (share / 4 - 1.96 * deviation, share / 4 + 1.96 * deviation), abs=0.006
+    ) and low > 0
     assert cells["entropy"][2] == "+0.000 [+0.000, +0.000]"
     a, b = (interval(by_problem(rows, 4, [1])["avg"][0]) for rows in sides)
     assert a[1] > b[0]  # the two intervals overlap
@@ -369,7 +488,11 @@ def test_only_evaluations_of_the_same_problems_are_compared(world, tmp_path, ref
     run(world, tmp_path / "a")
     run(world, tmp_path / "b", "--limit", 3)
     for other, word in ((tmp_path / "b", "same problems"), (world, "toy_world")):
-        refused(lambda: evaluate.main(evaluate.get_args(["--compare", str(tmp_path / "a"), str(other)])), "--compare", word)
+        refused(
+            lambda: evaluate.main(evaluate.get_args(["--compare", str(tmp_path / "a"), str(other)])),
+            "--compare",
+            word,
+        )
 
 
 def test_a_run_without_evaluations_cannot_be_drawn(world, rollouts, tmp_path, refused):
@@ -379,13 +502,20 @@ def test_a_run_without_evaluations_cannot_be_drawn(world, rollouts, tmp_path, re
     assert not (tmp_path / "a.png").exists()
 
 
-@pytest.mark.parametrize("line, word", [
-    ("--model m --data d --out o --n 2 --k 3", "--k"), ("--model m --data d --out o --k 0", "--k"),
-    ("--model m --data d --out o --n 4 --k 1 5", "--k"), ("--model m --data d", "--out"),
-    ("--figure f.png", "--runs"), ("", "--model"), ("--model m --data d --benchmarks e --out o", "--benchmarks"),
-    ("--model m --benchmarks a/d.jsonl b/d.jsonl --out o", "--benchmarks"),
-    ("--model m --benchmarks aime24 gsm8k --k 5 --out o", "gsm8k"),
-])
+@pytest.mark.parametrize(
+    "line, word",
+    [
+        ("--model m --data d --out o --n 2 --k 3", "--k"),
+        ("--model m --data d --out o --k 0", "--k"),
+        ("--model m --data d --out o --n 4 --k 1 5", "--k"),
+        ("--model m --data d", "--out"),
+        ("--figure f.png", "--runs"),
+        ("", "--model"),
+        ("--model m --data d --benchmarks e --out o", "--benchmarks"),
+        ("--model m --benchmarks a/d.jsonl b/d.jsonl --out o", "--benchmarks"),
+        ("--model m --benchmarks aime24 gsm8k --k 5 --out o", "gsm8k"),
+    ],
+)
 def test_bad_flags_are_refused(line, word, refused):
     assert word in refused(lambda: evaluate.get_args(line.split())).split("error:")[1]
 
@@ -394,6 +524,7 @@ def test_bad_input_is_refused_and_leaves_no_directory(world, tmp_path, refused):
     def is_refused(more, *words):
         refused(lambda: run(world, tmp_path / "out", *more), *words)
         assert not (tmp_path / "out").exists()
+
     is_refused(["--model", tmp_path / "absent"], "--model", "absent")
     is_refused(["--data", tmp_path / "absent.jsonl"], "absent.jsonl")
     is_refused(["--max_response_tokens", 600], "test/", "context of 512")
@@ -402,5 +533,9 @@ def test_bad_input_is_refused_and_leaves_no_directory(world, tmp_path, refused):
 
 def test_overwrite_never_deletes_the_checkpoint_under_evaluation(world, trained_run, tmp_path, refused):
     shutil.copytree(trained_run, tmp_path / "run")
-    refused(lambda: run(world, tmp_path / "run", "--model", tmp_path / "run/final", "--overwrite"), "--out", "--model")
+    refused(
+        lambda: run(world, tmp_path / "run", "--model", tmp_path / "run/final", "--overwrite"),
+        "--out",
+        "--model",
+    )
     read_artifact(str(tmp_path / "run"), "--", "train")

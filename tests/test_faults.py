@@ -1,4 +1,5 @@
 """Faults and hostile input: full disks, locks, damaged files, fuzzed readers, and nothing in the data that is ever run as code."""
+
 import ast
 import contextlib
 import copy
@@ -17,17 +18,17 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_artifacts import begun, flags, made
+from test_resume import STAGES, Disk, args_of, cheap, in_fork, results  # noqa: F401 (cheap is a fixture)
 
 import rollout
+from conftest import ROOT
 from distil import artifacts, models, prompts
 from distil.grading import grade
 from distil.problems import load_problems
 from distil.rollouts import read_rollouts
 from distil.teacher import Scores
-from conftest import ROOT
 from recipes.toy_world import make_tokenizer
-from test_artifacts import begun, flags, made
-from test_resume import STAGES, Disk, args_of, cheap, in_fork, results  # noqa: F401 (cheap is a fixture)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The disk
@@ -36,6 +37,7 @@ from test_resume import STAGES, Disk, args_of, cheap, in_fork, results  # noqa: 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_write_that_the_system_refuses_ends_in_one_message(stage, world, rollouts, tmp_path, cheap):
     """No file may be larger than a limit, which the kernel enforces as it does a full disk; afterwards --resume ends the same."""
+
     def run(out, limit, *more):
         reader, writer = os.pipe()  # a limit on files would hold for what is printed too
 
@@ -43,15 +45,19 @@ def test_a_write_that_the_system_refuses_ends_in_one_message(stage, world, rollo
             sys.stdout = sys.stderr = os.fdopen(writer, "w")
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             artifacts.run_stage(STAGES[stage].main, args_of(stage, world, rollouts, out, *more))
+
         code = in_fork(body)
         os.close(writer)
         with os.fdopen(reader) as said:
             return code, said.read()
+
     assert run(tmp_path / "whole", resource.RLIM_INFINITY)[0] == 0
     sizes = sorted({path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file()})
     for limit in [400, *(3 * size // 4 for size in sizes[-3:])]:
         code, said = run(tmp_path / "out", limit, "--resume")
-        assert code == 1 and "File too large" in said and said.count("\nerror:") == 1 and "Traceback" not in said
+        assert (
+            code == 1 and "File too large" in said and said.count("\nerror:") == 1 and "Traceback" not in said
+        )
         assert f"{tmp_path}/out keeps what is finished; the same command with --resume continues" in said
     assert run(tmp_path / "out", resource.RLIM_INFINITY, "--resume")[0] == 0
     assert results(stage, tmp_path / "out") == results(stage, tmp_path / "whole")
@@ -59,10 +65,12 @@ def test_a_write_that_the_system_refuses_ends_in_one_message(stage, world, rollo
 
 def as_nobody(body):
     """Permissions do not bind root."""
+
     def child():
         if os.getuid() == 0:
             os.setuid(65534)
         body()
+
     return in_fork(child)
 
 
@@ -72,14 +80,31 @@ def test_permission_denied_is_one_message(monkeypatch, capfd):
         os.chmod(folder, 0o555)
         assert as_nobody(lambda: artifacts.run_stage(artifacts.start_artifact, flags(f"{folder}/out"))) == 2
         out, err = capfd.readouterr()
-        assert err.count("error:") == 1 and "Permission denied" in err and f"{folder}/out" in err and "Traceback" not in out + err
+        assert (
+            err.count("error:") == 1
+            and "Permission denied" in err
+            and f"{folder}/out" in err
+            and "Traceback" not in out + err
+        )
         os.chmod(folder, 0o755)
         made(pathlib.Path(folder) / "a")
         os.chmod(f"{folder}/a/data.txt", 0)
         monkeypatch.setattr(artifacts, "writing", False)
-        assert as_nobody(lambda: artifacts.run_stage(lambda args: artifacts.read_artifact(f"{folder}/a", "--rollouts"), flags("-"))) == 2
+        assert (
+            as_nobody(
+                lambda: artifacts.run_stage(
+                    lambda args: artifacts.read_artifact(f"{folder}/a", "--rollouts"), flags("-")
+                )
+            )
+            == 2
+        )
         out, err = capfd.readouterr()
-        assert err.count("error:") == 1 and "Permission denied" in err and f"{folder}/a/data.txt" in err and "Traceback" not in out + err
+        assert (
+            err.count("error:") == 1
+            and "Permission denied" in err
+            and f"{folder}/a/data.txt" in err
+            and "Traceback" not in out + err
+        )
 
 
 def test_other_errors_keep_their_traceback(capfd):
@@ -104,7 +129,11 @@ def test_a_shard_that_was_damaged_before_the_resume_is_made_again(world, rollout
     stage = STAGES["score_teacher"]
     stage.main(args_of("score_teacher", world, rollouts, tmp_path / "whole"))
     names = sorted(path.name for path in (tmp_path / "whole").glob("shard_*"))
-    for damage in (lambda data: data[:-9], lambda data: data[:99] + bytes([data[99] ^ 4]) + data[100:], lambda data: b""):
+    for damage in (
+        lambda data: data[:-9],
+        lambda data: data[:99] + bytes([data[99] ^ 4]) + data[100:],
+        lambda data: b"",
+    ):
         out = tmp_path / "out"
         with pytest.raises(KeyError):  # the last step fails: all shards are finished
             with pytest.MonkeyPatch.context() as patch:
@@ -113,7 +142,10 @@ def test_a_shard_that_was_damaged_before_the_resume_is_made_again(world, rollout
         (out / names[1]).write_bytes(damage((out / names[1]).read_bytes()))
         cheap.write_bytes(b"")
         stage.main(args_of("score_teacher", world, rollouts, out, "--resume"))
-        assert results("score_teacher", out) == results("score_teacher", tmp_path / "whole") and cheap.stat().st_size == 1
+        assert (
+            results("score_teacher", out) == results("score_teacher", tmp_path / "whole")
+            and cheap.stat().st_size == 1
+        )
         shutil.rmtree(out)
 
 
@@ -126,6 +158,7 @@ def holder(tmp_path):
         begun(tmp_path / "a")
         ready.touch()
         time.sleep(60)
+
     pid = in_fork(hold, wait=False)
     while not ready.exists():
         time.sleep(0.01)
@@ -138,7 +171,11 @@ def holder(tmp_path):
 def test_two_runs_never_write_to_one_directory(tmp_path, holder, refused):
     before = sorted(os.listdir(tmp_path / "a"))
     for more in ({}, {"resume": True}, {"overwrite": True}):
-        refused(lambda: artifacts.check_out(flags(tmp_path / "a", **more)), f"--out {tmp_path}/a", f"process {holder} on")
+        refused(
+            lambda: artifacts.check_out(flags(tmp_path / "a", **more)),
+            f"--out {tmp_path}/a",
+            f"process {holder} on",
+        )
         refused(lambda: artifacts.start_artifact(flags(tmp_path / "a", **more)), f"process {holder} on")
     assert sorted(os.listdir(tmp_path / "a")) == before
     os.kill(holder, signal.SIGKILL)
@@ -157,28 +194,61 @@ def test_of_runs_that_start_together_one_writes(tmp_path, capfd):
             artifacts.start_artifact(flags(tmp_path / "a", **more))
             print("wrote", flush=True)
             time.sleep(1)  # longer than the others try
+
         pids = [in_fork(race, wait=False) for _ in range(8)]
         codes = sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids)
         out, err = capfd.readouterr()
         assert codes == [0] + [2] * 7 and out.count("wrote") == 1, err
         assert "Traceback" not in err
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Fuzzed readers: a message that names the file, or what was written; never a traceback, never other data
 
-fuzzed = settings(max_examples=100, deadline=None, derandomize=True, database=None,
-                  suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-HARD = st.sampled_from([None, True, -1, 2**31, 10**30, 0.5, float("nan"), float("inf"), "", "x", "\ud800", "\0", "<|im_end|>", [], [[]], {}])
-JSON = st.recursive(HARD | st.integers() | st.floats() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)
-                    | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=5)
-EDIT = st.tuples(st.floats(0, 1), st.integers(0, 12), st.binary(max_size=6) | st.sampled_from([b"}", b"]", b'"', b"\n", b"NaN", b"1e999"]))
+fuzzed = settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+HARD = st.sampled_from(
+    [
+        None,
+        True,
+        -1,
+        2**31,
+        10**30,
+        0.5,
+        float("nan"),
+        float("inf"),
+        "",
+        "x",
+        "\ud800",
+        "\0",
+        "<|im_end|>",
+        [],
+        [[]],
+        {},
+    ]
+)
+JSON = st.recursive(
+    HARD | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+EDIT = st.tuples(
+    st.floats(0, 1),
+    st.integers(0, 12),
+    st.binary(max_size=6) | st.sampled_from([b"}", b"]", b'"', b"\n", b"NaN", b"1e999"]),
+)
 
 
 def edited(data, edits):
     """Bytes with a few places overwritten: (where, how many bytes go, what comes)."""
     for where, gone, new in edits:
         place = int(where * len(data))
-        data = data[:place] + new + data[place + gone:]
+        data = data[:place] + new + data[place + gone :]
     return data
 
 
@@ -188,10 +258,11 @@ def changed(draw, value):
     spots = []
 
     def walk(node):
-        for key in (list(node) if isinstance(node, dict) else range(len(node))):
+        for key in list(node) if isinstance(node, dict) else range(len(node)):
             spots.append((node, key))
             if isinstance(node[key], (dict, list)):
                 walk(node[key])
+
     walk(value)
     node, key = draw(st.sampled_from(spots))
     if draw(st.booleans()):
@@ -208,7 +279,11 @@ def outcome(call, *words):
         with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
             return call(), None
     except SystemExit as end:
-        assert end.code == 2 and all(word in err.getvalue() for word in words) and err.getvalue().startswith("error: ")
+        assert (
+            end.code == 2
+            and all(word in err.getvalue() for word in words)
+            and err.getvalue().startswith("error: ")
+        )
         return None, err.getvalue()
 
 
@@ -221,23 +296,42 @@ def test_fuzzed_meta_json(tmp_path_factory, data):
         shutil.copy(path / "meta.json", f"{path}.json")
     text = pathlib.Path(f"{path}.json").read_bytes()
     meta = json.loads(text)
-    mutated = edited(text, data.draw(st.lists(EDIT, min_size=1, max_size=3))) if data.draw(st.booleans()) \
+    mutated = (
+        edited(text, data.draw(st.lists(EDIT, min_size=1, max_size=3)))
+        if data.draw(st.booleans())
         else json.dumps(changed(data.draw, meta)).encode()
+    )
     (path / "meta.json").write_bytes(mutated)
-    found, message = outcome(lambda: artifacts.read_artifact(str(path), "--rollouts", "stage"), f"--rollouts {path}", "meta.json")
+    found, message = outcome(
+        lambda: artifacts.read_artifact(str(path), "--rollouts", "stage"), f"--rollouts {path}", "meta.json"
+    )
     assert message or found == {name: value for name, value in meta.items() if name != "sha256"}
     shutil.copy(path / "meta.json", path / "meta.partial.json")
-    (path / "meta.json").unlink()  # the same as the mark of an unfinished run, which has these flags and inputs too
+    (
+        path / "meta.json"
+    ).unlink()  # the same as the mark of an unfinished run, which has these flags and inputs too
     found, message = outcome(lambda: artifacts.check_out(flags(path, resume=True)))
     assert found is None and (message is None or "meta.partial.json" in message or "--resume" in message)
 
 
 @fuzzed
-@given(rows=st.lists(st.one_of(
-    st.fixed_dictionaries({}, optional={name: JSON for name in ("problem", "question", "answer", "id", "unique_id")}),
-    st.fixed_dictionaries({"problem": HARD | st.text(min_size=1), "answer": HARD | st.text(min_size=1)}, optional={"id": JSON}), JSON),
-    min_size=1, max_size=3),
-    edits=st.lists(EDIT, max_size=1))
+@given(
+    rows=st.lists(
+        st.one_of(
+            st.fixed_dictionaries(
+                {}, optional={name: JSON for name in ("problem", "question", "answer", "id", "unique_id")}
+            ),
+            st.fixed_dictionaries(
+                {"problem": HARD | st.text(min_size=1), "answer": HARD | st.text(min_size=1)},
+                optional={"id": JSON},
+            ),
+            JSON,
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    edits=st.lists(EDIT, max_size=1),
+)
 def test_fuzzed_problems(tmp_path_factory, rows, edits):
     path, tokenizer = tmp_path_factory.getbasetemp() / "fuzzed.jsonl", make_tokenizer()
     path.write_bytes(edited("".join(json.dumps(row) + "\n" for row in rows).encode(), edits))
@@ -245,11 +339,15 @@ def test_fuzzed_problems(tmp_path_factory, rows, edits):
     if message is None:
         assert len({problem["id"] for problem in problems}) == len(problems)
         for problem in problems:
-            assert all(type(value) is str and value.strip() for value in problem.values()) and problem["answer"] not in ("nan", "inf")
+            assert all(type(value) is str and value.strip() for value in problem.values()) and problem[
+                "answer"
+            ] not in ("nan", "inf")
             json.dumps(problem, ensure_ascii=False).encode()  # it can be written
             assert all(0 <= i < 29 for i in prompts.render_prompt(tokenizer, problem["problem"]))
         if not edits:
-            assert [problem["problem"] for problem in problems] == [row.get("problem", row.get("question")) for row in rows]
+            assert [problem["problem"] for problem in problems] == [
+                row.get("problem", row.get("question")) for row in rows
+            ]
 
 
 @fuzzed
@@ -260,14 +358,17 @@ def test_fuzzed_rows_of_rollouts(rollouts, tmp_path_factory, data):
     path.mkdir(exist_ok=True)
     rows = [json.loads(line) for line in open(rollouts / "rollouts.jsonl")]
     place = data.draw(st.integers(0, len(rows) - 1))
-    bad = [*rows[:place], changed(data.draw, rows[place]), *rows[place + 1:]]
+    bad = [*rows[:place], changed(data.draw, rows[place]), *rows[place + 1 :]]
     text = "".join(json.dumps(row) + "\n" for row in bad).encode()
     (path / "rollouts.jsonl").write_bytes(edited(text, data.draw(st.lists(EDIT, max_size=1))))
     found, message = outcome(lambda: list(read_rollouts(str(path), 29)), "rollouts.jsonl")
     for row in found or []:
         for name in ("prompt_ids", "response_ids"):
             assert row[name] and all(type(i) is int and 0 <= i < 29 for i in row[name])
-        assert all(type(row[name]) is str for name in ("id", "response", "answer", "finish_reason")) and type(row["sample"]) is int
+        assert (
+            all(type(row[name]) is str for name in ("id", "response", "answer", "finish_reason"))
+            and type(row["sample"]) is int
+        )
         json.dumps(row, ensure_ascii=False).encode()
 
 
@@ -340,21 +441,37 @@ def test_fuzzed_models(world, tmp_path_factory, data):
         def read():
             directory = models.model_dir(str(path), "--model")
             tokenizer = prompts.load_tokenizer(directory, "--model")
-            return prompts.render_prompt(tokenizer, "a=3"), prompts.stop_ids(tokenizer, directory), models.context_of(directory)
+            return (
+                prompts.render_prompt(tokenizer, "a=3"),
+                prompts.stop_ids(tokenizer, directory),
+                models.context_of(directory),
+            )
+
         found, message = outcome(read, str(path))
         assert message or all(type(i) is int for i in found[1]) and type(found[2]) is int
     finally:
         file.write_bytes(original)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"run": "a"}', '{"run": "a", "step": 1, "tflops": 1, "cell": {"prefix": "student"}}',
-                                  '{"run": "a", "step": 1, "tflops": "x", "cell": {"prefix": "student", "kl": "reverse"}}'])
-def test_a_damaged_checkpoint_json_is_refused_before_anything_is_written(text, world, rollouts, tmp_path, cheap, refused):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"run": "a"}',
+        '{"run": "a", "step": 1, "tflops": 1, "cell": {"prefix": "student"}}',
+        '{"run": "a", "step": 1, "tflops": "x", "cell": {"prefix": "student", "kl": "reverse"}}',
+    ],
+)
+def test_a_damaged_checkpoint_json_is_refused_before_anything_is_written(
+    text, world, rollouts, tmp_path, cheap, refused
+):
     shutil.copytree(world / "student_init", tmp_path / "model")
     (tmp_path / "model/checkpoint.json").write_text(text)
     args = args_of("evaluate", world, rollouts, tmp_path / "out", "--model", tmp_path / "model")
     refused(lambda: STAGES["evaluate"].main(args), f"--model {tmp_path}/model", "checkpoint.json")
     assert not (tmp_path / "out").exists()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Nothing in the data is run
@@ -383,14 +500,22 @@ def test_pickled_weights_are_refused_and_not_opened(world, tmp_path, refused):
 def test_a_models_own_code_is_refused_and_not_run(world, tmp_path, refused):
     model, trace = tmp_path / "model", tmp_path / "trace"
     shutil.copytree(world / "student_init", model)
-    (model / "own.py").write_text(f"open({str(trace)!r}, 'w')\nfrom transformers import PretrainedConfig as Own\n")
+    (model / "own.py").write_text(
+        f"open({str(trace)!r}, 'w')\nfrom transformers import PretrainedConfig as Own\n"
+    )
     config = json.loads((model / "config.json").read_text())
-    names = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
+    names = {
+        "AutoConfig": "own.Own",
+        "AutoModelForCausalLM": "own.Own",
+        "AutoTokenizer": ["own.Own", "own.Own"],
+    }
     (model / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": names}))
     refused(lambda: models.context_of(str(model)), str(model), "trust_remote_code")
     refused(lambda: models.load_model(str(model), "--model", "float32"), "--model", "cannot be loaded")
     settings = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "OwnTokenizer", "auto_map": names}))
+    (model / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"tokenizer_class": "OwnTokenizer", "auto_map": names})
+    )
     refused(lambda: prompts.load_tokenizer(str(model), "--model"), "--model", "tokenizer")
     assert not trace.exists()
 
@@ -404,28 +529,62 @@ def calls(tree):
 
 def test_no_code_runs_data():
     """No shell, no eval, no pickles, no code of models: in every module of the project."""
-    modules = [path for folder in ("", "distil", "kernels/streaming_kl", "recipes", "benchmarks") for path in sorted(pathlib.Path(ROOT, folder).glob("*.py"))]
+    modules = [
+        path
+        for folder in ("", "distil", "kernels/streaming_kl", "recipes", "benchmarks")
+        for path in sorted(pathlib.Path(ROOT, folder).glob("*.py"))
+    ]
     assert len(modules) > 15
     for path in modules:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for name, call in calls(tree):
-            assert name not in ("eval", "exec", "compile", "os.system", "os.popen", "torch.load", "pickle.load", "pickle.loads",
-                                "subprocess.getoutput", "subprocess.getstatusoutput"), f"{path.name} line {call.lineno}: {name}"
+            assert name not in (
+                "eval",
+                "exec",
+                "compile",
+                "os.system",
+                "os.popen",
+                "torch.load",
+                "pickle.load",
+                "pickle.loads",
+                "subprocess.getoutput",
+                "subprocess.getstatusoutput",
+            ), f"{path.name} line {call.lineno}: {name}"
             for keyword in call.keywords:
                 assert keyword.arg != "shell", f"{path.name} line {call.lineno}: a shell"
                 if keyword.arg == "trust_remote_code":
                     assert ast.unparse(keyword.value) == "False", f"{path.name} line {call.lineno}"
-        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported = {
+            alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+        }
         assert not imported & {"pickle", "dill", "joblib", "shelve", "marshal"}, path.name
 
 
-HOSTILE = ["__import__('os').system('touch {0}')", "1+__import__('os').system('touch {0}')", "eval(\"open('{0}','w')\")",
-           "\\text{{__import__('os').system('touch {0}')}}", "$(touch {0})", "`touch {0}`", "; touch {0}", "\\input{{|touch {0}}}",
-           "\\write18{{touch {0}}}", "\\immediate\\write18{{touch {0}}}+1", "exec(\"open('{0}','w')\")",
-           "(lambda: open('{0}','w'))()", "[open('{0}','w') for x in (1,2)]", "x.__class__.__base__.__subclasses__()",
-           "sympify(\"open('{0}','w')\")", "S(\"open('{0}','w')\")", "\\sqrt{{__import__('os').system('touch {0}')}}",
-           "\\frac{{open('{0}','w')}}{{2}}", "5 if open('{0}','w') else 6", "\\operatorname{{eval}}(open('{0}','w'))",
-           "2\n__import__('os').system('touch {0}')", "-1*(__import__('os').system('touch {0}'))", "\\mathrm{{os}}.system('touch {0}')"]
+HOSTILE = [
+    "__import__('os').system('touch {0}')",
+    "1+__import__('os').system('touch {0}')",
+    "eval(\"open('{0}','w')\")",
+    "\\text{{__import__('os').system('touch {0}')}}",
+    "$(touch {0})",
+    "`touch {0}`",
+    "; touch {0}",
+    "\\input{{|touch {0}}}",
+    "\\write18{{touch {0}}}",
+    "\\immediate\\write18{{touch {0}}}+1",
+    "exec(\"open('{0}','w')\")",
+    "(lambda: open('{0}','w'))()",
+    "[open('{0}','w') for x in (1,2)]",
+    "x.__class__.__base__.__subclasses__()",
+    "sympify(\"open('{0}','w')\")",
+    "S(\"open('{0}','w')\")",
+    "\\sqrt{{__import__('os').system('touch {0}')}}",
+    "\\frac{{open('{0}','w')}}{{2}}",
+    "5 if open('{0}','w') else 6",
+    "\\operatorname{{eval}}(open('{0}','w'))",
+    "2\n__import__('os').system('touch {0}')",
+    "-1*(__import__('os').system('touch {0}'))",
+    "\\mathrm{{os}}.system('touch {0}')",
+]
 
 
 def test_the_grader_runs_nothing_of_an_answer(tmp_path):
@@ -433,7 +592,9 @@ def test_the_grader_runs_nothing_of_an_answer(tmp_path):
     trace = tmp_path / "trace"
     texts = [text.format(trace) for text in HOSTILE]
     forms = ["\\boxed{{{}}}", "The answer is {}", "#### {}", "Therefore, {}"]
-    pairs = [(form.format(text), "7x+1") for text in texts for form in forms] + [("\\boxed{7x+1}", text) for text in texts]
+    pairs = [(form.format(text), "7x+1") for text in texts for form in forms] + [
+        ("\\boxed{7x+1}", text) for text in texts
+    ]
     assert not any(verdict.correct for verdict in grade(*zip(*pairs)))
     assert not trace.exists() and not list(tmp_path.iterdir())
     assert grade(["\\boxed{1+7x}"], ["7x+1"])[0].correct
@@ -444,5 +605,10 @@ def test_every_stage_is_run_by_run_stage(stage):
     """So that what the tests above see of run_stage is what a command line does."""
     guard = ast.parse(pathlib.Path(ROOT, f"{stage}.py").read_text(encoding="utf-8")).body[-1]
     assert ast.unparse(guard.test) == "__name__ == '__main__'"
-    alone, together = ["run_stage(main, get_args())"], ["ranks.start()", "run_stage(main, get_args())", "ranks.end()"]
-    assert [ast.unparse(statement) for statement in guard.body] == (together if stage in ("train", "grpo") else alone)
+    alone, together = (
+        ["run_stage(main, get_args())"],
+        ["ranks.start()", "run_stage(main, get_args())", "ranks.end()"],
+    )
+    assert [ast.unparse(statement) for statement in guard.body] == (
+        together if stage in ("train", "grpo") else alone
+    )

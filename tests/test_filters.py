@@ -1,4 +1,5 @@
 """The cold start's filters: the repetition rules at their edges, sampling again, counting, dropping, resuming."""
+
 import argparse
 import json
 import random
@@ -7,26 +8,33 @@ from collections import Counter
 import pytest
 
 import rollout
-from rollout import fault, is_degenerate, sample_kept
 from distil.artifacts import read_artifact
 from distil.sampling import Sample, Sampling
+from rollout import fault, is_degenerate, sample_kept
 
 LETTERS = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=9000)
 
 
 def text(length, start=0):
     """Text that repeats nothing."""
-    return "".join(LETTERS[start:start + length])
+    return "".join(LETTERS[start : start + length])
 
 
-@pytest.mark.parametrize("response, degenerate", [
-    (text(3000), False),
-    ("\n".join(["x" * 20] * 5), True), ("\n".join(["x" * 20] * 4 + ["y"]), False), ("\n".join(["  " + "x" * 19] * 5), False),
-    ("\n".join(f"{text(21)}\n{i}" for i in range(5)), True),
-    (text(100) * 3, True), (text(100) + text(100, 200) + text(100), False),       # windows start at multiples of 10
-    (text(4000) + text(40, 5000) * 9, True),                                      # windows of 100 that recur after 40
-    (text(5000) + text(50, 6000) * 3 + text(30, 7000), True), (text(4800) + text(50, 6000) * 2 + text(30, 7000), False),
-])
+@pytest.mark.parametrize(
+    "response, degenerate",
+    [
+        (text(3000), False),
+        ("\n".join(["x" * 20] * 5), True),
+        ("\n".join(["x" * 20] * 4 + ["y"]), False),
+        ("\n".join(["  " + "x" * 19] * 5), False),
+        ("\n".join(f"{text(21)}\n{i}" for i in range(5)), True),
+        (text(100) * 3, True),
+        (text(100) + text(100, 200) + text(100), False),  # windows start at multiples of 10
+        (text(4000) + text(40, 5000) * 9, True),  # windows of 100 that recur after 40
+        (text(5000) + text(50, 6000) * 3 + text(30, 7000), True),
+        (text(4800) + text(50, 6000) * 2 + text(30, 7000), False),
+    ],
+)
 def test_repetition_rules(response, degenerate):
     assert is_degenerate(response) == degenerate
 
@@ -48,37 +56,81 @@ def test_the_first_fault_that_is_asked_for_is_the_reason():
 
 class Words:
     """A tokenizer whose ids are words: 0 is a response without a box, 1 a good one."""
+
     def decode(self, ids, skip_special_tokens):
         return {0: "so 3", 1: r"\boxed{3}"}[ids[0]]
 
 
 def test_faulty_slots_are_sampled_again_and_dropped_at_last(monkeypatch):
     calls = []
-    answers = [[[0, 1], [0, 0]], [[1], [0], [0]], [[0], [1]]]  # slots (0,0), (1,0), (1,1) fail first; then (1,0), (1,1); then (1,0)
+    answers = [
+        [[0, 1], [0, 0]],
+        [[1], [0], [0]],
+        [[0], [1]],
+    ]  # slots (0,0), (1,0), (1,1) fail first; then (1,0), (1,1); then (1,0)
 
     def sample(engine, prompts, sampling, seed, places):
         calls.append((prompts, sampling.n, seed, list(places)))
         return [[Sample([word], "stop") for word in group] for group in answers[len(calls) - 1]]
+
     monkeypatch.setattr(rollout, "sample", sample)
     counts = Counter()
-    groups = sample_kept(argparse.Namespace(drop=["unboxed"], attempts=3), None, Words(), [[7], [8]],
-                         Sampling(2, 1.0, 1.0, 0, 9, [2], 9), 5, counts, first=4)
+    groups = sample_kept(
+        argparse.Namespace(drop=["unboxed"], attempts=3),
+        None,
+        Words(),
+        [[7], [8]],
+        Sampling(2, 1.0, 1.0, 0, 9, [2], 9),
+        5,
+        counts,
+        first=4,
+    )
     assert [[one and one.response_ids[0] for one in group] for group in groups] == [[1, 1], [None, 1]]
-    assert [(prompts, n) for prompts, n, *_ in calls] == [([[7], [8]], 2), ([[7], [8], [8]], 1), ([[8], [8]], 1)]
+    assert [(prompts, n) for prompts, n, *_ in calls] == [
+        ([[7], [8]], 2),
+        ([[7], [8], [8]], 1),
+        ([[8], [8]], 1),
+    ]
     assert len({seed for *_, seed, _ in calls}) == 3
     assert [places for *_, places in calls] == [[4, 5], [(4, 0), (5, 0), (5, 1)], [(5, 0), (5, 1)]]
     assert counts == {"unboxed": 3 + 2 + 1, "dropped": 1}
 
 
 def roll(world, out, *flags):
-    rollout.main(rollout.get_args([str(x) for x in [
-        "--model", world / "teacher_init", "--data", world / "train.jsonl", "--n", 2, "--engine", "hf", "--dtype", "float32",
-        "--max_response_tokens", 12, "--sample_batch", 8, "--out", out, *flags]]))
+    rollout.main(
+        rollout.get_args(
+            [
+                str(x)
+                for x in [
+                    "--model",
+                    world / "teacher_init",
+                    "--data",
+                    world / "train.jsonl",
+                    "--n",
+                    2,
+                    "--engine",
+                    "hf",
+                    "--dtype",
+                    "float32",
+                    "--max_response_tokens",
+                    12,
+                    "--sample_batch",
+                    8,
+                    "--out",
+                    out,
+                    *flags,
+                ]
+            ]
+        )
+    )
     return [json.loads(line) for line in open(out / "rollouts.jsonl")]
 
 
 def test_main_keeps_the_good_ones_and_counts_the_rest(world, tmp_path):
-    everything, kept = roll(world, tmp_path / "all"), roll(world, tmp_path / "kept", "--drop", "truncated", "--attempts", 2)
+    everything, kept = (
+        roll(world, tmp_path / "all"),
+        roll(world, tmp_path / "kept", "--drop", "truncated", "--attempts", 2),
+    )
     assert any(row["finish_reason"] == "length" for row in everything) and kept
     assert all(row["finish_reason"] == "stop" for row in kept)
     good = [row for row in everything if row["finish_reason"] == "stop"]
@@ -98,16 +150,27 @@ def test_a_killed_run_with_drops_continues_to_the_same_file(world, tmp_path, mon
         if len(calls) == 3:
             raise KeyboardInterrupt
         return sample_kept(*given)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(rollout, "sample_kept", killed)
         roll(world, tmp_path / "again", "--drop", "truncated")
     with open(tmp_path / "again/rollouts.jsonl.tmp", "a") as file:
         file.write('{"id": "half a li')  # what a kill in the middle of a write leaves
     assert roll(world, tmp_path / "again", "--drop", "truncated", "--resume") == whole
-    metas = [read_artifact(str(tmp_path / name), "--rollouts", "rollout")["counts"] for name in ("whole", "again")]
+    metas = [
+        read_artifact(str(tmp_path / name), "--rollouts", "rollout")["counts"] for name in ("whole", "again")
+    ]
     assert metas[0] == metas[1]
 
 
 def test_a_run_that_drops_everything_fails(world, tmp_path, refused):
-    flags = ["--drop", "unboxed", "truncated", "--attempts", 2, "--max_response_tokens", 1]  # one token is no boxed answer
+    flags = [
+        "--drop",
+        "unboxed",
+        "truncated",
+        "--attempts",
+        2,
+        "--max_response_tokens",
+        1,
+    ]  # one token is no boxed answer
     refused(lambda: roll(world, tmp_path / "none", *flags), "every response was dropped", code=1)

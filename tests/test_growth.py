@@ -2,6 +2,7 @@
 
 The models are replaced by functions; what Python and numpy allocate is counted by tracemalloc.
 """
+
 import json
 import tracemalloc
 
@@ -14,14 +15,16 @@ import score_teacher
 from distil import artifacts, rollouts, sampling
 from distil.sampling import Sample
 
-LENGTH = 500          # tokens of a response: 4 KB as a list
-FEW, MANY = 20, 120   # responses
+LENGTH = 500  # tokens of a response: 4 KB as a list
+FEW, MANY = 20, 120  # responses
 
 
 @pytest.fixture
 def problems(tmp_path):
     path = tmp_path / "problems.jsonl"
-    path.write_text("".join(json.dumps({"problem": f"a={i % 10} b={i // 10}", "answer": "1"}) + "\n" for i in range(MANY)))
+    path.write_text(
+        "".join(json.dumps({"problem": f"a={i % 10} b={i // 10}", "answer": "1"}) + "\n" for i in range(MANY))
+    )
     return path
 
 
@@ -29,6 +32,7 @@ def problems(tmp_path):
 def no_models(monkeypatch):
     def sample(engine, prompts, sampling, seed, places):
         return [[Sample([4 + (place + i) % 20 for i in range(LENGTH)], "length")] for place in places]
+
     for stage in (rollout, score_teacher):
         monkeypatch.setattr(stage, "load_model", lambda *args: torch.nn.Linear(1, 1))
     monkeypatch.setattr(artifacts, "provenance", dict)
@@ -51,8 +55,23 @@ def peak_of(stage, words):
 
 
 def roll(world, problems, out, count, run=peak_of):
-    return run(rollout, ["--model", world / "student_init", "--data", problems, "--limit", count, "--out", out, "--overwrite",
-                         *"--engine hf --dtype float32 --sample_batch 20".split(), "--max_response_tokens", LENGTH])
+    return run(
+        rollout,
+        [
+            "--model",
+            world / "student_init",
+            "--data",
+            problems,
+            "--limit",
+            count,
+            "--out",
+            out,
+            "--overwrite",
+            *"--engine hf --dtype float32 --sample_batch 20".split(),
+            "--max_response_tokens",
+            LENGTH,
+        ],
+    )
 
 
 def test_rollout_holds_a_chunk_of_responses(world, problems, tmp_path, monkeypatch):
@@ -61,18 +80,36 @@ def test_rollout_holds_a_chunk_of_responses(world, problems, tmp_path, monkeypat
     assert many - few < 2000 * (MANY - FEW)  # bytes; problem and prompt are held
     kept, write = [], rollouts.write_rollouts
     monkeypatch.setattr(rollout, "write_rollouts", lambda *args: (kept.append(args[-1]), write(*args)))
-    assert roll(world, problems, tmp_path / "kept", MANY) - few > 4000 * (MANY - FEW)  # what it would be if it held them all
+    assert roll(world, problems, tmp_path / "kept", MANY) - few > 4000 * (
+        MANY - FEW
+    )  # what it would be if it held them all
 
 
 def test_scoring_holds_a_shard_of_responses(world, problems, tmp_path, monkeypatch):
     def score(args, model, head, prompts, responses):
-        scored = [{"hidden": torch.from_numpy(numpy.ones((len(response), 4), numpy.float32))} for response in responses]
+        scored = [
+            {"hidden": torch.from_numpy(numpy.ones((len(response), 4), numpy.float32))}
+            for response in responses
+        ]
         kept.extend(scored * keep)
         return scored
 
     def peak(count):
-        return peak_of(score_teacher, ["--teacher", world / "teacher_init", "--rollouts", tmp_path / str(count), "--overwrite",
-                                       "--out", tmp_path / "scores", "--shard_tokens", 20 * LENGTH])
+        return peak_of(
+            score_teacher,
+            [
+                "--teacher",
+                world / "teacher_init",
+                "--rollouts",
+                tmp_path / str(count),
+                "--overwrite",
+                "--out",
+                tmp_path / "scores",
+                "--shard_tokens",
+                20 * LENGTH,
+            ],
+        )
+
     monkeypatch.setattr(score_teacher, "score", score)
     keep, kept = False, []
     for count in (FEW, MANY):

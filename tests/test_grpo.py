@@ -1,4 +1,5 @@
 """grpo.py: advantages and clipping by hand, gradients against PPO on full logits in float64, a bandit that learns, whole runs."""
+
 import argparse
 import copy
 import json
@@ -9,14 +10,31 @@ import torch
 
 import grpo
 from distil import training
-from grpo import Response, accumulate_gradients, add_old_logps, advantages_of, policy_loss, rewards_of, train_step, training_tflops
 from distil.artifacts import read_artifact
 from distil.sampling import Sample, Sampling, sample
 from distil.training import tflops
+from grpo import (
+    Response,
+    accumulate_gradients,
+    add_old_logps,
+    advantages_of,
+    policy_loss,
+    rewards_of,
+    train_step,
+    training_tflops,
+)
 from recipes.toy_world import make_model, make_tokenizer
 
-DEFAULTS = {"dtype": "float32", "micro_batch_tokens": 10 ** 6, "normalize": "token", "clip_low": 0.2, "clip_high": 0.2,
-            "updates": 1, "kl_weight": 0.0, "importance_cap": 2.0}
+DEFAULTS = {
+    "dtype": "float32",
+    "micro_batch_tokens": 10**6,
+    "normalize": "token",
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "updates": 1,
+    "kl_weight": 0.0,
+    "importance_cap": 2.0,
+}
 
 
 def settings(**changes):
@@ -34,14 +52,24 @@ def test_advantages_by_hand():
 
 def test_rewards_are_correct_answers():
     tokenizer = make_tokenizer()
-    groups = [[Sample(tokenizer(text).input_ids, "stop") for text in texts]
-              for texts in (["\\boxed{4}<|im_end|>", "4<|im_end|>"], ["\\boxed{4}", "\\boxed{7}<|im_end|>"])]
+    groups = [
+        [Sample(tokenizer(text).input_ids, "stop") for text in texts]
+        for texts in (["\\boxed{4}<|im_end|>", "4<|im_end|>"], ["\\boxed{4}", "\\boxed{7}<|im_end|>"])
+    ]
     assert rewards_of(tokenizer, [{"answer": "4"}, {"answer": "7"}], groups).tolist() == [[1, 0], [0, 1]]
 
 
 # ratio, advantage -> the term that is maximised, whether it is clipped; by hand, for bounds of 0.9 and 1.3
-CLIPPING = [(1.0, 2.0, 2.0, False), (1.2, 2.0, 2.4, False), (1.5, 2.0, 2.6, True), (0.5, 2.0, 1.0, False),
-            (1.5, -2.0, -3.0, False), (0.95, -2.0, -1.9, False), (0.5, -2.0, -1.8, True), (1.5, 0.0, 0.0, False)]
+CLIPPING = [
+    (1.0, 2.0, 2.0, False),
+    (1.2, 2.0, 2.4, False),
+    (1.5, 2.0, 2.6, True),
+    (0.5, 2.0, 1.0, False),
+    (1.5, -2.0, -3.0, False),
+    (0.95, -2.0, -1.9, False),
+    (0.5, -2.0, -1.8, True),
+    (1.5, 0.0, 0.0, False),
+]
 
 
 @pytest.mark.parametrize("ratio, advantage, term, clipped", CLIPPING)
@@ -49,7 +77,9 @@ def test_clipping_by_hand(ratio, advantage, term, clipped):
     """A clipped token has no gradient; any other that of ratio x advantage, which is itself. Both have a weight of 0.25."""
     logps = torch.tensor([-1.0], requires_grad=True)
     old = logps.detach() - math.log(ratio)
-    loss, found = policy_loss(settings(clip_low=0.1, clip_high=0.3), logps, old, torch.tensor([advantage]), torch.tensor([0.25]))
+    loss, found = policy_loss(
+        settings(clip_low=0.1, clip_high=0.3), logps, old, torch.tensor([advantage]), torch.tensor([0.25])
+    )
     loss.backward()
     assert loss.item() == pytest.approx(-0.25 * term, rel=1e-5) and found.tolist() == [clipped]
     assert logps.grad.item() == pytest.approx(0.0 if clipped else -0.25 * term, rel=1e-5)
@@ -72,15 +102,19 @@ def others(model):
     return found
 
 
-BATCH = [Response("a", [1, 3, 20], [5, 6, 2], 0.7), Response("a", [1, 3, 20], [9, 0], -0.7),
-         Response("b", [1, 9], [7, 8, 9, 10, 11], 0.0), Response("c", [1], [2], 1.2)]
+BATCH = [
+    Response("a", [1, 3, 20], [5, 6, 2], 0.7),
+    Response("a", [1, 3, 20], [9, 0], -0.7),
+    Response("b", [1, 9], [7, 8, 9, 10, 11], 0.0),
+    Response("c", [1], [2], 1.2),
+]
 SAMPLER = [[-2.0, -5.0, -3.5], [-9.0, -2.5], [-3.0, -3.1, -3.2, -3.3, -3.4], [-6.0]]
 
 
 def log_softmax(model, response):
     """(T, V) of a response's positions, float64."""
     logits = model(input_ids=torch.tensor([response.prompt + response.tokens])).logits[0].double()
-    return logits.log_softmax(-1)[len(response.prompt) - 1:-1]
+    return logits.log_softmax(-1)[len(response.prompt) - 1 : -1]
 
 
 def truth(args, model, batch, sampler_model=None, reference=None):
@@ -96,25 +130,43 @@ def truth(args, model, batch, sampler_model=None, reference=None):
                 log_ratio = (old[t, token] - response.sampler[t]).item()
                 metrics["mismatch"] += abs(log_ratio)
                 weight = min(math.exp(log_ratio), args.importance_cap) if args.importance_cap else 1.0
-            plain, bounded = ratio * response.advantage, ratio.clamp(1 - args.clip_low, 1 + args.clip_high) * response.advantage
+            plain, bounded = (
+                ratio * response.advantage,
+                ratio.clamp(1 - args.clip_low, 1 + args.clip_high) * response.advantage,
+            )
             metrics["clip_fraction"] += int(bounded < plain)
             metrics["entropy"] -= (full[t].exp() * full[t]).sum().item()
             kl = (full[t].exp() * (full[t] - ref[t])).sum()
             metrics["reference_kl"] += kl.item()
             row.append(-weight * torch.minimum(plain, bounded) + args.kl_weight * kl)
         terms.append(torch.stack(row))
-    loss = torch.cat(terms).mean() if args.normalize == "token" else torch.stack([row.mean() for row in terms]).mean()
+    loss = (
+        torch.cat(terms).mean()
+        if args.normalize == "token"
+        else torch.stack([row.mean() for row in terms]).mean()
+    )
     return loss, metrics
 
 
-@pytest.mark.parametrize("budget", [1, 10 ** 6])
-@pytest.mark.parametrize("changes", [{}, {"normalize": "sequence"}, {"old": True},
-                                     {"old": True, "clip_low": 0.01, "clip_high": 0.02},
-                                     {"sampler": True}, {"sampler": True, "importance_cap": 0.0}, {"kl_weight": 0.3},
-                                     {"old": True, "sampler": True, "kl_weight": 0.3, "normalize": "sequence", "clip_high": 0.01}])
+@pytest.mark.parametrize("budget", [1, 10**6])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"normalize": "sequence"},
+        {"old": True},
+        {"old": True, "clip_low": 0.01, "clip_high": 0.02},
+        {"sampler": True},
+        {"sampler": True, "importance_cap": 0.0},
+        {"kl_weight": 0.3},
+        {"old": True, "sampler": True, "kl_weight": 0.3, "normalize": "sequence", "clip_high": 0.01},
+    ],
+)
 def test_loss_gradient_and_metrics_are_those_of_full_logits(model, others, budget, changes):
     """With nothing changed it is REINFORCE over all 11 tokens: the response without an advantage counts in the mean."""
-    args = settings(micro_batch_tokens=budget, **{name: value for name, value in changes.items() if name in DEFAULTS})
+    args = settings(
+        micro_batch_tokens=budget, **{name: value for name, value in changes.items() if name in DEFAULTS}
+    )
     batch, reference = BATCH, others[1] if args.kl_weight else None
     if "sampler" in changes:
         batch = [response._replace(sampler=logps) for response, logps in zip(batch, SAMPLER)]
@@ -127,8 +179,9 @@ def test_loss_gradient_and_metrics_are_those_of_full_logits(model, others, budge
     loss, expected = truth(args, model, batch, sampler_model, reference)
     loss.backward()
     assert value == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)
-    assert metrics.keys() == {"entropy", "clip_fraction"} | ({"mismatch"} if "sampler" in changes else set()) | (
-        {"reference_kl"} if reference else set())
+    assert metrics.keys() == {"entropy", "clip_fraction"} | (
+        {"mismatch"} if "sampler" in changes else set()
+    ) | ({"reference_kl"} if reference else set())
     for name, value in metrics.items():
         assert value == pytest.approx(expected[name], rel=1e-5), name  # sums over tokens
     assert (metrics["clip_fraction"] > 0) == ("old" in changes)  # both cases were met
@@ -138,7 +191,9 @@ def test_loss_gradient_and_metrics_are_those_of_full_logits(model, others, budge
 
 def test_equal_groups_have_no_gradient(model):
     model.zero_grad(set_to_none=True)
-    loss, metrics = accumulate_gradients(settings(), model, None, [r._replace(advantage=0.0) for r in BATCH], 29)
+    loss, metrics = accumulate_gradients(
+        settings(), model, None, [r._replace(advantage=0.0) for r in BATCH], 29
+    )
     assert loss == 0.0 and metrics["entropy"] > 0
     assert all(p.grad is None for p in model.parameters())
 
@@ -171,6 +226,7 @@ def test_cost_of_an_update(model):
 
     def passes(response, reference=None, **changes):
         return training_tflops(settings(**changes), run, reference, response) / one
+
     idle = BATCH[0]._replace(advantage=0.0)
     found = [passes(BATCH[0]), passes(idle), passes(idle, updates=4), passes(idle, model, kl_weight=0.1)]
     assert found == pytest.approx([3, 1, 2, 4])
@@ -183,28 +239,44 @@ def test_a_bandit_learns():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     odd, prompt = [i + 11 for i in (1, 3, 5, 7, 9)], [1, 3, 20]
     assert make_tokenizer().convert_ids_to_tokens(odd) == list("13579")
-    sampling = Sampling(n=32, temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=1, stop_ids=[0, 2], vocab_size=29)
+    sampling = Sampling(
+        n=32, temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=1, stop_ids=[0, 2], vocab_size=29
+    )
 
     def chance():
         with torch.no_grad():
             return model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)[odd].sum().item()
+
     assert chance() < 0.4
     for step in range(40):
         [group] = sample(model, [prompt], sampling, seed=step)
-        advantages = advantages_of(torch.tensor([[float(one.response_ids[0] in odd) for one in group]]))[0].tolist()
-        batch = [Response("", prompt, one.response_ids, advantage) for one, advantage in zip(group, advantages)]
+        advantages = advantages_of(torch.tensor([[float(one.response_ids[0] in odd) for one in group]]))[
+            0
+        ].tolist()
+        batch = [
+            Response("", prompt, one.response_ids, advantage) for one, advantage in zip(group, advantages)
+        ]
         accumulate_gradients(settings(), model, None, batch, 29)
         optimizer.step()
         optimizer.zero_grad()
     assert chance() > 0.9
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole runs
 
 
 def run(world, out, *more):
-    given = ["--model", world / "student_init", "--data", world / "train.jsonl", "--out", out,
-             *"--steps 2 --batch_size 2 --n 4 --engine hf --dtype float32 --max_response_tokens 6".split(), *more]
+    given = [
+        "--model",
+        world / "student_init",
+        "--data",
+        world / "train.jsonl",
+        "--out",
+        out,
+        *"--steps 2 --batch_size 2 --n 4 --engine hf --dtype float32 --max_response_tokens 6".split(),
+        *more,
+    ]
     grpo.main(grpo.get_args([str(word) for word in given]))
 
 
@@ -219,35 +291,46 @@ def reward_short_responses(tokenizer, problems, groups):
 
 def test_a_run_keeps_the_cell_it_started_from(world, tmp_path, monkeypatch):
     import shutil
+
     monkeypatch.setattr(grpo, "rewards_of", reward_short_responses)
     shutil.copytree(world / "student_init", tmp_path / "start")
     cell = {"name": "student prefix, mix 0.8 KL", "prefix": "student", "kl": "mix 0.8"}
-    (tmp_path / "start/checkpoint.json").write_text(json.dumps({"run": "a", "cell": cell, "step": 5, "tflops": 0.5}))
+    (tmp_path / "start/checkpoint.json").write_text(
+        json.dumps({"run": "a", "cell": cell, "step": 5, "tflops": 0.5})
+    )
     run(world, tmp_path / "run", "--model", tmp_path / "start")
     cell["name"] += ", then GRPO"
     assert read_artifact(str(tmp_path / "run"), "--", "grpo")["cell"] == cell
     checkpoint = json.loads((tmp_path / "run/final/checkpoint.json").read_text())
     assert checkpoint["cell"] == cell and checkpoint["step"] == 2 and checkpoint["tflops"] > 0
     rows = read_rows(tmp_path / "run/metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2] and all(row["reward"] == 0.25 and row["equal_groups"] == 0 for row in rows)
+    assert [row["step"] for row in rows] == [1, 2] and all(
+        row["reward"] == 0.25 and row["equal_groups"] == 0 for row in rows
+    )
     assert all(row["grad_norm"] > 0 for row in rows)
 
 
 def test_untrained_checkpoints_and_equal_groups(world, tmp_path, monkeypatch):
     """All rewards 0: counted, no gradient, weights as they were; and such a run can be resumed."""
-    monkeypatch.setattr(grpo, "rewards_of", lambda tokenizer, problems, groups: torch.zeros(len(groups), len(groups[0])))
+    monkeypatch.setattr(
+        grpo, "rewards_of", lambda tokenizer, problems, groups: torch.zeros(len(groups), len(groups[0]))
+    )
     run(world, tmp_path / "run", "--save_every", 1)
     assert read_artifact(str(tmp_path / "run"), "--", "grpo")["cell"]["prefix"] == "-"
     for row in read_rows(tmp_path / "run/metrics.jsonl"):
         assert row["equal_groups"] == 1 and row["grad_norm"] == 0 and row["reward"] == 0
-    assert (tmp_path / "run/final/model.safetensors").read_bytes() == (world / "student_init/model.safetensors").read_bytes()
+    assert (tmp_path / "run/final/model.safetensors").read_bytes() == (
+        world / "student_init/model.safetensors"
+    ).read_bytes()
 
 
 class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("rewards", [reward_short_responses, lambda t, p, groups: torch.zeros(len(groups), len(groups[0]))])
+@pytest.mark.parametrize(
+    "rewards", [reward_short_responses, lambda t, p, groups: torch.zeros(len(groups), len(groups[0]))]
+)
 def test_a_killed_run_continues_to_the_same_end(world, tmp_path, monkeypatch, rewards):
     monkeypatch.setattr(grpo, "rewards_of", rewards)
     more = ["--steps", 3, "--save_every", 1]
@@ -259,24 +342,36 @@ def test_a_killed_run_continues_to_the_same_end(world, tmp_path, monkeypatch, re
         if step == 2:
             raise Killed
         return step_of(args, model, optimizer, step, ids)
+
     with monkeypatch.context() as patch:
         patch.setattr(grpo, "optimizer_step", killed_in_step_3)
         with pytest.raises(Killed):
             run(world, out, *more)
     run(world, out, *more, "--resume")
-    assert (out / "final/model.safetensors").read_bytes() == (tmp_path / "whole/final/model.safetensors").read_bytes()
+    assert (out / "final/model.safetensors").read_bytes() == (
+        tmp_path / "whole/final/model.safetensors"
+    ).read_bytes()
 
     def rows(path):
-        return [{k: v for k, v in row.items() if "second" not in k} for row in read_rows(path / "metrics.jsonl")]
-    assert rows(out) == rows(tmp_path / "whole")
+        return [
+            {k: v for k, v in row.items() if "second" not in k} for row in read_rows(path / "metrics.jsonl")
+        ]
 
+    assert rows(out) == rows(tmp_path / "whole")
 
 
 def test_a_run_with_every_choice_resumes_to_the_same_end(world, tmp_path, monkeypatch):
     """Two updates a batch, a reference, responses that are cut off masked, means over responses, nothing divided."""
     monkeypatch.setattr(grpo, "rewards_of", reward_short_responses)
-    more = [*"--updates 2 --kl_weight 0.1 --overlong mask --normalize sequence --scale_advantages none --steps 2".split(),
-            "--save_every", 1, "--lr", 1e-3, "--max_response_tokens", 12]
+    more = [
+        *"--updates 2 --kl_weight 0.1 --overlong mask --normalize sequence --scale_advantages none --steps 2".split(),
+        "--save_every",
+        1,
+        "--lr",
+        1e-3,
+        "--max_response_tokens",
+        12,
+    ]
     run(world, tmp_path / "whole", *more)
     first, second = read_rows(tmp_path / "whole/metrics.jsonl")
     assert 0 < first["truncated"] < 1 and first["entropy"] > 0
@@ -288,7 +383,9 @@ def test_a_run_with_every_choice_resumes_to_the_same_end(world, tmp_path, monkey
         with pytest.raises(Killed):
             run(world, out, *more)
     run(world, out, *more, "--resume")
-    assert (out / "final/model.safetensors").read_bytes() == (tmp_path / "whole/final/model.safetensors").read_bytes()
+    assert (out / "final/model.safetensors").read_bytes() == (
+        tmp_path / "whole/final/model.safetensors"
+    ).read_bytes()
 
 
 def kill_in_step(number, train_step):
@@ -296,24 +393,45 @@ def kill_in_step(number, train_step):
         if step + 1 == number:
             raise Killed
         return train_step(args, run, reference, groups, vocab_size, step)
+
     return killed
 
 
 def test_masked_responses_carry_no_loss_but_their_rewards_count(world, tmp_path, monkeypatch):
     """One response of each group ends; it has the reward, so its advantage is 0.75 with or without the others."""
     monkeypatch.setattr(grpo, "rewards_of", reward_short_responses)
+
     def with_logps(self, prompts, sampling, seed):
         assert sampling.logprobs  # vLLM is asked for them
-        return [[Sample([5, 2], "stop", [-1.0, -2.0]), *[Sample([6, 7, 8], "length", [-3.0] * 3)] * 3] for _ in prompts]
+        return [
+            [Sample([5, 2], "stop", [-1.0, -2.0]), *[Sample([6, 7, 8], "length", [-3.0] * 3)] * 3]
+            for _ in prompts
+        ]
+
     monkeypatch.setattr(training.Run, "sample", with_logps)
     steps = []
-    monkeypatch.setattr(grpo, "train_step", lambda args, run, reference, groups, vocab_size, step: steps.append(groups) or {})
+    monkeypatch.setattr(
+        grpo, "train_step", lambda args, run, reference, groups, vocab_size, step: steps.append(groups) or {}
+    )
     for word in ("keep", "mask"):
-        run(world, tmp_path / word, "--overlong", word, "--steps", 1, "--scale_advantages", "none", "--log_every", 2)
+        run(
+            world,
+            tmp_path / word,
+            "--overlong",
+            word,
+            "--steps",
+            1,
+            "--scale_advantages",
+            "none",
+            "--log_every",
+            2,
+        )
         [row] = read_rows(tmp_path / word / "metrics.jsonl")
         assert row["truncated"] == 0.75 and row["reward"] == 0.25 and row["response_length"] == 2.75
     assert [[[r.advantage for r in group] for group in groups] for groups in steps] == [
-        [[0.75, -0.25, -0.25, -0.25]] * 2, [[0.75]] * 2]
+        [[0.75, -0.25, -0.25, -0.25]] * 2,
+        [[0.75]] * 2,
+    ]
     assert all(group[0].sampler == [-1.0, -2.0] for groups in steps for group in groups)
 
 
@@ -327,29 +445,61 @@ def test_a_batch_of_which_nothing_is_left_changes_nothing(model):
 
 def test_a_reference_with_another_tokenizer_is_refused(world, tmp_path, refused):
     import shutil
+
     shutil.copytree(world / "student_init", tmp_path / "other")
     file = tmp_path / "other/tokenizer.json"
-    swapped = file.read_text(encoding="utf-8").replace('"a":', '"-":').replace('"b":', '"a":').replace('"-":', '"b":')
+    swapped = (
+        file.read_text(encoding="utf-8")
+        .replace('"a":', '"-":')
+        .replace('"b":', '"a":')
+        .replace('"-":', '"b":')
+    )
     file.write_text(swapped, encoding="utf-8")
-    refused(lambda: run(world, tmp_path / "out", "--kl_weight", 1, "--reference", tmp_path / "other"), "--reference")
-    refused(lambda: run(world, tmp_path / "out", "--kl_weight", 1, "--reference", tmp_path / "absent"), "--reference")
+    refused(
+        lambda: run(world, tmp_path / "out", "--kl_weight", 1, "--reference", tmp_path / "other"),
+        "--reference",
+    )
+    refused(
+        lambda: run(world, tmp_path / "out", "--kl_weight", 1, "--reference", tmp_path / "absent"),
+        "--reference",
+    )
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("line, word", [("--n 1", "--n"), ("--steps 0", "--steps"), ("--eval_every 1", "--eval_data"),
-                                        ("--temperature 0", "--temperature"),
-                                        ("--updates 5", "--updates"), ("--updates 0", "--updates"),
-                                        ("--clip_low 1.5", "--clip_low"), ("--clip_high -1", "--clip_high"),
-                                        ("--kl_weight -1", "--kl_weight"), ("--importance_cap -1", "--importance_cap"),
-                                        ("--reference m", "--reference"), ("--scale_advantages batch", "--scale_advantages"),
-                                        ("--normalize 0", "--normalize"), ("--overlong drop", "--overlong")])
+@pytest.mark.parametrize(
+    "line, word",
+    [
+        ("--n 1", "--n"),
+        ("--steps 0", "--steps"),
+        ("--eval_every 1", "--eval_data"),
+        ("--temperature 0", "--temperature"),
+        ("--updates 5", "--updates"),
+        ("--updates 0", "--updates"),
+        ("--clip_low 1.5", "--clip_low"),
+        ("--clip_high -1", "--clip_high"),
+        ("--kl_weight -1", "--kl_weight"),
+        ("--importance_cap -1", "--importance_cap"),
+        ("--reference m", "--reference"),
+        ("--scale_advantages batch", "--scale_advantages"),
+        ("--normalize 0", "--normalize"),
+        ("--overlong drop", "--overlong"),
+    ],
+)
 def test_bad_flags_are_refused(line, word, refused):
-    assert word in refused(lambda: grpo.get_args(["--model", "m", "--data", "d", "--out", "o", *line.split()])).split("error:")[1]
+    assert (
+        word
+        in refused(lambda: grpo.get_args(["--model", "m", "--data", "d", "--out", "o", *line.split()])).split(
+            "error:"
+        )[1]
+    )
 
 
 def test_bad_input_is_refused_and_leaves_no_directory(world, tmp_path, refused):
-    for more, word in [(["--model", tmp_path / "absent"], "--model"), (["--data", "gsm9k"], "gsm9k"),
-                       (["--max_response_tokens", 600], "context of 512"),
-                       (["--eval_every", 1, "--eval_data", tmp_path / "absent.jsonl"], "absent.jsonl")]:
+    for more, word in [
+        (["--model", tmp_path / "absent"], "--model"),
+        (["--data", "gsm9k"], "gsm9k"),
+        (["--max_response_tokens", 600], "context of 512"),
+        (["--eval_every", 1, "--eval_data", tmp_path / "absent.jsonl"], "absent.jsonl"),
+    ]:
         refused(lambda: run(world, tmp_path / "out", *more), word)
         assert not (tmp_path / "out").exists()

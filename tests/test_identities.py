@@ -1,4 +1,5 @@
 """The paper's identities by enumeration: a vocabulary of 4 with an end token, all sequences of up to 3 tokens, float64."""
+
 import itertools
 
 import pytest
@@ -16,15 +17,21 @@ def prefixes():
 
 def sequences():
     """Every finished sequence: it ends with END, or it has T tokens."""
-    return [s for n in range(1, T + 1) for s in itertools.product(range(V), repeat=n)
-            if END not in s[:-1] and (s[-1] == END or n == T)]
+    return [
+        s
+        for n in range(1, T + 1)
+        for s in itertools.product(range(V), repeat=n)
+        if END not in s[:-1] and (s[-1] == END or n == T)
+    ]
 
 
 @pytest.fixture
 def tables():
     """(student, teacher) logits of the next token, one row a prefix."""
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (2 * torch.randn(len(prefixes()), V, generator=generator, dtype=torch.float64) for _ in range(2))
+    student, teacher = (
+        2 * torch.randn(len(prefixes()), V, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     return student.requires_grad_(), teacher
 
 
@@ -36,7 +43,9 @@ def sequence_log_prob(logits, sequence):
 
 def prefix_distribution(logits):
     """d(s): the chance that a generated sequence passes through each prefix, as a tensor over prefixes()."""
-    return torch.stack([sequence_log_prob(logits, p).exp() if p else torch.ones((), dtype=torch.float64) for p in prefixes()])
+    return torch.stack(
+        [sequence_log_prob(logits, p).exp() if p else torch.ones((), dtype=torch.float64) for p in prefixes()]
+    )
 
 
 def sequence_kl(a, b):
@@ -76,8 +85,10 @@ def test_proposition_1(tables):
     """(i) grad KL(p||q) = -E_p[grad log q];  (ii) grad KL(q||p) = E_q[(log q - log p) grad log q], at every prefix."""
     student, teacher = tables
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-    forward = -(log_p.exp() * log_q).sum()                                         # its gradient is that of -E_p[log q]
-    reverse = (log_q.exp().detach() * (log_q - log_p).detach() * log_q).sum()      # reward and distribution are constants
+    forward = -(log_p.exp() * log_q).sum()  # its gradient is that of -E_p[log q]
+    reverse = (
+        log_q.exp().detach() * (log_q - log_p).detach() * log_q
+    ).sum()  # reward and distribution are constants
     for fkl_weight, right in ((1.0, forward), (0.0, reverse)):
         left = streaming_kl(student, teacher, fkl_weight=fkl_weight).loss
         torch.testing.assert_close(gradient(left, student), gradient(right, student), rtol=0, atol=1e-13)
@@ -96,7 +107,9 @@ def test_which_cells_follow_the_sequence_gradient(tables):
     distillation leaves out how the student's prefixes move: E[sum_t grad log q(prefix_t) KL_t]."""
     student, teacher = tables
     off_policy = gradient(cell_loss(student, teacher, "teacher", 1.0), student)
-    torch.testing.assert_close(off_policy, gradient(sequence_kl(teacher, student), student), rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        off_policy, gradient(sequence_kl(teacher, student), student), rtol=0, atol=1e-13
+    )
     on_policy = gradient(cell_loss(student, teacher, "student", 0.0), student)
     kl = streaming_kl(student, teacher, fkl_weight=0.0).rkl
     moving_prefixes = gradient((prefix_distribution(student) * kl).sum(), student)
@@ -110,8 +123,13 @@ def test_the_cells_differ_in_prefix_weights_and_in_kl_only(tables):
     student, teacher = tables
     ratio = (prefix_distribution(teacher) / prefix_distribution(student)).detach()[:, None]
     for fkl_weight in (1.0, 0.0, 0.8):
-        by_teacher, by_student = (gradient(cell_loss(student, teacher, prefix, fkl_weight), student) for prefix in ("teacher", "student"))
+        by_teacher, by_student = (
+            gradient(cell_loss(student, teacher, prefix, fkl_weight), student)
+            for prefix in ("teacher", "student")
+        )
         torch.testing.assert_close(by_teacher, by_student * ratio, rtol=1e-12, atol=1e-14)
-    forward, reverse, mix = (gradient(cell_loss(student, teacher, "student", w), student) for w in (1.0, 0.0, 0.8))
+    forward, reverse, mix = (
+        gradient(cell_loss(student, teacher, "student", w), student) for w in (1.0, 0.0, 0.8)
+    )
     assert (forward - reverse).abs().max() > 1e-2
     torch.testing.assert_close(mix, 0.8 * forward + 0.2 * reverse, rtol=0, atol=1e-13)

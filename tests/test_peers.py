@@ -1,12 +1,13 @@
 """Other projects' packages as judges. `python -m pytest -m peer -rs` says what was skipped because it is not installed."""
+
 import argparse
 
 import pytest
 import torch
 
 from grpo import Response, accumulate_gradients
-from streaming_kl import streaming_kl
 from recipes.toy_world import make_model, make_tokenizer
+from streaming_kl import streaming_kl
 
 pytestmark = pytest.mark.peer
 
@@ -21,13 +22,15 @@ def padded(rows, side, dtype=torch.long):
     width = max(map(len, rows))
     fill = [[0] * (width - len(row)) for row in rows]
     values = [zeros + row if side == "left" else row + zeros for zeros, row in zip(fill, rows)]
-    mask = [zeros + [1] * len(row) if side == "left" else [1] * len(row) + zeros for zeros, row in zip(fill, rows)]
+    mask = [
+        zeros + [1] * len(row) if side == "left" else [1] * len(row) + zeros for zeros, row in zip(fill, rows)
+    ]
     return torch.tensor(values, dtype=dtype), torch.tensor(mask)
 
 
 @pytest.mark.parametrize("normalize", ["token", "sequence"])
-@pytest.mark.parametrize("moved", [False, True])     # whether the policy has left the one that sampled
-@pytest.mark.parametrize("sampler", [False, True])   # whether vLLM's log-probabilities are known
+@pytest.mark.parametrize("moved", [False, True])  # whether the policy has left the one that sampled
+@pytest.mark.parametrize("sampler", [False, True])  # whether vLLM's log-probabilities are known
 def test_grpo_loss_and_gradient_are_trls(normalize, moved, sampler, tmp_path, record_property):
     """loss_type dapo is the mean over tokens, grpo over responses. No KL: TRL's is a one-sample estimate, ours is exact."""
     trl = pytest.importorskip("trl")
@@ -37,22 +40,43 @@ def test_grpo_loss_and_gradient_are_trls(normalize, moved, sampler, tmp_path, re
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, 32, 2, 1).eval()
     old = [-3.2 + 0.5 * torch.randn(len(tokens)) for tokens in TOKENS] if moved else None
-    config = trl.GRPOConfig(loss_type={"token": "dapo", "sequence": "grpo"}[normalize], beta=0.0, epsilon=0.2, epsilon_high=0.28,
-                            temperature=1.0, num_generations=2, per_device_train_batch_size=4, output_dir=str(tmp_path),
-                            use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
-                            vllm_importance_sampling_correction=True)
-    trainer = trl.GRPOTrainer(model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config,
-                              train_dataset=datasets.Dataset.from_dict({"prompt": ["a=1"] * 4}), processing_class=tokenizer)
+    config = trl.GRPOConfig(
+        loss_type={"token": "dapo", "sequence": "grpo"}[normalize],
+        beta=0.0,
+        epsilon=0.2,
+        epsilon_high=0.28,
+        temperature=1.0,
+        num_generations=2,
+        per_device_train_batch_size=4,
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        gradient_checkpointing=False,
+        vllm_importance_sampling_correction=True,
+    )
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=config,
+        train_dataset=datasets.Dataset.from_dict({"prompt": ["a=1"] * 4}),
+        processing_class=tokenizer,
+    )
     trainer.use_vllm = sampler  # only the loss asks: nothing is sampled here
     model.eval()
     inputs = dict(zip(("prompt_ids", "prompt_mask"), padded(PROMPTS, "left")))
     inputs |= dict(zip(("completion_ids", "completion_mask"), padded(TOKENS, "right")))
-    inputs |= {"advantages": torch.tensor(ADVANTAGES), "num_items_in_batch": torch.tensor(sum(map(len, TOKENS)))}
+    inputs |= {
+        "advantages": torch.tensor(ADVANTAGES),
+        "num_items_in_batch": torch.tensor(sum(map(len, TOKENS))),
+    }
     if moved:
         inputs["old_per_token_logps"] = padded([row.tolist() for row in old], "right", torch.float32)[0]
     if sampler:
         now = [row.tolist() for row in old] if moved else own_logps(model)
-        ratios = [torch.exp(torch.tensor(a) - torch.tensor(b)).clamp(max=2.0).tolist() for a, b in zip(now, SAMPLER)]
+        ratios = [
+            torch.exp(torch.tensor(a) - torch.tensor(b)).clamp(max=2.0).tolist() for a, b in zip(now, SAMPLER)
+        ]
         inputs["importance_sampling_ratio"] = padded(ratios, "right", torch.float32)[0]
     expected = trainer._compute_loss(model, inputs)
     expected.backward()
@@ -60,10 +84,19 @@ def test_grpo_loss_and_gradient_are_trls(normalize, moved, sampler, tmp_path, re
     metrics = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
     model.zero_grad(set_to_none=True)
 
-    args = argparse.Namespace(dtype="float32", micro_batch_tokens=10 ** 6, normalize=normalize, clip_low=0.2, clip_high=0.28,
-                              kl_weight=0.0, importance_cap=2.0)
-    batch = [Response("", *row, SAMPLER[i] if sampler else None, old[i] if moved else None)
-             for i, row in enumerate(zip(PROMPTS, TOKENS, ADVANTAGES))]
+    args = argparse.Namespace(
+        dtype="float32",
+        micro_batch_tokens=10**6,
+        normalize=normalize,
+        clip_low=0.2,
+        clip_high=0.28,
+        kl_weight=0.0,
+        importance_cap=2.0,
+    )
+    batch = [
+        Response("", *row, SAMPLER[i] if sampler else None, old[i] if moved else None)
+        for i, row in enumerate(zip(PROMPTS, TOKENS, ADVANTAGES))
+    ]
     loss, sums = accumulate_gradients(args, model, None, batch, len(tokenizer))
     assert loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
     for name, p in model.named_parameters():
@@ -77,7 +110,9 @@ def test_grpo_loss_and_gradient_are_trls(normalize, moved, sampler, tmp_path, re
 def own_logps(model):
     found = []
     for prompt, tokens in zip(PROMPTS, TOKENS):
-        logps = model(input_ids=torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)[len(prompt) - 1:-1]
+        logps = (
+            model(input_ids=torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        )
         found.append(logps[torch.arange(len(tokens)), tokens].tolist())
     return found
 
@@ -94,8 +129,13 @@ def test_the_kls_and_their_gradients_are_trls_at_the_ends(beta, fkl_weight, reco
     theirs, ours = student.clone().requires_grad_(), student.clone().requires_grad_()
     loss = gkd.GKDTrainer.generalized_jsd_loss(theirs, teacher, labels, beta=beta)
     loss.backward()
-    out = streaming_kl(ours.view(-1, 1000), teacher.view(-1, 1000), fkl_weight=fkl_weight, weight=(labels.view(-1) > 0).float(),
-                       reduction="mean")
+    out = streaming_kl(
+        ours.view(-1, 1000),
+        teacher.view(-1, 1000),
+        fkl_weight=fkl_weight,
+        weight=(labels.view(-1) > 0).float(),
+        reduction="mean",
+    )
     out.loss.backward()
     torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)

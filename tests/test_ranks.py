@@ -1,4 +1,5 @@
 """Two ranks on a CPU (gloo) give what one process gives. Ranks are forked from the tests' process, which has imported all there is."""
+
 import json
 import os
 import re
@@ -14,10 +15,10 @@ from safetensors.torch import load_file
 
 import grpo
 import train
+from conftest import ROOT
 from distil import models, ranks
 from distil.artifacts import refuse
 from distil.prompts import load_tokenizer
-from conftest import ROOT
 from recipes.toy_world import make_model
 
 
@@ -28,8 +29,14 @@ def free_port():
 
 
 def as_rank(rank, count, port, work, words):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}  # what torchrun sets
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+    }  # what torchrun sets
     ranks.start()
     work(*words)
     ranks.end()
@@ -44,7 +51,10 @@ def run_stage(stage, words):
 
 
 def rows_of(file):
-    return [{name: value for name, value in json.loads(line).items() if "second" not in name} for line in open(file)]
+    return [
+        {name: value for name, value in json.loads(line).items() if "second" not in name}
+        for line in open(file)
+    ]
 
 
 def flat(row):
@@ -67,29 +77,100 @@ def untied(world):
 
 def flags_of(case, world, rollouts, scores, student):
     teacher_prefix = ["--prefix", "teacher", "--rollouts", rollouts, "--scores", scores, "--student", student]
-    student_prefix = ["--prefix", "student", "--teacher", world / "teacher_init", "--data", world / "train.jsonl", "--student", student]
+    student_prefix = [
+        "--prefix",
+        "student",
+        "--teacher",
+        world / "teacher_init",
+        "--data",
+        world / "train.jsonl",
+        "--student",
+        student,
+    ]
     evaluation = ["--eval_data", world / "heldout.jsonl", "--eval_every", 2, "--eval_n", 2]
     common = "--engine hf --dtype float32 --steps 4 --lr 2e-3 --max_response_tokens 12 --save_every 2".split()
-    model = ["--model", student, "--data", world / "train.jsonl", *"--batch_size 4 --n 3 --updates 2 --kl_weight 0.1".split()]
+    model = [
+        "--model",
+        student,
+        "--data",
+        world / "train.jsonl",
+        *"--batch_size 4 --n 3 --updates 2 --kl_weight 0.1".split(),
+    ]
     return {
-        "teacher forward": [train, *teacher_prefix, "--kl", "forward", "--batch_size", 5, "--micro_batch_tokens", 60, *evaluation],
-        "teacher reverse": [train, *teacher_prefix, "--kl", "reverse", "--batch_size", 3, "--normalize", "token"],
+        "teacher forward": [
+            train,
+            *teacher_prefix,
+            "--kl",
+            "forward",
+            "--batch_size",
+            5,
+            "--micro_batch_tokens",
+            60,
+            *evaluation,
+        ],
+        "teacher reverse": [
+            train,
+            *teacher_prefix,
+            "--kl",
+            "reverse",
+            "--batch_size",
+            3,
+            "--normalize",
+            "token",
+        ],
         "student forward": [train, *student_prefix, "--kl", "forward", "--batch_size", 4],
-        "student reverse": [train, *student_prefix, "--kl", "reverse", "--batch_size", 3, "--n", 2, *evaluation],
+        "student reverse": [
+            train,
+            *student_prefix,
+            "--kl",
+            "reverse",
+            "--batch_size",
+            3,
+            "--n",
+            2,
+            *evaluation,
+        ],
         "one response": [train, *student_prefix, "--kl", "reverse", "--batch_size", 1, "--vocab", "sampled"],
-        "curriculum": [train, *student_prefix, *"--kl mix --fkl_weight 0.3 --batch_size 4 --curriculum entropy".split(),
-                       *"--horizons 4,8,12 --entropy_floor 0.5 --gate_every 1".split(), *evaluation],
+        "curriculum": [
+            train,
+            *student_prefix,
+            *"--kl mix --fkl_weight 0.3 --batch_size 4 --curriculum entropy".split(),
+            *"--horizons 4,8,12 --entropy_floor 0.5 --gate_every 1".split(),
+            *evaluation,
+        ],
         "grpo": [grpo, *model, *evaluation],
-        "grpo, equal groups": [grpo, *model[:4], *"--batch_size 2 --n 2 --overlong mask --scale_advantages none".split()],
+        "grpo, equal groups": [
+            grpo,
+            *model[:4],
+            *"--batch_size 2 --n 2 --overlong mask --scale_advantages none".split(),
+        ],
     }[case] + common
 
 
-@pytest.mark.parametrize("case, tied", [("teacher forward", True), ("teacher reverse", False), ("student forward", False),
-                                        ("student reverse", True), ("one response", True), ("curriculum", True), ("grpo", True),
-                                        ("grpo", False), ("grpo, equal groups", True)])
-def test_two_ranks_end_as_one_process_does(world, rollouts, scores, untied, tmp_path, monkeypatch, case, tied):
-    monkeypatch.setattr(grpo, "rewards_of", lambda tokenizer, problems, groups: torch.tensor(  # untrained models are never right
-        [[float(sum(one.response_ids) % 2) for one in group] for group in groups]))
+@pytest.mark.parametrize(
+    "case, tied",
+    [
+        ("teacher forward", True),
+        ("teacher reverse", False),
+        ("student forward", False),
+        ("student reverse", True),
+        ("one response", True),
+        ("curriculum", True),
+        ("grpo", True),
+        ("grpo", False),
+        ("grpo, equal groups", True),
+    ],
+)
+def test_two_ranks_end_as_one_process_does(
+    world, rollouts, scores, untied, tmp_path, monkeypatch, case, tied
+):
+    monkeypatch.setattr(
+        grpo,
+        "rewards_of",
+        lambda tokenizer, problems, groups: torch.tensor(  # untrained models are never right
+            [[float(sum(one.response_ids) % 2) for one in group] for group in groups]
+        ),
+    )
     stage, *flags = flags_of(case, world, rollouts, scores, world / "student_init" if tied else untied)
     run_stage(stage, [*flags, "--out", tmp_path / "one"])
     on_ranks(run_stage, stage, [*flags, "--out", tmp_path / "two"])
@@ -106,7 +187,9 @@ def test_two_ranks_end_as_one_process_does(world, rollouts, scores, untied, tmp_
         for name in one:  # where a gradient is all rounding, Adam makes a step of it
             torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-3)
             assert (one[name] - two[name]).abs().mean() < 2e-5
-        assert max((one[name] - start[name]).abs().max() for name in one) > 1e-3  # Adam moves by the learning rate
+        assert (
+            max((one[name] - start[name]).abs().max() for name in one) > 1e-3
+        )  # Adam moves by the learning rate
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -137,6 +220,7 @@ def cut_short(stage, words):
         if step == 3:
             raise RuntimeError("cut short")
         return whole_step(args, model, optimizer, step, ids)
+
     whole_step, stage.optimizer_step = stage.optimizer_step, step
     run_stage(stage, words)
 
@@ -147,9 +231,14 @@ def test_a_rank_holds_its_share_of_weights_gradients_and_moments(world, tmp_path
         optimizer = torch.optim.AdamW(model.parameters())
         models.response_hidden(model, [[3, 4]], [[5, 6, 7]]).sum().backward()
         optimizer.step()
-        held = [*model.parameters(), *(p.grad for p in model.parameters()), *(t for s in optimizer.state.values() for t in s.values())]
+        held = [
+            *model.parameters(),
+            *(p.grad for p in model.parameters()),
+            *(t for s in optimizer.state.values() for t in s.values()),
+        ]
         local = [t.to_local() if hasattr(t, "to_local") else t for t in held]
         (out / str(ranks.rank())).write_text(str(sum(t.numel() * t.element_size() for t in local)))
+
     sizes = {}
     for count in (1, 2, 4):
         (tmp_path / str(count)).mkdir()
@@ -162,7 +251,10 @@ def test_a_rank_holds_its_share_of_weights_gradients_and_moments(world, tmp_path
 def test_shares_and_sums(tmp_path):
     def check(out):
         n = ranks.count()
-        assert ranks.gather(list(range(7))[ranks.mine(7)]) == list(range(7)) and ranks.gather([][ranks.mine(0)]) == []
+        assert (
+            ranks.gather(list(range(7))[ranks.mine(7)]) == list(range(7))
+            and ranks.gather([][ranks.mine(0)]) == []
+        )
         for batches in ([[0, 1, 2]], [[0], [1], [2], [3]], [[0, 1], [2, 3, 4, 5, 6], [7]], [[0]], []):
             dealt = ranks.deal(batches)
             assert len(ranks.gather([len(dealt)])) == n and len(set(ranks.gather([len(dealt)]))) == 1
@@ -171,6 +263,7 @@ def test_shares_and_sums(tmp_path):
         assert ranks.add_up({"a": 1.5, "b": ranks.rank()}) == {"a": 1.5 * n, "b": n * (n - 1) / 2}
         assert ranks.largest(10 * ranks.rank()) == 10 * (n - 1)
         (out / str(ranks.rank())).write_text("checked")
+
     on_ranks(check, tmp_path, count=3)
     assert len(list(tmp_path.iterdir())) == 3
     assert ranks.deal([[0, 1], [2]]) == [([0, 1], True), ([2], True)] and ranks.mine(5) == slice(0, 5)
@@ -190,8 +283,23 @@ train.main(train.get_args(sys.argv[1:]))
 
 
 def torchrun(*words):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", *map(str, words)],
-                          cwd=ROOT, capture_output=True, text=True, timeout=240, env=os.environ | {"PYTHONPATH": ROOT})
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "--",
+            *map(str, words),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"PYTHONPATH": ROOT},
+    )
 
 
 def test_torchrun_ends_when_one_rank_fails_and_shows_why(world, rollouts, scores, tmp_path):

@@ -1,6 +1,7 @@
 """recipes/qwen3.sh and recipes/paper_b.sh: every command parses and has the papers' values; rows of each kind run with tiny models.
 
 The recipes' commands are read from bash; recipes/plan.py, which shows and runs them, is called in this process."""
+
 import importlib
 import io
 import json
@@ -10,11 +11,11 @@ import subprocess
 
 import pytest
 import torch
+from test_repo import parses
 
 from conftest import ROOT
-from recipes import plan
 from distil.training import tflops
-from test_repo import parses
+from recipes import plan
 
 FAKE = '#!/bin/sh\necho "$@"\ncat\n'  # in the place of python: prints how it was called, and what was piped into it
 
@@ -24,8 +25,12 @@ def bash(tmp_path, name, *flags):
     (tmp_path / "bin").mkdir(exist_ok=True)
     (tmp_path / "bin/python").write_text(FAKE)
     (tmp_path / "bin/python").chmod(0o755)
-    done = subprocess.run(["bash", f"{ROOT}/recipes/{name}.sh", *map(str, flags)], capture_output=True, text=True,
-                          env=os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"})
+    done = subprocess.run(
+        ["bash", f"{ROOT}/recipes/{name}.sh", *map(str, flags)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
+    )
     called, *lines = done.stdout.splitlines() or [""]
     return done.returncode, called.split(), lines, done.stderr
 
@@ -33,6 +38,7 @@ def bash(tmp_path, name, *flags):
 @pytest.fixture
 def recipe(tmp_path, monkeypatch, capsys):
     """recipe(name, *flags): plan.py on the recipe's commands; returns what it printed."""
+
     def call(name, *flags):
         code, called, lines, error = bash(tmp_path, name, *flags)
         assert code == 0 and called[:2] == ["-m", "recipes.plan"], error
@@ -40,6 +46,7 @@ def recipe(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         plan.main(plan.get_args(called[2:]))
         return capsys.readouterr().out
+
     return call
 
 
@@ -53,8 +60,8 @@ def rows(printed):
         elif words and words[0] != "#":
             name = next((word for word in words if word.endswith(".py")), None)
             if name:
-                parses(name[:-3], words[words.index(name) + 1:])
-                args = importlib.import_module(name[:-3]).get_args(words[words.index(name) + 1:])
+                parses(name[:-3], words[words.index(name) + 1 :])
+                args = importlib.import_module(name[:-3]).get_args(words[words.index(name) + 1 :])
                 found.setdefault(row, []).append((name[:-3], args))
             else:
                 found.setdefault(row, []).append((words[0], words))
@@ -76,27 +83,80 @@ def test_every_row_of_the_first_paper_has_its_hyperparameters(recipe, tmp_path):
     assert set(found) == {*listed(tmp_path, "qwen3"), "rollouts_4b", "rollouts_8b", "results"} - shared
     for size, teacher in {"4b": "Qwen/Qwen3-4B", "8b": "Qwen/Qwen3-8B"}.items():
         (_, rollouts), *scores = found[f"rollouts_{size}"]
-        has(rollouts, model=teacher, data="deepscaler", temperature=1.0, top_p=0.95, top_k=20, sample_batch=128)
-        assert [args.max_tokens for _, args in scores] == [128, 4096] and all(args.signal == "hidden" for _, args in scores)
+        has(
+            rollouts,
+            model=teacher,
+            data="deepscaler",
+            temperature=1.0,
+            top_p=0.95,
+            top_k=20,
+            sample_batch=128,
+        )
+        assert [args.max_tokens for _, args in scores] == [128, 4096] and all(
+            args.signal == "hidden" for _, args in scores
+        )
         for table, tokens, start in (("table1", 128, "table5"), ("table2", 4096, "table6")):
             for prefix in ("student", "teacher"):
                 for kl in ("forward", "reverse"):
                     row = f"{prefix}_{size}_{kl}"
                     (_, train), (_, evaluation) = found[f"{table}/{row}"]
-                    has(train, prefix=prefix, kl=kl, vocab="full", student="Qwen/Qwen3-0.6B-Base", lr=5e-7, batch_size=32,
-                        steps=1000, warmup=0.05, seed=42, max_response_tokens=tokens, eval_data="math500", eval_every=30,
-                        save_every=40, eval_max_response_tokens=4096, dtype="bfloat16",
-                        teacher=teacher if prefix == "student" else None)
-                    has(evaluation, model=f"out/qwen3/{table}_{row}/final", temperature=0.6, top_p=0.95, max_response_tokens=8192,
-                        benchmarks=["aime24", "amc23", "math500", "gsm8k"])
+                    has(
+                        train,
+                        prefix=prefix,
+                        kl=kl,
+                        vocab="full",
+                        student="Qwen/Qwen3-0.6B-Base",
+                        lr=5e-7,
+                        batch_size=32,
+                        steps=1000,
+                        warmup=0.05,
+                        seed=42,
+                        max_response_tokens=tokens,
+                        eval_data="math500",
+                        eval_every=30,
+                        save_every=40,
+                        eval_max_response_tokens=4096,
+                        dtype="bfloat16",
+                        teacher=teacher if prefix == "student" else None,
+                    )
+                    has(
+                        evaluation,
+                        model=f"out/qwen3/{table}_{row}/final",
+                        temperature=0.6,
+                        top_p=0.95,
+                        max_response_tokens=8192,
+                        benchmarks=["aime24", "amc23", "math500", "gsm8k"],
+                    )
                     (_, rl), (_, evaluation) = found[f"{start}/{row}"]
-                    has(rl, model=f"out/qwen3/{table}_{row}/final", n=8, lr=1e-6, steps=1000, max_response_tokens=4096,
-                        temperature=1.0, top_p=0.95, kl_weight=0.0, updates=1, warmup=0.05, data="deepscaler")
+                    has(
+                        rl,
+                        model=f"out/qwen3/{table}_{row}/final",
+                        n=8,
+                        lr=1e-6,
+                        steps=1000,
+                        max_response_tokens=4096,
+                        temperature=1.0,
+                        top_p=0.95,
+                        kl_weight=0.0,
+                        updates=1,
+                        warmup=0.05,
+                        data="deepscaler",
+                    )
                     assert rl.batch_size * rl.n == 32
         (_, curriculum), _ = found[f"table3/{size}_curriculum"]
-        has(curriculum, prefix="student", kl="reverse", curriculum="entropy", max_response_tokens=4096, teacher=teacher)
+        has(
+            curriculum,
+            prefix="student",
+            kl="reverse",
+            curriculum="entropy",
+            max_response_tokens=4096,
+            teacher=teacher,
+        )
     assert [found[f"figure7/student_4b_mix_{w}"][0][1].fkl_weight for w in (0.2, 0.5, 0.8)] == [0.2, 0.5, 0.8]
-    shots = {words[words.index("--tasks") + 1]: words[words.index("--num_fewshot") + 1] for _, words in found["table4/base"]}
+    shots = {
+        words[words.index("--tasks") + 1]: words[words.index("--num_fewshot") + 1]
+        for _, words in found["table4/base"]
+    }
     assert shots == {"mmlu": "5", "arc_challenge": "25", "hellaswag": "10", "piqa": "0"}
 
 
@@ -104,34 +164,86 @@ def test_every_row_of_the_second_paper_has_its_hyperparameters(recipe, tmp_path)
     found = rows(recipe("paper_b", "--dry_run"))
     shared = {"template/aligned", "problems/near"}  # topk/k16
     assert set(found) == {*listed(tmp_path, "paper_b"), "sft", "results"} - shared
-    opd = {row: next(args for stage, args in commands if stage == "train") for row, commands in found.items()
-           if row not in ("sft", "results")}
+    opd = {
+        row: next(args for stage, args in commands if stage == "train")
+        for row, commands in found.items()
+        if row not in ("sft", "results")
+    }
     for row, args in opd.items():
-        has(args, prefix="student", kl="reverse", batch_size=64, n=4, temperature=1.0, top_p=1.0, top_k=0, lr=1e-6, warmup=0.0,
-            max_response_tokens=7168, normalize="token", eval_every=20, eval_n=16, steps=600 if row.startswith("reverse") else 200)
+        has(
+            args,
+            prefix="student",
+            kl="reverse",
+            batch_size=64,
+            n=4,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            lr=1e-6,
+            warmup=0.0,
+            max_response_tokens=7168,
+            normalize="token",
+            eval_every=20,
+            eval_n=16,
+            steps=600 if row.startswith("reverse") else 200,
+        )
         has(found[row][-1][1], n=16, temperature=0.7, top_p=0.95, max_response_tokens=31744)
         if not row.startswith("topk"):
             has(args, vocab="topk", k=16, topk_set="student")
     assert [(args.vocab, args.k, args.topk_set) for row, args in opd.items() if row.startswith("topk")] == [
-        ("sampled", 16, "student"), ("topk", 4, "student"), ("topk", 16, "student"), ("topk", 64, "student"),
-        ("topk", 16, "teacher"), ("topk", 16, "union"), ("topk", 16, "intersection")]
-    has(opd["topk/k16"], student="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", teacher="hbx/JustRL-DeepSeek-1.5B",
-        prompt_suffix=" Please reason step by step, and put your final answer within \\boxed{}.")
-    has(opd["reverse/r1_1.5b"], student="hbx/JustRL-DeepSeek-1.5B", teacher="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B")
+        ("sampled", 16, "student"),
+        ("topk", 4, "student"),
+        ("topk", 16, "student"),
+        ("topk", 64, "student"),
+        ("topk", 16, "teacher"),
+        ("topk", 16, "union"),
+        ("topk", 16, "intersection"),
+    ]
+    has(
+        opd["topk/k16"],
+        student="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+        teacher="hbx/JustRL-DeepSeek-1.5B",
+        prompt_suffix=" Please reason step by step, and put your final answer within \\boxed{}.",
+    )
+    has(
+        opd["reverse/r1_1.5b"],
+        student="hbx/JustRL-DeepSeek-1.5B",
+        teacher="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    )
     assert opd["template/original"].prompt_suffix == ""
     (_, rollouts), (_, sft) = found["sft"]
-    has(rollouts, temperature=0.7, top_p=0.95, max_response_tokens=12288, limit=200000, attempts=3,
-        drop=["unboxed", "truncated", "degenerate"])
+    has(
+        rollouts,
+        temperature=0.7,
+        top_p=0.95,
+        max_response_tokens=12288,
+        limit=200000,
+        attempts=3,
+        drop=["unboxed", "truncated", "degenerate"],
+    )
     has(sft, prefix="teacher", vocab="sampled", kl="forward", lr=1e-5, warmup=0.05, steps=-(-200000 // 64))
-    assert opd["cold_start/sft"].student == sft.out + "/final" and opd["cold_start/direct"].student == sft.student
+    assert (
+        opd["cold_start/sft"].student == sft.out + "/final"
+        and opd["cold_start/direct"].student == sft.student
+    )
 
 
 def test_several_gpus_and_flags_that_do_not_exist(recipe, tmp_path):
-    printed = recipe("qwen3", "--row", "table5/teacher_4b_forward", "--gpus", 4, "--steps", 7, "--dry_run").replace(" \\\n", "")
+    printed = recipe(
+        "qwen3", "--row", "table5/teacher_4b_forward", "--gpus", 4, "--steps", 7, "--dry_run"
+    ).replace(" \\\n", "")
     assert [line.split(".py")[0] for line in printed.splitlines() if "torchrun" in line] == [
-        f"torchrun --standalone --nproc_per_node 4 -- {stage}" for stage in ("train", "grpo")]
-    assert printed.count("--steps 7") == 2 and printed.count("--tensor_parallel 4") == 3  # the rollouts, two evaluations
-    for flags, word in ((["--row", "table9"], "table9"), (["--path", "x"], "--path"), (["--steps"], "--steps"), (["x"], "flag x")):
+        f"torchrun --standalone --nproc_per_node 4 -- {stage}" for stage in ("train", "grpo")
+    ]
+    assert (
+        printed.count("--steps 7") == 2 and printed.count("--tensor_parallel 4") == 3
+    )  # the rollouts, two evaluations
+    for flags, word in (
+        (["--row", "table9"], "table9"),
+        (["--path", "x"], "--path"),
+        (["--steps"], "--steps"),
+        (["x"], "flag x"),
+    ):
         code, _, lines, error = bash(tmp_path, "qwen3", *flags)
         assert code == 2 and not lines and word in error
 
@@ -142,47 +254,166 @@ def test_the_plan_adds_up_what_the_paper_counts(tmp_path, monkeypatch):
     and lengths and 256 responses in the place of 32, eight times the first."""
     for name, heads in {"Qwen3-0.6B-Base": 8, "Qwen3-4B": 20}.items():
         monkeypatch.setitem(plan.MODELS[name], "num_attention_heads", heads)
-    _, _, lines, _ = bash(tmp_path, "qwen3", "--row", "table1/student_4b_forward", "--row", "table5/teacher_4b_forward",
-                          "--long", 128)
-    _, _, others, _ = bash(tmp_path, "paper_b", "--row", "topk/k16", "--r1", "Qwen3-0.6B-Base", "--justrl", "Qwen3-4B",
-                           "--tokens", 128)
+    _, _, lines, _ = bash(
+        tmp_path,
+        "qwen3",
+        "--row",
+        "table1/student_4b_forward",
+        "--row",
+        "table5/teacher_4b_forward",
+        "--long",
+        128,
+    )
+    _, _, others, _ = bash(
+        tmp_path,
+        "paper_b",
+        "--row",
+        "topk/k16",
+        "--r1",
+        "Qwen3-0.6B-Base",
+        "--justrl",
+        "Qwen3-4B",
+        "--tokens",
+        128,
+    )
     made, step = {}, {}
     for command in plan.read_commands([*lines, *others]):
         spent, size = plan.cost(command, 92, made)
-        if command.module in ("train", "grpo"):  # and evaluations at the start, after every 30th (20th) step, and at the end
+        if command.module in (
+            "train",
+            "grpo",
+        ):  # and evaluations at the start, after every 30th (20th) step, and at the end
             responses = 11 * 30 * 16 if command.row == "topk/k16" else 35 * 500
-            evaluations = responses * tflops(plan.MODELS["Qwen3-0.6B-Base"], 92, command.tokens, forwards=1, generations=1)
+            evaluations = responses * tflops(
+                plan.MODELS["Qwen3-0.6B-Base"], 92, command.tokens, forwards=1, generations=1
+            )
             step[command.row] = (spent - evaluations) / command.args.steps
         if command.module == "score_teacher":
             assert size == 2 * 2560 * (40315 * 128 + 151936)
-    assert step == pytest.approx({"table1/student_4b_forward": 83.98, "table1/teacher_4b_forward": 23.19,
-                                  "table5/teacher_4b_forward": 83.98 - 53.13, "topk/k16": 8 * 83.98}, rel=0.005)
+    assert step == pytest.approx(
+        {
+            "table1/student_4b_forward": 83.98,
+            "table1/teacher_4b_forward": 23.19,
+            "table5/teacher_4b_forward": 83.98 - 53.13,
+            "topk/k16": 8 * 83.98,
+        },
+        rel=0.005,
+    )
 
 
 @pytest.mark.parametrize("name", ["Qwen3-0.6B-Base", "Qwen3-8B"])
 def test_checkpoints_are_as_large_as_their_models(name, tmp_path):
     from transformers import Qwen3Config, Qwen3ForCausalLM
+
     with torch.device("meta"):
         weights = Qwen3ForCausalLM(Qwen3Config(**plan.MODELS[name])).num_parameters()
-    _, _, lines, _ = bash(tmp_path, "qwen3", "--row", "table2/student_4b_forward", "--student", f"Qwen/{name}")
-    [size] = [plan.cost(command, 92, {})[1] for command in plan.read_commands(lines) if command.module == "train"]
-    assert size == pytest.approx(4 * weights * (1 + 2 * 3), rel=1e-3)  # the last, and two with AdamW's two moments
+    _, _, lines, _ = bash(
+        tmp_path, "qwen3", "--row", "table2/student_4b_forward", "--student", f"Qwen/{name}"
+    )
+    [size] = [
+        plan.cost(command, 92, {})[1] for command in plan.read_commands(lines) if command.module == "train"
+    ]
+    assert size == pytest.approx(
+        4 * weights * (1 + 2 * 3), rel=1e-3
+    )  # the last, and two with AdamW's two moments
 
 
 @pytest.fixture
 def tiny(world, tmp_path):
     """Flags that put tiny models, data and sizes in the places of both papers'."""
-    common = ["--engine", "hf", "--dtype", "float32", "--gpus", 1, "--out", tmp_path / "out", "--steps", 2, "--batch_size", 2,
-              "--eval_data", world / "heldout.jsonl", "--benchmarks", world / "test.jsonl", "--eval_every", 2, "--eval_n", 1,
-              "--eval_tokens", 8]
+    common = [
+        "--engine",
+        "hf",
+        "--dtype",
+        "float32",
+        "--gpus",
+        1,
+        "--out",
+        tmp_path / "out",
+        "--steps",
+        2,
+        "--batch_size",
+        2,
+        "--eval_data",
+        world / "heldout.jsonl",
+        "--benchmarks",
+        world / "test.jsonl",
+        "--eval_every",
+        2,
+        "--eval_n",
+        1,
+        "--eval_tokens",
+        8,
+    ]
     student, teacher, train = world / "student_init", world / "teacher_init", world / "train.jsonl"
-    return {"qwen3": [*common, "--student", student, "--teacher_4b", teacher, "--teacher_8b", teacher, "--data", train,
-                      "--limit", 6, "--short", 4, "--long", 8, "--test_tokens", 8, "--horizons", "4,8", "--gate_every", 1,
-                      "--grpo_problems", 2],
-            "paper_b": [*common, "--r1", student, "--r1_large", teacher, "--justrl", teacher, "--base", student, "--chat", teacher,
-                        "--rl", teacher, "--data", train, "--original_data", train, "--far_data", train, "--sft_data", train,
-                        "--cold_data", world / "test.jsonl", "--reverse_steps", 1, "--tokens", 8, "--n", 2, "--sft_limit", 8,
-                        "--sft_tokens", 60, "--sft_steps", 2, "--sft_batch_size", 2, "--dedup", "exact"]}
+    return {
+        "qwen3": [
+            *common,
+            "--student",
+            student,
+            "--teacher_4b",
+            teacher,
+            "--teacher_8b",
+            teacher,
+            "--data",
+            train,
+            "--limit",
+            6,
+            "--short",
+            4,
+            "--long",
+            8,
+            "--test_tokens",
+            8,
+            "--horizons",
+            "4,8",
+            "--gate_every",
+            1,
+            "--grpo_problems",
+            2,
+        ],
+        "paper_b": [
+            *common,
+            "--r1",
+            student,
+            "--r1_large",
+            teacher,
+            "--justrl",
+            teacher,
+            "--base",
+            student,
+            "--chat",
+            teacher,
+            "--rl",
+            teacher,
+            "--data",
+            train,
+            "--original_data",
+            train,
+            "--far_data",
+            train,
+            "--sft_data",
+            train,
+            "--cold_data",
+            world / "test.jsonl",
+            "--reverse_steps",
+            1,
+            "--tokens",
+            8,
+            "--n",
+            2,
+            "--sft_limit",
+            8,
+            "--sft_tokens",
+            60,
+            "--sft_steps",
+            2,
+            "--sft_batch_size",
+            2,
+            "--dedup",
+            "exact",
+        ],
+    }
 
 
 @pytest.fixture
@@ -192,11 +423,12 @@ def executed(monkeypatch):
 
     def execute(words):
         name = next(word for word in words if word.endswith(".py") or word == "-m")
-        flags = words[words.index(name) + 1:]
+        flags = words[words.index(name) + 1 :]
         module = importlib.import_module(flags.pop(0) if name == "-m" else name[:-3])
         names.append(module.__name__ + " --resume" * ("--resume" in flags))
         module.main(module.get_args(flags))
         return 0
+
     monkeypatch.setattr(plan, "execute", execute)
     return names
 
@@ -204,38 +436,81 @@ def executed(monkeypatch):
 def test_rows_of_the_first_paper_run_and_are_not_run_twice(recipe, tiny, executed, tmp_path, refused):
     picked = ["--row", "table3/4b_curriculum", "--row", "table5/teacher_4b_reverse", "--row", "table4/base"]
     printed = recipe("qwen3", *picked, *tiny["qwen3"])
-    assert executed == ["train", "evaluate", "rollout", "score_teacher", "train", "evaluate", "grpo", "evaluate", "evaluate"]
+    assert executed == [
+        "train",
+        "evaluate",
+        "rollout",
+        "score_teacher",
+        "train",
+        "evaluate",
+        "grpo",
+        "evaluate",
+        "evaluate",
+    ]
     table = printed.split("| run")[1]
-    assert all(f"| {run} " in table for run in ("table1_teacher_4b_reverse", "table3_4b_curriculum", "table5_teacher_4b_reverse"))
-    cells = {run: json.load(open(tmp_path / f"out/{run}/evals/test/results.json"))["cell"]["name"]
-             for run in ("table3_4b_curriculum", "table5_teacher_4b_reverse")}
-    assert cells == {"table3_4b_curriculum": "student prefix, reverse KL",
-                     "table5_teacher_4b_reverse": "teacher prefix, reverse KL, then GRPO"}
+    assert all(
+        f"| {run} " in table
+        for run in ("table1_teacher_4b_reverse", "table3_4b_curriculum", "table5_teacher_4b_reverse")
+    )
+    cells = {
+        run: json.load(open(tmp_path / f"out/{run}/evals/test/results.json"))["cell"]["name"]
+        for run in ("table3_4b_curriculum", "table5_teacher_4b_reverse")
+    }
+    assert cells == {
+        "table3_4b_curriculum": "student prefix, reverse KL",
+        "table5_teacher_4b_reverse": "teacher prefix, reverse KL, then GRPO",
+    }
     assert json.load(open(tmp_path / "out/scores_4b_4/meta.json"))["counts"]["longest_response"] == 4
 
     executed.clear()
     run = tmp_path / "out/table5_teacher_4b_reverse"
     os.rename(run / "meta.json", run / "meta.partial.json")  # as a killed run leaves it
     printed = recipe("qwen3", *picked, *tiny["qwen3"])
-    assert executed == ["grpo --resume", "evaluate"] and printed.count("# finished; ") == 7 and printed.count("# unfinished; ") == 1
-    refused(lambda: recipe("qwen3", *picked, *tiny["qwen3"], "--steps", 3), "--steps 2", "wants 3", "table3/4b_curriculum")
+    assert (
+        executed == ["grpo --resume", "evaluate"]
+        and printed.count("# finished; ") == 7
+        and printed.count("# unfinished; ") == 1
+    )
+    refused(
+        lambda: recipe("qwen3", *picked, *tiny["qwen3"], "--steps", 3),
+        "--steps 2",
+        "wants 3",
+        "table3/4b_curriculum",
+    )
     printed = recipe("qwen3", *picked, *tiny["qwen3"], "--dry_run")
     assert executed == ["grpo --resume", "evaluate"] and "to do: 1 commands, 0 TFLOPs" in printed
 
 
 def test_rows_of_the_second_paper_run(recipe, tiny, executed, tmp_path):
-    recipe("paper_b", "--row", "cold_start/sft", "--row", "topk/set_union", "--row", "reverse/r1_7b", *tiny["paper_b"])
+    recipe(
+        "paper_b",
+        "--row",
+        "cold_start/sft",
+        "--row",
+        "topk/set_union",
+        "--row",
+        "reverse/r1_7b",
+        *tiny["paper_b"],
+    )
     assert executed == ["rollout", "train", "recipes.dedup", *["train", "evaluate"] * 3, "evaluate"]
     assert json.load(open(tmp_path / "out/sft_rollouts/meta.json"))["counts"]["faults"]["dropped"] > 0
     opd = json.load(open(tmp_path / "out/cold_start_sft/meta.json"))["args"]
-    assert (opd["student"], opd["data"]) == (f"{tmp_path}/out/sft/final", f"{tmp_path}/out/cold_problems/problems.jsonl")
+    assert (opd["student"], opd["data"]) == (
+        f"{tmp_path}/out/sft/final",
+        f"{tmp_path}/out/cold_problems/problems.jsonl",
+    )
 
 
 def test_a_failed_command_ends_the_recipe(recipe, tiny, monkeypatch, refused):
     ran = []
     monkeypatch.setattr(plan, "execute", lambda words: ran.append(words) or len(ran) == 2 and 3)
-    refused(lambda: recipe("qwen3", "--row", "table1/teacher_8b_forward", *tiny["qwen3"]), "rollouts_8b", "score_teacher",
-            "exit code 3", code=1)
+    refused(
+        lambda: recipe("qwen3", "--row", "table1/teacher_8b_forward", *tiny["qwen3"]),
+        "rollouts_8b",
+        "score_teacher",
+        "exit code 3",
+        code=1,
+    )
     assert [words[1] for words in ran] == ["rollout.py", "score_teacher.py"]
 
 

@@ -1,4 +1,5 @@
 """The repository as a whole: flags, imports, sizes, and commands that the README and the docstrings show."""
+
 import argparse
 import ast
 import importlib
@@ -17,7 +18,13 @@ STAGES = ["rollout", "score_teacher", "train", "grpo", "evaluate"]
 MODULES = sorted((ROOT / "distil").glob("*.py"))
 KERNEL = sorted((ROOT / "kernels").rglob("*.py"))
 OURS = {*STAGES, "distil", "streaming_kl", "recipes", "benchmarks", "tests"}
-OWN_HELP = {"model", "teacher", "student", "rollouts", "dtype"}  # of these each stage says what it does with them
+OWN_HELP = {
+    "model",
+    "teacher",
+    "student",
+    "rollouts",
+    "dtype",
+}  # of these each stage says what it does with them
 
 
 def source(name):
@@ -30,8 +37,10 @@ class Parsed(Exception):
 
 def actions_of(stage):
     """{flag: argparse action} of a stage's parser."""
+
     def stop(parser, argv=None):
         raise Parsed(parser)
+
     real, argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_args, stop
     try:
         importlib.import_module(stage).get_args([])
@@ -59,7 +68,9 @@ def test_shared_flags_agree():
             assert re.fullmatch(r"[a-z_]+", flag) and action.option_strings == [f"--{flag}"]
             help_text = None if flag in OWN_HELP else action.help
             kind = (action.type, action.nargs, type(action).__name__, help_text)
-            assert first.setdefault(flag, kind) == kind, f"--{flag} of {stage}.py differs from another stage's"
+            assert first.setdefault(flag, kind) == kind, (
+                f"--{flag} of {stage}.py differs from another stage's"
+            )
 
 
 def imported(file, everywhere=True):
@@ -92,7 +103,10 @@ def test_distil_imports_no_stage(file):
 
 
 def test_the_modules_of_distil_import_no_module_in_a_circle():
-    below = {file.stem: {name.split(".")[1] for name in imported(file) if name.startswith("distil.")} for file in MODULES}
+    below = {
+        file.stem: {name.split(".")[1] for name in imported(file) if name.startswith("distil.")}
+        for file in MODULES
+    }
     while free := [name for name, others in below.items() if not others & below.keys()]:
         for name in free:
             del below[name]
@@ -167,7 +181,9 @@ def test_readme_names_only_make_targets_that_exist(readme):
 
 
 def test_no_tracked_file_holds_a_path_of_one_machine():
-    listing = subprocess.run("git ls-files --cached --others --exclude-standard".split(), cwd=ROOT, capture_output=True, text=True)
+    listing = subprocess.run(
+        "git ls-files --cached --others --exclude-standard".split(), cwd=ROOT, capture_output=True, text=True
+    )
     if listing.returncode:
         pytest.skip("not a git checkout")
     for name in listing.stdout.split():

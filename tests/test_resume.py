@@ -3,6 +3,7 @@
 A stage runs in a fork of this process, so that nothing is imported again. In most tests cheap functions stand for the model: what is
 sampled or scored is a function of the prompt, as it is for the real ones.
 """
+
 import builtins
 import contextlib
 import io
@@ -26,7 +27,11 @@ from distil.grading import Grade
 from distil.sampling import Sample
 
 STAGES = {"rollout": rollout, "score_teacher": score_teacher, "evaluate": evaluate}
-RESULTS = {"rollout": ["rollouts.jsonl"], "score_teacher": ["head.safetensors", "shard_0"], "evaluate": ["samples.jsonl", "results.json"]}
+RESULTS = {
+    "rollout": ["rollouts.jsonl"],
+    "score_teacher": ["head.safetensors", "shard_0"],
+    "evaluate": ["samples.jsonl", "results.json"],
+}
 
 
 def in_fork(body, wait=True):
@@ -60,7 +65,7 @@ class Disk:
 
         class File(io.FileIO):
             def write(self, data):
-                disk.change(lambda: io.FileIO.write(self, bytes(data)[:len(data) // 2]))
+                disk.change(lambda: io.FileIO.write(self, bytes(data)[: len(data) // 2]))
                 return super().write(data)
 
             def truncate(self, size=None):
@@ -74,6 +79,7 @@ class Disk:
             raw = File(path, mode.replace("b", "").replace("t", ""))
             file = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
             return file if "b" in mode else io.TextIOWrapper(file, encoding or "utf-8")
+
         real, builtins.open = builtins.open, opened
 
     def change(self, half=lambda: None):
@@ -86,6 +92,7 @@ class Disk:
         def call(*args, **kwargs):
             self.change(lambda: half(*args))
             return function(*args, **kwargs)
+
         return call
 
     @staticmethod
@@ -110,8 +117,11 @@ def cheap(monkeypatch, world, tmp_path):
 
     def score(args, model, head, prompts, responses):
         work()
-        return [{"hidden": torch.tensor([[float(len(prompt) + i)] * 4 for i in range(len(response))])}
-                for prompt, response in zip(prompts, responses)]
+        return [
+            {"hidden": torch.tensor([[float(len(prompt) + i)] * 4 for i in range(len(response))])}
+            for prompt, response in zip(prompts, responses)
+        ]
+
     real_open, model = open, torch.nn.Linear(1, 1)
     monkeypatch.setattr(sampling, "load_tokenizer", lambda *args: tokenizer)
     monkeypatch.setattr(score_teacher, "load_tokenizer", lambda *args: tokenizer)
@@ -120,7 +130,9 @@ def cheap(monkeypatch, world, tmp_path):
     monkeypatch.setattr(artifacts, "writing", False)  # as in a process that has just started
     monkeypatch.setattr(score_teacher, "score", score)
     monkeypatch.setattr(score_teacher, "output_head", lambda *args: torch.eye(29, 4))
-    monkeypatch.setattr(evaluation, "grade", lambda responses, answers: [Grade("1", False, False) for _ in responses])
+    monkeypatch.setattr(
+        evaluation, "grade", lambda responses, answers: [Grade("1", False, False) for _ in responses]
+    )
     monkeypatch.setattr(evaluation, "predictive_entropy", lambda model, prompts, *more: [1.0] * len(prompts))
     monkeypatch.setattr(evaluation, "interval", lambda values, weights=None: [0.0, 1.0])
     for stage in STAGES.values():
@@ -131,24 +143,55 @@ def cheap(monkeypatch, world, tmp_path):
 
 
 def args_of(stage, world, rollouts, out, *more):
-    given = {"rollout": ["--model", world / "student_init", "--data", world / "train.jsonl", "--limit", 5, "--n", 2,
-                         *"--sample_batch 4 --engine hf --dtype float32 --max_response_tokens 6".split()],
-             "score_teacher": ["--teacher", world / "teacher_init", "--rollouts", rollouts, *"--shard_tokens 60 --dtype float32".split()],
-             "evaluate": ["--model", world / "student_init", "--data", world / "test.jsonl", "--n", 2,
-                          *"--sample_batch 4 --engine hf --dtype float32 --max_response_tokens 6".split()]}
+    given = {
+        "rollout": [
+            "--model",
+            world / "student_init",
+            "--data",
+            world / "train.jsonl",
+            "--limit",
+            5,
+            "--n",
+            2,
+            *"--sample_batch 4 --engine hf --dtype float32 --max_response_tokens 6".split(),
+        ],
+        "score_teacher": [
+            "--teacher",
+            world / "teacher_init",
+            "--rollouts",
+            rollouts,
+            *"--shard_tokens 60 --dtype float32".split(),
+        ],
+        "evaluate": [
+            "--model",
+            world / "student_init",
+            "--data",
+            world / "test.jsonl",
+            "--n",
+            2,
+            *"--sample_batch 4 --engine hf --dtype float32 --max_response_tokens 6".split(),
+        ],
+    }
     return STAGES[stage].get_args([str(word) for word in (*given[stage], "--out", out, *more)])
 
 
 def results(stage, out):
     """{name: bytes} of what the stage makes, with the lines of meta.json that hold no time and no process."""
-    found = {name: (out / name).read_bytes() for name in sorted(os.listdir(out)) if name.startswith(tuple(RESULTS[stage]))}
+    found = {
+        name: (out / name).read_bytes()
+        for name in sorted(os.listdir(out))
+        if name.startswith(tuple(RESULTS[stage]))
+    }
     meta = artifacts.read_artifact(str(out), "-", stage)
     return found, meta["files"], meta.get("counts"), meta["inputs"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_at_any_change_to_the_disk_it_resumes_to_the_same_files(stage, world, rollouts, tmp_path, cheap):
+def test_killed_at_any_change_to_the_disk_it_resumes_to_the_same_files(
+    stage, world, rollouts, tmp_path, cheap
+):
     """Every file operation in turn; every third resumed run is killed too, and resumed once more."""
+
     def run(out, kill_at, *more):
         args = args_of(stage, world, rollouts, out, *more)
 
@@ -156,7 +199,9 @@ def test_killed_at_any_change_to_the_disk_it_resumes_to_the_same_files(stage, wo
             disk = Disk(kill_at)
             STAGES[stage].main(args)
             (tmp_path / "changes").write_text(str(disk.changes))
+
         return in_fork(body)
+
     assert run(tmp_path / "whole", 0) == 0
     whole, names = results(stage, tmp_path / "whole"), set(os.listdir(tmp_path / "whole"))
     chunks, changes = cheap.stat().st_size, int((tmp_path / "changes").read_text())
@@ -189,10 +234,18 @@ def test_killed_while_it_replaces_a_run_nothing_of_that_is_taken_over(world, rol
             assert there >= set(os.listdir(tmp_path / "old"))  # what is half deleted is no run to resume
         with pytest.raises(SystemExit):
             artifacts.read_artifact(str(tmp_path / "out"), "-", "rollout")
-        in_fork(lambda: rollout.main(args_of("rollout", world, rollouts, tmp_path / "out", "--resume")))  # if it says how, refused
-        code = in_fork(lambda: rollout.main(args_of("rollout", world, rollouts, tmp_path / "out", "--resume", "--overwrite")))
+        in_fork(
+            lambda: rollout.main(args_of("rollout", world, rollouts, tmp_path / "out", "--resume"))
+        )  # if it says how, refused
+        code = in_fork(
+            lambda: rollout.main(
+                args_of("rollout", world, rollouts, tmp_path / "out", "--resume", "--overwrite")
+            )
+        )
         if code == 2:  # the old run is still there, whole: its flags are others
-            code = in_fork(lambda: rollout.main(args_of("rollout", world, rollouts, tmp_path / "out", "--overwrite")))
+            code = in_fork(
+                lambda: rollout.main(args_of("rollout", world, rollouts, tmp_path / "out", "--overwrite"))
+            )
         assert code == 0 and results("rollout", tmp_path / "out") == results("rollout", tmp_path / "whole")
         shutil.rmtree(tmp_path / "out")
 
@@ -200,8 +253,10 @@ def test_killed_while_it_replaces_a_run_nothing_of_that_is_taken_over(world, rol
 @pytest.mark.parametrize("stage", STAGES)
 def test_real_stages_killed_at_random_moments(stage, world, rollouts, tmp_path):
     """The models are real and the moments are the clock's."""
+
     def run(out, *more):
         return lambda: STAGES[stage].main(args_of(stage, world, rollouts, out, *more))
+
     started = time.monotonic()
     assert in_fork(run(tmp_path / "whole")) == 0
     seconds, rng = time.monotonic() - started, random.Random(stage)
@@ -216,7 +271,9 @@ def test_real_stages_killed_at_random_moments(stage, world, rollouts, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_signal_ends_a_stage_after_its_chunk(stage, number, code, world, rollouts, tmp_path, cheap, monkeypatch, capfd):
+def test_a_signal_ends_a_stage_after_its_chunk(
+    stage, number, code, world, rollouts, tmp_path, cheap, monkeypatch, capfd
+):
     """The chunk under way is kept, one message says how to go on, and nothing is a traceback."""
     name = {"rollout": "sample", "score_teacher": "score", "evaluate": "sample_as_finished"}[stage]
     real = getattr(evaluation if stage == "evaluate" else STAGES[stage], name)
@@ -224,31 +281,50 @@ def test_a_signal_ends_a_stage_after_its_chunk(stage, number, code, world, rollo
     def run(out, *more):
         args = args_of(stage, world, rollouts, out, *more)
         return lambda: artifacts.run_stage(STAGES[stage].main, args)
+
     assert in_fork(run(tmp_path / "whole")) == 0
     chunks = cheap.stat().st_size
     capfd.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation if stage == "evaluate" else STAGES[stage], name, lambda *args: os.kill(os.getpid(), number) or real(*args))
+        patch.setattr(
+            evaluation if stage == "evaluate" else STAGES[stage],
+            name,
+            lambda *args: os.kill(os.getpid(), number) or real(*args),
+        )
         assert in_fork(run(tmp_path / "out")) == code
     out, err = capfd.readouterr()
-    assert err.count("with --resume continues") == 1 and f"stopped by {number.name}: {tmp_path}/out keeps" in err
+    assert (
+        err.count("with --resume continues") == 1 and f"stopped by {number.name}: {tmp_path}/out keeps" in err
+    )
     assert "Traceback" not in out + err and cheap.stat().st_size == chunks + 1
     assert in_fork(run(tmp_path / "out", "--resume")) == 0
-    assert cheap.stat().st_size == 2 * chunks and results(stage, tmp_path / "out") == results(stage, tmp_path / "whole")
+    assert cheap.stat().st_size == 2 * chunks and results(stage, tmp_path / "out") == results(
+        stage, tmp_path / "whole"
+    )
 
 
-def test_a_second_signal_and_one_before_anything_was_written_end_at_once(world, rollouts, tmp_path, cheap, monkeypatch, capfd):
+def test_a_second_signal_and_one_before_anything_was_written_end_at_once(
+    world, rollouts, tmp_path, cheap, monkeypatch, capfd
+):
     def twice(*args):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("it went on")
+
     args = args_of("rollout", world, rollouts, tmp_path / "out")
-    for name, words in (("sample", "a second signal stops at once\n\nSIGTERM: stopped; the same command with --resume continues\n"),
-                        ("load_model", "SIGTERM: stopped\n")):
+    for name, words in (
+        (
+            "sample",
+            "a second signal stops at once\n\nSIGTERM: stopped; the same command with --resume continues\n",
+        ),
+        ("load_model", "SIGTERM: stopped\n"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(rollout, name, twice)
             assert in_fork(lambda: artifacts.run_stage(rollout.main, args)) == 143
         assert words in capfd.readouterr().err
         args = args_of("rollout", world, rollouts, tmp_path / "other")
     assert not (tmp_path / "other").exists()
-    assert in_fork(lambda: rollout.main(args_of("rollout", world, rollouts, tmp_path / "out", "--resume"))) == 0
+    assert (
+        in_fork(lambda: rollout.main(args_of("rollout", world, rollouts, tmp_path / "out", "--resume"))) == 0
+    )

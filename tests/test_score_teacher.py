@@ -1,4 +1,5 @@
 """score_teacher.py: hidden states against single unpadded sequences, the scores artifact against the live teacher, and refusals."""
+
 import collections
 import json
 import shutil
@@ -8,14 +9,14 @@ import pytest
 import torch
 
 import score_teacher
-from score_teacher import score, shards_of
 from distil import models
 from distil.artifacts import read_artifact
+from distil.models import batches_by_tokens, load_model, output_head, response_hidden, token_logps
 from distil.prompts import load_tokenizer
-from distil.models import load_model, batches_by_tokens, output_head, response_hidden, token_logps
 from distil.rollouts import read_rollouts
 from distil.teacher import Scores
 from recipes.toy_world import make_model, make_tokenizer
+from score_teacher import score, shards_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches, hidden states, log-probabilities
@@ -33,7 +34,9 @@ def test_batches_hold_each_index_once_within_the_budget():
         lengths = torch.randint(1, 40, (50,), generator=g).tolist()
         batches = batches_by_tokens(lengths, budget)
         assert sorted(i for batch in batches for i in batch) == list(range(50))
-        assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget for batch in batches)
+        assert all(
+            len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget for batch in batches
+        )
         for batch in batches:  # a tenth may be padding, or more of what is less than a 32nd of the budget
             rows = sorted(lengths[i] for i in batch)
             assert sum(rows) >= 0.9 * len(rows) * rows[-1] or sum(rows[:-1]) < budget / 32 or len(rows) == 1
@@ -67,7 +70,9 @@ def test_response_hidden_is_that_of_each_sequence_alone(model):
 def test_score_keeps_the_order_whatever_the_batches(model):
     for budget in (1, 9, 1000):
         args = SimpleNamespace(micro_batch_tokens=budget, signal="hidden")
-        for prompt, response, found in zip(PROMPTS, RESPONSES, score(args, model, None, PROMPTS, RESPONSES), strict=True):
+        for prompt, response, found in zip(
+            PROMPTS, RESPONSES, score(args, model, None, PROMPTS, RESPONSES), strict=True
+        ):
             with torch.no_grad():
                 torch.testing.assert_close(found["hidden"], response_hidden(model, [prompt], [response]))
 
@@ -76,7 +81,10 @@ def test_score_keeps_the_order_whatever_the_batches(model):
 def test_token_logps_and_their_gradient(chunk, monkeypatch):
     monkeypatch.setattr(models, "chunk_of", lambda head: chunk)
     g = torch.Generator().manual_seed(0)
-    hidden, head = torch.randn(7, 5, generator=g, requires_grad=True), torch.randn(12, 5, generator=g, requires_grad=True)
+    hidden, head = (
+        torch.randn(7, 5, generator=g, requires_grad=True),
+        torch.randn(12, 5, generator=g, requires_grad=True),
+    )
     tokens, upstream = torch.randint(9, (7,), generator=g), torch.randn(7, generator=g)
     found = token_logps(hidden, head[:9], tokens)
     (found * upstream).sum().backward()
@@ -90,13 +98,22 @@ def test_token_logps_and_their_gradient(chunk, monkeypatch):
 def test_token_logps_of_no_tokens():
     assert token_logps(torch.randn(0, 5), torch.randn(9, 5), torch.zeros(0, dtype=torch.long)).shape == (0,)
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The artifact
 
 
 def run(world, rollouts, out, *more):
-    given = ["--teacher", world / "teacher_init", "--rollouts", rollouts, "--out", out,
-             *"--dtype float32 --shard_tokens 30".split(), *more]
+    given = [
+        "--teacher",
+        world / "teacher_init",
+        "--rollouts",
+        rollouts,
+        "--out",
+        out,
+        *"--dtype float32 --shard_tokens 30".split(),
+        *more,
+    ]
     score_teacher.main(score_teacher.get_args([str(word) for word in given]))
 
 
@@ -105,16 +122,23 @@ def shard_bytes(path):
 
 
 def test_stored_states_give_the_live_teachers_logits(world, rollouts, scores):
-    reader, teacher = Scores(str(scores), str(rollouts)), load_model(str(world / "teacher_init"), "-", "float32")
+    reader, teacher = (
+        Scores(str(scores), str(rollouts)),
+        load_model(str(world / "teacher_init"), "-", "float32"),
+    )
     rows = list(read_rollouts(rollouts))
     assert len(reader.shards) > 2 and len(reader.rows) == len(rows) == 12
     for i, row in enumerate(rows):
         with torch.no_grad():
             logits = teacher(input_ids=torch.tensor([row["prompt_ids"] + row["response_ids"]])).logits[0]
-        torch.testing.assert_close(reader.read(i)["hidden"] @ reader.head.T, logits[len(row["prompt_ids"]) - 1:-1])
+        torch.testing.assert_close(
+            reader.read(i)["hidden"] @ reader.head.T, logits[len(row["prompt_ids"]) - 1 : -1]
+        )
     meta = read_artifact(str(scores), "--", "score_teacher")
     assert meta["counts"]["response_tokens"] == sum(len(row["response_ids"]) for row in rows)
-    assert [sum(shard["tokens"]) <= 30 or len(shard["tokens"]) == 1 for shard in meta["shards"]] == [True] * len(meta["shards"])
+    assert [sum(shard["tokens"]) <= 30 or len(shard["tokens"]) == 1 for shard in meta["shards"]] == [
+        True
+    ] * len(meta["shards"])
 
 
 def test_max_tokens_stores_the_first_ones(world, rollouts, scores, tmp_path):
@@ -128,7 +152,10 @@ def test_max_tokens_stores_the_first_ones(world, rollouts, scores, tmp_path):
 
 
 def test_padded_rows_of_the_teachers_head_are_not_stored(world, rollouts, tmp_path):
-    teacher, tokenizer = load_model(str(world / "teacher_init"), "-", "float32"), load_tokenizer(str(world / "teacher_init"), "-")
+    teacher, tokenizer = (
+        load_model(str(world / "teacher_init"), "-", "float32"),
+        load_tokenizer(str(world / "teacher_init"), "-"),
+    )
     teacher.resize_token_embeddings(40, mean_resizing=False)
     teacher.save_pretrained(tmp_path / "padded")
     tokenizer.save_pretrained(tmp_path / "padded")
@@ -148,6 +175,7 @@ def killed_in_shard_3(monkeypatch):
         if len(calls) == 3:
             raise Killed
         return score(*words)
+
     monkeypatch.setattr(score_teacher, "score", patched)
 
 
@@ -158,7 +186,10 @@ def test_a_killed_run_is_resumed_and_keeps_its_shards(world, rollouts, scores, t
         with pytest.raises(Killed):
             run(world, rollouts, out)
     assert not (out / "meta.json").exists()
-    kept = {name: (out / name).stat().st_mtime_ns for name in ("shard_00000.safetensors", "shard_00001.safetensors")}
+    kept = {
+        name: (out / name).stat().st_mtime_ns
+        for name in ("shard_00000.safetensors", "shard_00001.safetensors")
+    }
     run(world, rollouts, out, "--resume")
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
     assert shard_bytes(out) == shard_bytes(scores)
@@ -175,6 +206,7 @@ def test_resume_over_rollouts_that_were_made_anew_is_refused(world, rollouts, tm
     shutil.rmtree(source)
     shutil.copytree(world / "gold", source)
     refused(lambda: run(world, source, tmp_path / "scores", "--resume"), "--resume", "rollouts")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input
@@ -205,11 +237,14 @@ def test_bad_input_is_refused_and_leaves_no_directory(world, rollouts, tmp_path,
     def is_refused(more, *words):
         refused(lambda: run(world, rollouts, out, *more), *words)
         assert not out.exists()
+
     is_refused(["--teacher", tmp_path / "absent"], "--teacher", "absent")
     is_refused(["--rollouts", tmp_path / "absent"], "--rollouts", "meta.json")
     is_refused(["--rollouts", world], "--rollouts", "toy_world")
     is_refused(["--teacher", teacher_with(world, tmp_path / "ids", swap_ids)], "--teacher", "tokenizer")
-    is_refused(["--teacher", teacher_with(world, tmp_path / "template", change_template)], "--rollouts", "template")
+    is_refused(
+        ["--teacher", teacher_with(world, tmp_path / "template", change_template)], "--rollouts", "template"
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: collections.namedtuple("usage", "free")(1000))
     is_refused([], "--out", "disk", "--max_tokens")
 
@@ -220,9 +255,21 @@ def test_scores_of_other_rollouts_are_refused(world, scores, refused):
 
 def test_heads_that_do_more_than_a_product_are_refused(model, refused):
     from transformers import Gemma2Config, Gemma2ForCausalLM
-    tiny = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
-                head_dim=8)
-    refused(lambda: output_head(Gemma2ForCausalLM(Gemma2Config(**tiny)), "--teacher"), "--teacher", "final_logit_softcapping")
+
+    tiny = dict(
+        vocab_size=9,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    refused(
+        lambda: output_head(Gemma2ForCausalLM(Gemma2Config(**tiny)), "--teacher"),
+        "--teacher",
+        "final_logit_softcapping",
+    )
     plain = make_model(make_tokenizer(), 32, 1, 1)
     plain.lm_head = torch.nn.Linear(32, 29, bias=True)
     refused(lambda: output_head(plain, "--student"), "--student", "bias")
@@ -233,6 +280,11 @@ def test_a_teacher_whose_head_is_refused_leaves_no_directory(world, rollouts, tm
     def softcap(path):
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": 30.0}))
+
     teacher = teacher_with(world, tmp_path / "soft", softcap)
-    refused(lambda: run(world, rollouts, tmp_path / "out", "--teacher", teacher), "--teacher", "final_logit_softcapping")
+    refused(
+        lambda: run(world, rollouts, tmp_path / "out", "--teacher", teacher),
+        "--teacher",
+        "final_logit_softcapping",
+    )
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,5 @@
 """The study on the toy world: a miniature through its own code, its resumption, and its report against a recomputation by hand."""
+
 import functools
 import json
 import os
@@ -12,16 +13,24 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
-from distil import artifacts, evaluation, training
 from conftest import ROOT
+from distil import artifacts, evaluation, training
 from recipes import toy_grid, toy_world
 
-MINI = {"world": "--train 24 --heldout 2 --test 4 --terms 2 3 --restate 0.3 --slips 0.3 --student_width 32", "short": "4", "long": "12",
-        "teacher": "--steps 1", "base": "--steps 1", "rollouts": "--limit 8", "own": "--limit 2",
-        "collapsed": "--steps 1 --batch_size 2 --lr 1e-3",
-        "cell": "--steps 2 --lr 1e-3 --save_every 1 --eval_every 2 --eval_n 4",
-        "curriculum": "--horizons 4,12 --gate_every 1 --entropy_floor 0",
-        "grpo": "--steps 1 --lr 1e-3 --n 2 --batch_size 2 --eval_every 1 --eval_n 4", "test": "--n 8 --k 1 4 8"}
+MINI = {
+    "world": "--train 24 --heldout 2 --test 4 --terms 2 3 --restate 0.3 --slips 0.3 --student_width 32",
+    "short": "4",
+    "long": "12",
+    "teacher": "--steps 1",
+    "base": "--steps 1",
+    "rollouts": "--limit 8",
+    "own": "--limit 2",
+    "collapsed": "--steps 1 --batch_size 2 --lr 1e-3",
+    "cell": "--steps 2 --lr 1e-3 --save_every 1 --eval_every 2 --eval_n 4",
+    "curriculum": "--horizons 4,12 --gate_every 1 --entropy_floor 0",
+    "grpo": "--steps 1 --lr 1e-3 --n 2 --batch_size 2 --eval_every 1 --eval_n 4",
+    "test": "--n 8 --k 1 4 8",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,15 +50,23 @@ def finished(tmp_path_factory):
         if step == 1 and args.out.endswith("curriculum_1"):
             raise KeyboardInterrupt
         return real(args, model, optimizer, step, ids)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(artifacts, "provenance", functools.cache(artifacts.provenance))
         patch.setattr(train, "optimizer_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             toy_grid.study(MINI, out, [1], 1)
-        assert not os.path.exists(f"{out}/curriculum_1/meta.json") and not os.path.exists(f"{out}/results.json")
-        before = {entry.name: os.stat(f"{entry.path}/meta.json").st_mtime_ns for entry in os.scandir(out)
-                  if os.path.exists(f"{entry.path}/meta.json")}
-        assert {"world", "teacher", "rollouts", "scores", "student_reverse_long_1", "mix_0.8_1"} <= set(before)
+        assert not os.path.exists(f"{out}/curriculum_1/meta.json") and not os.path.exists(
+            f"{out}/results.json"
+        )
+        before = {
+            entry.name: os.stat(f"{entry.path}/meta.json").st_mtime_ns
+            for entry in os.scandir(out)
+            if os.path.exists(f"{entry.path}/meta.json")
+        }
+        assert {"world", "teacher", "rollouts", "scores", "student_reverse_long_1", "mix_0.8_1"} <= set(
+            before
+        )
         patch.setattr(train, "optimizer_step", real)
         toy_grid.study(MINI, out, [1], 1)
     for name, time in before.items():  # what was finished is kept
@@ -68,14 +85,24 @@ def test_every_run_is_in_the_results(finished):
             for metric in ("avg", "length", "truncated", "entropy"):
                 mean = evaluation.mean_of(*toy_grid.values_of([entry], metric))
                 assert mean == pytest.approx(results[metric], abs=0.02 if metric == "entropy" else 1e-9)
-            assert evaluation.mean_of(*toy_grid.values_of([entry], "pass@4")) == pytest.approx(results["pass"]["4"])
+            assert evaluation.mean_of(*toy_grid.values_of([entry], "pass@4")) == pytest.approx(
+                results["pass"]["4"]
+            )
             assert [row["step"] for row in entry["curve"]] == ([0, 1] if entry["stage"] == "grpo" else [0, 2])
 
 
 def test_the_interrupted_run_went_on_where_it_was(finished, tmp_path):
-    [words] = [job[0] for jobs in toy_grid.phases(MINI, finished, [1]) for job in jobs if job[0][-1].endswith("/curriculum_1")]
+    [words] = [
+        job[0]
+        for jobs in toy_grid.phases(MINI, finished, [1])
+        for job in jobs
+        if job[0][-1].endswith("/curriculum_1")
+    ]
     toy_grid.call([*words[:-1], str(tmp_path / "whole")])
-    one, other = (load_file(f"{path}/final/model.safetensors") for path in (f"{finished}/curriculum_1", tmp_path / "whole"))
+    one, other = (
+        load_file(f"{path}/final/model.safetensors")
+        for path in (f"{finished}/curriculum_1", tmp_path / "whole")
+    )
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert "--resume" in json.load(open(f"{finished}/curriculum_1/meta.json"))["argv"]
 
@@ -83,15 +110,20 @@ def test_the_interrupted_run_went_on_where_it_was(finished, tmp_path):
 def test_equal_flops_are_at_least_the_teacher_prefix_runs(finished):
     def spent(path):
         return json.load(open(f"{finished}/{path}/checkpoint.json"))["tflops"]
+
     first, final = spent("student_reverse_short_1/step_000001"), spent("student_reverse_short_1/final")
     enough = first if first >= spent("teacher_reverse_short_1/final") else final
     assert spent(os.path.relpath(toy_grid.equal_flops(finished, "reverse", "short", 1), finished)) == enough
-    assert json.load(open(f"{finished}/student_reverse_short_1/eval_equal_flops/results.json"))["tflops"] == enough
+    assert (
+        json.load(open(f"{finished}/student_reverse_short_1/eval_equal_flops/results.json"))["tflops"]
+        == enough
+    )
 
 
 def test_ends_differ_where_they_should(finished):
     def stops(run):
         return json.load(open(f"{finished}/{run}/meta.json"))["stop_ids"]
+
     assert stops("base") == stops("student_reverse_long_1") == stops("ends_both_1") == [0, 2]
     assert stops("base_endoftext") == stops("ends_student_1") == [0]
     for run in ("ends_student_1", "ends_student_forward_1"):
@@ -118,24 +150,43 @@ def test_jobs_run_in_forks_and_a_failure_ends_the_study(tmp_path, capfd):
 def made_up(name, seed, correct, tokens, entropy):
     """An entry of 8 responses to each problem."""
     rows = {"correct": correct, "cut": [0] * len(correct), "tokens": tokens, "entropy": entropy}
-    curve = [{"step": s, "tflops": s, "avg": 0.5, "pass@4": 0.5, "length": 9, "entropy": 1, "truncated": 0} for s in (0, 1)]
-    return {"name": name, "seed": seed, "n": 8, "maj": 0.5, "tflops": 1.0, "curve": curve,
-            **{key: " ".join(map(str, row)) for key, row in rows.items()}}
+    curve = [
+        {"step": s, "tflops": s, "avg": 0.5, "pass@4": 0.5, "length": 9, "entropy": 1, "truncated": 0}
+        for s in (0, 1)
+    ]
+    return {
+        "name": name,
+        "seed": seed,
+        "n": 8,
+        "maj": 0.5,
+        "tflops": 1.0,
+        "curve": curve,
+        **{key: " ".join(map(str, row)) for key, row in rows.items()},
+    }
 
 
 def by_hand(results, terms, metric):
     """Mean and bootstrap interval of sum(factor * metric), a loop at a time."""
+
     def metric_of(name, problems):
         top = bottom = 0.0
         for entry in (entry for entry in results if entry["name"] == name):
             for i in problems:
-                correct, tokens, entropy = (float(entry[key].split()[i]) for key in ("correct", "tokens", "entropy"))
-                top += {"avg": correct / 8, "pass@8": correct > 0, "length": tokens / 8, "entropy": entropy}[metric]
+                correct, tokens, entropy = (
+                    float(entry[key].split()[i]) for key in ("correct", "tokens", "entropy")
+                )
+                top += {"avg": correct / 8, "pass@8": correct > 0, "length": tokens / 8, "entropy": entropy}[
+                    metric
+                ]
                 bottom += tokens if metric == "entropy" else 1
         return top / bottom
+
     count, generator = len(results[0]["correct"].split()), torch.Generator().manual_seed(0)
     picks = [torch.randint(count, (count,), generator=generator).tolist() for _ in range(evaluation.DRAWS)]
-    values = [sum(factor * metric_of(name, pick) for name, factor in terms.items()) for pick in [range(count), *picks]]
+    values = [
+        sum(factor * metric_of(name, pick) for name, factor in terms.items())
+        for pick in [range(count), *picks]
+    ]
     draws = sorted(values[1:])  # 100: 2 on either side are left out, and the interval ends at the next
     return values[0], [draws[2], draws[96]]
 
@@ -167,6 +218,7 @@ def test_the_three_verdicts(synthetic):
     def found(terms, margin=0):
         _, (low, high), _ = toy_grid.difference(synthetic, terms, "avg")
         return toy_grid.verdict(low, high, margin)
+
     assert found({"a": 1, "b": -1}) == "holds"
     assert found({"b": 1, "a": -1}) == "opposite"
     assert found({"b": 1, "c": -1}) == "not resolved"
@@ -176,23 +228,43 @@ def test_the_three_verdicts(synthetic):
 
 def test_the_report_says_what_the_results_say(tmp_path, capsys):
     """Of 8, reverse runs solve 6, others 2; after GRPO 7 and 4: the claims say so."""
+
     def correct(name):
         reverse = "reverse" in name
         return (7 if reverse else 4) if name.startswith("grpo") else (6 if reverse else 2)
-    names = {name: None for _, _, terms, _ in toy_grid.claims() for name in terms} | dict.fromkeys(toy_grid.runs_of(MINI))
-    results = [made_up(name, seed, [correct(name)] * 8, [40] * 8, [4.0 if "reverse" in name else 8.0] * 8)
-               for name in names for seed in (1, 2)]
+
+    names = {name: None for _, _, terms, _ in toy_grid.claims() for name in terms} | dict.fromkeys(
+        toy_grid.runs_of(MINI)
+    )
+    results = [
+        made_up(name, seed, [correct(name)] * 8, [40] * 8, [4.0 if "reverse" in name else 8.0] * 8)
+        for name in names
+        for seed in (1, 2)
+    ]
     path = tmp_path / "toy_grid.json"
     origin = {"commit": "0" * 40, "device": "cpu", "versions": {"torch": "2"}, "seeds": [1, 2]}
     path.write_text(json.dumps(origin | {"results": results}))
     toy_grid.main(toy_grid.get_args(["--report", str(path)]))
     lines = (tmp_path / "toy_grid.md").read_text().splitlines()
-    shown = {cells[1].strip(): [cell.strip() for cell in cells] for cells in (line.split("|") for line in lines) if len(cells) > 5}
-    assert shown["reverse above forward KL, short"][3:6] == ["+0.500 [+0.500, +0.500]", "+0.500 +0.500", "holds"]
+    shown = {
+        cells[1].strip(): [cell.strip() for cell in cells]
+        for cells in (line.split("|") for line in lines)
+        if len(cells) > 5
+    }
+    assert shown["reverse above forward KL, short"][3:6] == [
+        "+0.500 [+0.500, +0.500]",
+        "+0.500 +0.500",
+        "holds",
+    ]
     assert shown["reverse lower than forward KL, short (forward - reverse)"][3] == "+0.100 [+0.100, +0.100]"
     assert shown["forward checkpoints gain more from GRPO, long"][3] == "+0.125 [+0.125, +0.125]"
-    assert shown["forward weight 0.8 loses less than 0.02 to reverse KL"][3:6:2] == ["-0.500 [-0.500, -0.500]", "opposite"]
-    assert shown["student_reverse_long"][2].startswith("0.750 ") and shown["student_forward_long"][2].startswith("0.250 ")
+    assert shown["forward weight 0.8 loses less than 0.02 to reverse KL"][3:6:2] == [
+        "-0.500 [-0.500, -0.500]",
+        "opposite",
+    ]
+    assert shown["student_reverse_long"][2].startswith("0.750 ") and shown["student_forward_long"][
+        2
+    ].startswith("0.250 ")
     assert capsys.readouterr().out.count("figure: ") == len(list(tmp_path.glob("*.png"))) == 6
 
 
@@ -205,9 +277,23 @@ def test_the_two_base_students_learn_from_the_same_solutions(tmp_path):
     ends = {"im_end": [], "endoftext": ["--student_end", "endoftext", "--chat_share", "0.3"]}
     hasty = {}
     for end, more in ends.items():
-        words = ["--train", "200", "--heldout", "1", "--test", "1", "--restate", "0.3", *more, "--out", str(tmp_path / end)]
+        words = [
+            "--train",
+            "200",
+            "--heldout",
+            "1",
+            "--test",
+            "1",
+            "--restate",
+            "0.3",
+            *more,
+            "--out",
+            str(tmp_path / end),
+        ]
         toy_world.main(toy_world.get_args(words))
-        hasty[end] = [json.loads(line)["response_ids"] for line in open(tmp_path / end / "hasty/rollouts.jsonl")]
+        hasty[end] = [
+            json.loads(line)["response_ids"] for line in open(tmp_path / end / "hasty/rollouts.jsonl")
+        ]
     assert [ids[:-1] for ids in hasty["im_end"]] == [ids[:-1] for ids in hasty["endoftext"]]
     assert {ids[-1] for ids in hasty["im_end"]} == {2} and {ids[-1] for ids in hasty["endoftext"]} == {0, 2}
     assert 0.2 < sum(ids[-1] == 2 for ids in hasty["endoftext"]) / 200 < 0.4
@@ -216,7 +302,9 @@ def test_the_two_base_students_learn_from_the_same_solutions(tmp_path):
 def cells_of(text, count):
     """The rows of Markdown tables with so many columns, without their heads."""
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
-    return [row for row in rows if len(row) == count + 2 and not row[1].startswith("---") and row[1] != "claim"]
+    return [
+        row for row in rows if len(row) == count + 2 and not row[1].startswith("---") and row[1] != "claim"
+    ]
 
 
 def test_the_readme_says_what_the_committed_results_say(tmp_path, monkeypatch):

@@ -1,14 +1,15 @@
 """Top-k KL and the overlap metrics against direct computations, position by position, in float64; the cached signals."""
+
 import argparse
 
 import pytest
 import torch
 
-from streaming_kl import linear_streaming_kl
-from train import objective
+from distil.diagnostics import diagnostics
 from distil.models import top_tokens
 from distil.teacher import Signal
-from distil.diagnostics import diagnostics
+from streaming_kl import linear_streaming_kl
+from train import objective
 
 N, H, V, K = 7, 6, 11, 4
 
@@ -18,12 +19,22 @@ def case():
     """(student hidden, student head, Signal, weight): the student is the teacher disturbed, so their likeliest tokens overlap in part."""
     torch.manual_seed(0)
     teacher_hidden, teacher_head = torch.randn(N, H), torch.randn(V, H)
-    student_hidden, student_head = teacher_hidden + 0.7 * torch.randn(N, H), teacher_head + 0.7 * torch.randn(V, H)
-    return student_hidden.requires_grad_(), student_head.requires_grad_(), Signal(teacher_hidden, teacher_head), torch.rand(N)
+    student_hidden, student_head = (
+        teacher_hidden + 0.7 * torch.randn(N, H),
+        teacher_head + 0.7 * torch.randn(V, H),
+    )
+    return (
+        student_hidden.requires_grad_(),
+        student_head.requires_grad_(),
+        Signal(teacher_hidden, teacher_head),
+        torch.rand(N),
+    )
 
 
 def flags(**changes):
-    return argparse.Namespace(**({"vocab": "topk", "k": K, "topk_set": "student", "kl": "mix", "fkl_weight": 0.3} | changes))
+    return argparse.Namespace(
+        **({"vocab": "topk", "k": K, "topk_set": "student", "kl": "mix", "fkl_weight": 0.3} | changes)
+    )
 
 
 def direct(case, kind, w, k=K):
@@ -48,7 +59,9 @@ def test_topk_loss_gradient_and_tails(case, kind, w):
     loss, metrics = objective(flags(topk_set=kind, fkl_weight=w), hidden, head, teacher, None, weight)
     truth, sets = direct(case, kind, w)
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
-    for found, right in zip(torch.autograd.grad(loss, [hidden, head]), torch.autograd.grad(truth, [hidden, head])):
+    for found, right in zip(
+        torch.autograd.grad(loss, [hidden, head]), torch.autograd.grad(truth, [hidden, head])
+    ):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
     for name, h, e in (("student", hidden, head), ("teacher", teacher.hidden, teacher.head)):
         probability = (h.double() @ e.double().T).softmax(-1)
@@ -68,7 +81,10 @@ def test_topk_with_the_whole_vocabulary_is_the_full_kl(case, kind):
     hidden, head, teacher, weight = case
     found = objective(flags(k=V, topk_set=kind), hidden, head, teacher, None, weight)[0]
     full = linear_streaming_kl(hidden, head, teacher.hidden, teacher.head, fkl_weight=0.3, weight=weight).loss
-    for a, b in zip([found, *torch.autograd.grad(found, [hidden, head])], [full, *torch.autograd.grad(full, [hidden, head])]):
+    for a, b in zip(
+        [found, *torch.autograd.grad(found, [hidden, head])],
+        [full, *torch.autograd.grad(full, [hidden, head])],
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -76,9 +92,17 @@ def test_the_cached_top_tokens_give_the_live_loss_and_metrics(case):
     hidden, head, teacher, weight = case
     logps, ids = top_tokens(teacher.hidden, teacher.head, K + 2)  # a cache may hold more than is used
     cached = Signal(top_logps=logps, top_ids=ids)
-    losses, metrics = zip(*(objective(flags(topk_set="teacher"), hidden, head, signal, None, weight) for signal in (teacher, cached)))
+    losses, metrics = zip(
+        *(
+            objective(flags(topk_set="teacher"), hidden, head, signal, None, weight)
+            for signal in (teacher, cached)
+        )
+    )
     torch.testing.assert_close(*losses)
-    live, stored = (diagnostics(flags(), dict(m), hidden.detach(), head.detach(), signal) for m, signal in zip(metrics, (teacher, cached)))
+    live, stored = (
+        diagnostics(flags(), dict(m), hidden.detach(), head.detach(), signal)
+        for m, signal in zip(metrics, (teacher, cached))
+    )
     assert live.keys() - stored.keys() == {"fkl", "rkl", "student_entropy", "teacher_entropy", "entropy_gap"}
     for name in stored:
         torch.testing.assert_close(live[name], stored[name], rtol=1e-5, atol=1e-6)
@@ -89,20 +113,49 @@ def test_the_diagnostics_of_both_papers(case, vocab):
     hidden, head, teacher, weight = case
     _, metrics = objective(flags(vocab=vocab), hidden, head, teacher, None, weight)
     found = diagnostics(flags(), metrics, hidden.detach(), head.detach(), teacher)
-    log_q, log_p = ((h.double() @ e.double().T).log_softmax(-1) for h, e in ((hidden.detach(), head.detach()), teacher[:2]))
-    right = {name: [] for name in ("fkl", "rkl", "student_entropy", "teacher_entropy", "entropy_gap", "overlap_ratio", "overlap_mass",
-                                   "overlap_mass_teacher", "overlap_advantage")}
+    log_q, log_p = (
+        (h.double() @ e.double().T).log_softmax(-1)
+        for h, e in ((hidden.detach(), head.detach()), teacher[:2])
+    )
+    right = {
+        name: []
+        for name in (
+            "fkl",
+            "rkl",
+            "student_entropy",
+            "teacher_entropy",
+            "entropy_gap",
+            "overlap_ratio",
+            "overlap_mass",
+            "overlap_mass_teacher",
+            "overlap_advantage",
+        )
+    }
     for q, p in zip(log_q, log_p):
         h_q, h_p = -(q.exp() * q).sum(), -(p.exp() * p).sum()
         both = sorted(set(q.topk(K).indices.tolist()) & set(p.topk(K).indices.tolist()))
         q_bar, p_bar = q[both] - q[both].exp().sum().log(), p[both] - p[both].exp().sum().log()
         advantage = (q_bar.exp() * (p_bar - q_bar)).mean() if both else torch.zeros(())
-        for name, value in zip(right, ((p.exp() * (p - q)).sum(), (q.exp() * (q - p)).sum(), h_q, h_p, (h_p - h_q).abs(), len(both) / K,
-                                       q[both].exp().sum(), p[both].exp().sum(), advantage)):
+        for name, value in zip(
+            right,
+            (
+                (p.exp() * (p - q)).sum(),
+                (q.exp() * (q - p)).sum(),
+                h_q,
+                h_p,
+                (h_p - h_q).abs(),
+                len(both) / K,
+                q[both].exp().sum(),
+                p[both].exp().sum(),
+                advantage,
+            ),
+        ):
             right[name].append(float(value))
     assert 0 < sum(right["overlap_ratio"]) < N  # neither none nor all overlap
     for name, values in right.items():
-        torch.testing.assert_close(found[name].double(), torch.tensor(values, dtype=torch.float64), rtol=1e-5, atol=2e-6, msg=name)
+        torch.testing.assert_close(
+            found[name].double(), torch.tensor(values, dtype=torch.float64), rtol=1e-5, atol=2e-6, msg=name
+        )
 
 
 def test_micro_batches_waste_little_on_lengths_like_real_ones():
@@ -110,6 +163,7 @@ def test_micro_batches_waste_little_on_lengths_like_real_ones():
     import random
 
     from score_teacher import batches_by_tokens
+
     rng, waste, count = random.Random(0), [], []
     for _ in range(100):
         lengths = [min(4200, 100 + int(rng.lognormvariate(6.0, 0.9))) for _ in range(32)]

@@ -1,4 +1,5 @@
 """train.py: objectives against float64 truth, which positions carry loss, the cost ledger, whole runs, exact resume."""
+
 import argparse
 import json
 import math
@@ -11,21 +12,30 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from train import Response, accumulate_gradients, objective
+from conftest import ROOT
 from distil.artifacts import read_artifact
 from distil.models import load_model, output_head, response_hidden
 from distil.rollouts import read_rollouts
 from distil.teacher import Signal, teacher_signal
 from distil.training import optimizer_step, tflops, token_weights
-from conftest import ROOT
 from recipes.toy_world import make_model, make_tokenizer
+from train import Response, accumulate_gradients, objective
 
 CELL = {"forward": ("full", 1.0), "reverse": ("full", 0.0), "mix": ("full", 0.3)}
 
 
-def flags(kl="forward", vocab="full", fkl_weight=1.0, normalize="token", micro_batch_tokens=10 ** 6):
-    return argparse.Namespace(kl=kl, vocab=vocab, fkl_weight=fkl_weight, normalize=normalize, micro_batch_tokens=micro_batch_tokens,
-                              dtype="float32", k=4, topk_set="student", prefix="teacher")
+def flags(kl="forward", vocab="full", fkl_weight=1.0, normalize="token", micro_batch_tokens=10**6):
+    return argparse.Namespace(
+        kl=kl,
+        vocab=vocab,
+        fkl_weight=fkl_weight,
+        normalize=normalize,
+        micro_batch_tokens=micro_batch_tokens,
+        dtype="float32",
+        k=4,
+        topk_set="student",
+        prefix="teacher",
+    )
 
 
 def kl(p_log, q_log):
@@ -34,6 +44,7 @@ def kl(p_log, q_log):
 
 def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The objective at single positions
@@ -47,7 +58,14 @@ def position_problem(n=6, v=9, padding=3):
     student_head[v:] *= 50
     teacher_head[v:] *= 50
     tokens = torch.randint(v, (n,), generator=g)
-    return student_hidden.requires_grad_(), student_head.requires_grad_(), teacher_hidden, teacher_head, tokens, v
+    return (
+        student_hidden.requires_grad_(),
+        student_head.requires_grad_(),
+        teacher_hidden,
+        teacher_head,
+        tokens,
+        v,
+    )
 
 
 def doubled(student_hidden, student_head, teacher_hidden, teacher_head, v):
@@ -62,7 +80,9 @@ def doubled(student_hidden, student_head, teacher_hidden, teacher_head, v):
 def test_objective_is_the_weighted_kl_and_its_gradient(name):
     hidden, head, teacher_hidden, teacher_head, tokens, v = position_problem()
     weight, w = torch.tensor([0.5, 0.0, 1.0, 0.25, 2.0, 1.0]), CELL[name][1]
-    loss, metrics = objective(flags(name, fkl_weight=w), hidden, head[:v], Signal(teacher_hidden, teacher_head[:v]), tokens, weight)
+    loss, metrics = objective(
+        flags(name, fkl_weight=w), hidden, head[:v], Signal(teacher_hidden, teacher_head[:v]), tokens, weight
+    )
     loss.backward()
 
     hidden64, head64, p_log, q_log = doubled(hidden, head, teacher_hidden, teacher_head, v)
@@ -73,8 +93,12 @@ def test_objective_is_the_weighted_kl_and_its_gradient(name):
     close(head.grad, head64.grad)
     assert not head.grad[v:].any()
     counted = weight > 0
-    for key, value in {"fkl": kl(p_log, q_log), "rkl": kl(q_log, p_log), "student_entropy": -(q_log.exp() * q_log).sum(-1),
-                       "teacher_entropy": -(p_log.exp() * p_log).sum(-1)}.items():
+    for key, value in {
+        "fkl": kl(p_log, q_log),
+        "rkl": kl(q_log, p_log),
+        "student_entropy": -(q_log.exp() * q_log).sum(-1),
+        "teacher_entropy": -(p_log.exp() * p_log).sum(-1),
+    }.items():
         close(metrics[key][counted], value[counted].detach())
 
 
@@ -98,11 +122,18 @@ def test_sampled_gradient_is_the_exact_one_on_average(direction):
     hidden64, head64, p_log, q_log = doubled(hidden, head, teacher_hidden, teacher_head, v)
     exact, policy = (kl(p_log, q_log), p_log) if direction == "forward" else (kl(q_log, p_log), q_log)
     exact.sum().backward()
-    loss, _ = objective(flags(direction, "sampled"), hidden.expand(v, -1), head[:v], Signal(teacher_hidden.expand(v, -1), teacher_head[:v]),
-                        torch.arange(v), policy[0].detach().exp().float())
+    loss, _ = objective(
+        flags(direction, "sampled"),
+        hidden.expand(v, -1),
+        head[:v],
+        Signal(teacher_hidden.expand(v, -1), teacher_head[:v]),
+        torch.arange(v),
+        policy[0].detach().exp().float(),
+    )
     loss.backward()
     close(hidden.grad, hidden64.grad, 1e-4)
     close(head.grad, head64.grad, 1e-4)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches of responses
@@ -116,14 +147,21 @@ def pair():
 
 
 # Responses of unequal length; id 0 is what rows are padded with and is a stop token too, at an end and in a middle.
-BATCH = [Response([1, 3, 20], [21, 22, 0], False), Response([1, 9], [2], False),
-         Response([1, 3, 20, 11, 12], [13, 0, 14, 15, 16, 17, 2], True)]
+BATCH = [
+    Response([1, 3, 20], [21, 22, 0], False),
+    Response([1, 9], [2], False),
+    Response([1, 3, 20, 11, 12], [13, 0, 14, 15, 16, 17, 2], True),
+]
 
 
 def live(teacher):
     @torch.no_grad()
     def states(batch):
-        return Signal(response_hidden(teacher, [r.prompt for r in batch], [r.tokens for r in batch]), output_head(teacher, "-").detach())
+        return Signal(
+            response_hidden(teacher, [r.prompt for r in batch], [r.tokens for r in batch]),
+            output_head(teacher, "-").detach(),
+        )
+
     return states
 
 
@@ -205,8 +243,17 @@ def test_token_weights():
 def test_cached_and_live_teacher_give_equal_gradients(world, rollouts, scores, horizon):
     """Also where training cuts the responses: the cache then gives the first hidden states of each."""
     student = load_model(str(world / "student_init"), "-", "float32")
-    items = [Response(row["prompt_ids"], row["response_ids"][:horizon], False, row["id"], i) for i, row in enumerate(read_rollouts(rollouts))]
-    where = {"scores": str(scores), "rollouts": str(rollouts), "teacher": str(world / "teacher_init"), "dtype": "float32", "vocab": "full"}
+    items = [
+        Response(row["prompt_ids"], row["response_ids"][:horizon], False, row["id"], i)
+        for i, row in enumerate(read_rollouts(rollouts))
+    ]
+    where = {
+        "scores": str(scores),
+        "rollouts": str(rollouts),
+        "teacher": str(world / "teacher_init"),
+        "dtype": "float32",
+        "vocab": "full",
+    }
     cached, cached_config = teacher_signal(argparse.Namespace(**where), items)
     direct, config = teacher_signal(argparse.Namespace(**(where | {"scores": None})), items)
     order = [7, 0, 11, 3]
@@ -217,13 +264,24 @@ def test_cached_and_live_teacher_give_equal_gradients(world, rollouts, scores, h
         close(found[key], expected[key])
     assert tflops(cached_config, 3, 5, forwards=1) == tflops(config, 3, 5, forwards=1) > 0
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole runs
 
 
 def command(world, out, *more, steps=2):
-    given = ["--student", world / "student_init", "--out", out, "--steps", steps, "--normalize", "token",
-             *"--batch_size 3 --lr 1e-3 --max_response_tokens 8 --engine hf --dtype float32".split(), *more]
+    given = [
+        "--student",
+        world / "student_init",
+        "--out",
+        out,
+        "--steps",
+        steps,
+        "--normalize",
+        "token",
+        *"--batch_size 3 --lr 1e-3 --max_response_tokens 8 --engine hf --dtype float32".split(),
+        *more,
+    ]
     return [str(word) for word in given]
 
 
@@ -247,14 +305,20 @@ def read_rows(path):
 @pytest.mark.parametrize("prefix", ["teacher", "student"])
 @pytest.mark.parametrize("name", ["forward", "reverse", "mix", "sampled"])
 def test_every_cell_trains_and_leaves_a_complete_artifact(world, rollouts, scores, tmp_path, prefix, name):
-    kind = {"mix": ["--kl", "mix", "--fkl_weight", 0.25],
-            "sampled": ["--kl", "forward" if prefix == "teacher" else "reverse", "--vocab", "sampled"]}.get(name, ["--kl", name])
+    kind = {
+        "mix": ["--kl", "mix", "--fkl_weight", 0.25],
+        "sampled": ["--kl", "forward" if prefix == "teacher" else "reverse", "--vocab", "sampled"],
+    }.get(name, ["--kl", name])
     source = student_prefix(world) if prefix == "student" else teacher_prefix(rollouts, scores)
     if prefix == "teacher" and name == "sampled":
         source = source[:4]  # hard labels need no scores
     run(world, tmp_path / "run", *source, *kind)
     meta = read_artifact(str(tmp_path / "run"), "--", "train")
-    assert meta["cell"]["prefix"] == prefix and meta["args"]["out"] == str(tmp_path / "run") and meta["stop_ids"] == [0, 2]
+    assert (
+        meta["cell"]["prefix"] == prefix
+        and meta["args"]["out"] == str(tmp_path / "run")
+        and meta["stop_ids"] == [0, 2]
+    )
     rows = read_rows(tmp_path / "run/metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert 0 < rows[0]["tflops"] < rows[1]["tflops"] and rows[0]["tflops_uncached"] >= rows[0]["tflops"]
@@ -263,7 +327,9 @@ def test_every_cell_trains_and_leaves_a_complete_artifact(world, rollouts, score
         if name != "sampled":  # with --normalize token the loss is the mixture of the tokens' means
             w = {"forward": 1.0, "reverse": 0.0, "mix": 0.25}[name]
             assert row["loss"] == pytest.approx(w * row["fkl"] + (1 - w) * row["rkl"], rel=1e-5)
-    before, after = (load_file(path / "model.safetensors") for path in (world / "student_init", tmp_path / "run/final"))
+    before, after = (
+        load_file(path / "model.safetensors") for path in (world / "student_init", tmp_path / "run/final")
+    )
     assert before.keys() == after.keys() and all(not torch.equal(before[key], after[key]) for key in before)
     assert load_model(str(tmp_path / "run/final"), "-", "float32").generation_config.eos_token_id == [0, 2]
 
@@ -282,20 +348,42 @@ def test_bfloat16_is_only_the_arithmetic(world, tmp_path):
 
 def test_what_a_run_spent(world, rollouts, scores, tmp_path):
     """One step over all 12 responses. A stored score costs nothing again; a live teacher is always paid for."""
-    configs = [load_model(str(world / name), "-", "float32").config.to_dict() for name in ("student_init", "teacher_init")]
-    run(world, tmp_path / "cached", *teacher_prefix(rollouts, scores), *"--kl forward --batch_size 12".split(), steps=1)
+    configs = [
+        load_model(str(world / name), "-", "float32").config.to_dict()
+        for name in ("student_init", "teacher_init")
+    ]
+    run(
+        world,
+        tmp_path / "cached",
+        *teacher_prefix(rollouts, scores),
+        *"--kl forward --batch_size 12".split(),
+        steps=1,
+    )
     [row] = read_rows(tmp_path / "cached/metrics.jsonl")
     sizes = [(len(r["prompt_ids"]), min(8, len(r["response_ids"]))) for r in read_rollouts(rollouts)]
     student, teacher = (sum(tflops(config, *size, forwards=1) for size in sizes) for config in configs)
     assert row["response_tokens"] == sum(response for _, response in sizes)
-    assert row["tflops"] == pytest.approx(3 * student) and row["tflops_uncached"] == pytest.approx(3 * student + teacher)
+    assert row["tflops"] == pytest.approx(3 * student) and row["tflops_uncached"] == pytest.approx(
+        3 * student + teacher
+    )
     run(world, tmp_path / "live", *student_prefix(world), "--kl", "forward", steps=1)
     [row] = read_rows(tmp_path / "live/metrics.jsonl")
     assert row["tflops"] == row["tflops_uncached"] > 0
 
 
 def test_many_steps_bring_the_student_to_the_teacher(world, rollouts, scores, tmp_path):
-    run(world, tmp_path / "run", *teacher_prefix(rollouts, scores), "--kl", "forward", "--lr", "1e-2", "--batch_size", 12, steps=40)
+    run(
+        world,
+        tmp_path / "run",
+        *teacher_prefix(rollouts, scores),
+        "--kl",
+        "forward",
+        "--lr",
+        "1e-2",
+        "--batch_size",
+        12,
+        steps=40,
+    )
     rows = read_rows(tmp_path / "run/metrics.jsonl")
     assert rows[-1]["fkl"] < 0.3 * rows[0]["fkl"]
 
@@ -303,7 +391,16 @@ def test_many_steps_bring_the_student_to_the_teacher(world, rollouts, scores, tm
 def test_evaluations_have_a_limit_of_their_own(world, rollouts, scores, tmp_path):
     flags = ["--kl", "forward", "--eval_data", world / "heldout.jsonl", "--eval_every", 1, "--eval_n", 8]
     for name, limit in (("same", []), ("longer", ["--eval_max_response_tokens", 30])):
-        run(world, tmp_path / name, *teacher_prefix(rollouts, scores), *flags, *limit, "--max_response_tokens", 5, steps=1)
+        run(
+            world,
+            tmp_path / name,
+            *teacher_prefix(rollouts, scores),
+            *flags,
+            *limit,
+            "--max_response_tokens",
+            5,
+            steps=1,
+        )
         assert read_rows(tmp_path / name / "metrics.jsonl")[0]["response_length"] <= 5
     lengths = {name: read_rows(tmp_path / name / "evals.jsonl")[0]["length"] for name in ("same", "longer")}
     assert lengths["same"] <= 5 < lengths["longer"] <= 30
@@ -314,9 +411,20 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("prefix", ["teacher", "student"])
-def test_a_killed_run_continues_to_the_same_end_bit_for_bit(world, rollouts, scores, tmp_path, monkeypatch, prefix):
-    source = teacher_prefix(rollouts, scores) if prefix == "teacher" else [*student_prefix(world), "--n", 2, "--refresh_every", 2]
-    source = [*source, *"--kl reverse --save_every 2 --eval_every 3 --eval_n 2".split(), "--eval_data", world / "heldout.jsonl"]
+def test_a_killed_run_continues_to_the_same_end_bit_for_bit(
+    world, rollouts, scores, tmp_path, monkeypatch, prefix
+):
+    source = (
+        teacher_prefix(rollouts, scores)
+        if prefix == "teacher"
+        else [*student_prefix(world), "--n", 2, "--refresh_every", 2]
+    )
+    source = [
+        *source,
+        *"--kl reverse --save_every 2 --eval_every 3 --eval_n 2".split(),
+        "--eval_data",
+        world / "heldout.jsonl",
+    ]
     run(world, tmp_path / "whole", *source, steps=6)
     (tmp_path / "again").mkdir()
     out = tmp_path / "again/whole"  # the same name: checkpoints hold the run's
@@ -325,6 +433,7 @@ def test_a_killed_run_continues_to_the_same_end_bit_for_bit(world, rollouts, sco
         if step == 5:
             raise Killed
         return optimizer_step(args, model, optimizer, step, ids)
+
     with monkeypatch.context() as patch:
         patch.setattr(train, "optimizer_step", killed_in_step_6)
         with pytest.raises(Killed):
@@ -334,14 +443,18 @@ def test_a_killed_run_continues_to_the_same_end_bit_for_bit(world, rollouts, sco
 
     def rows(path, name):
         return [{k: v for k, v in row.items() if "second" not in k} for row in read_rows(path / name)]
+
     for name in ("metrics.jsonl", "evals.jsonl"):
         assert rows(out, name) == rows(tmp_path / "whole", name) != []
-    assert (out / "final/model.safetensors").read_bytes() == (tmp_path / "whole/final/model.safetensors").read_bytes()
+    assert (out / "final/model.safetensors").read_bytes() == (
+        tmp_path / "whole/final/model.safetensors"
+    ).read_bytes()
 
 
 def test_a_run_killed_while_it_was_finishing_can_be_resumed(world, rollouts, scores, tmp_path, monkeypatch):
     def killed(*words, **facts):
         raise Killed
+
     with monkeypatch.context() as patch:
         patch.setattr("distil.training.finish_artifact", killed)
         with pytest.raises(Killed):
@@ -355,14 +468,21 @@ def test_a_process_that_is_killed_for_real_can_be_resumed(world, rollouts, score
     source = [*teacher_prefix(rollouts, scores), "--kl", "forward", "--save_every", 2]
     run(world, tmp_path / "whole", *source, steps=4)
     out = tmp_path / "again/whole"
-    code = ("import os, signal, sys, train\nstep_of = train.optimizer_step\n"
-            "def killed(args, model, optimizer, step, ids):\n"
-            "    return os.kill(os.getpid(), signal.SIGKILL) if step == 2 else step_of(args, model, optimizer, step, ids)\n"
-            "train.optimizer_step = killed\ntrain.main(train.get_args(sys.argv[1:]))")
-    done = subprocess.run([sys.executable, "-c", code, *command(world, out, *source, steps=4)], cwd=ROOT, capture_output=True)
+    code = (
+        "import os, signal, sys, train\nstep_of = train.optimizer_step\n"
+        "def killed(args, model, optimizer, step, ids):\n"
+        "    return os.kill(os.getpid(), signal.SIGKILL) if step == 2 else step_of(args, model, optimizer, step, ids)\n"
+        "train.optimizer_step = killed\ntrain.main(train.get_args(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command(world, out, *source, steps=4)], cwd=ROOT, capture_output=True
+    )
     assert done.returncode == -9, done.stderr
     run(world, out, *source, "--resume", steps=4)
-    assert (out / "final/model.safetensors").read_bytes() == (tmp_path / "whole/final/model.safetensors").read_bytes()
+    assert (out / "final/model.safetensors").read_bytes() == (
+        tmp_path / "whole/final/model.safetensors"
+    ).read_bytes()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input
@@ -372,31 +492,34 @@ TEACHER = "--prefix teacher --student s --rollouts r --out o "
 STUDENT = "--prefix student --student s --teacher t --data d --out o "
 
 
-@pytest.mark.parametrize("line, word", [
-    (TEACHER + "--scores c --kl mix", "--fkl_weight"),
-    (TEACHER + "--scores c --kl forward --fkl_weight 0.5", "--fkl_weight"),
-    (TEACHER + "--scores c --kl mix --fkl_weight 1.5", "--fkl_weight"),
-    (TEACHER + "--kl reverse --vocab sampled", "--vocab sampled"),
-    (STUDENT + "--kl forward --vocab sampled", "--vocab sampled"),
-    (STUDENT + "--kl mix --fkl_weight 0.5 --vocab sampled", "--vocab sampled"),
-    (TEACHER + "--kl forward", "--scores"),
-    ("--prefix teacher --kl forward --student s --scores c --out o", "--rollouts"),
-    (TEACHER + "--scores c --kl forward --teacher t", "--teacher"),
-    (TEACHER + "--scores c --kl forward --data d", "--data"),
-    ("--prefix student --kl forward --student s --data d --out o", "--teacher"),
-    ("--prefix student --kl forward --student s --teacher t --out o", "--data"),
-    (STUDENT + "--kl forward --rollouts r", "--rollouts"),
-    (STUDENT + "--kl forward --scores c", "--scores"),
-    (STUDENT + "--kl reverse --vocab sampled --scores c", "--scores"),
-    (STUDENT + "--kl forward --refresh_every 0", "--refresh_every"),
-    (STUDENT + "--kl forward --refresh_every 2 --save_every 3", "--refresh_every"),
-    (STUDENT + "--kl forward --eval_every 3", "--eval_data"),
-    (STUDENT + "--kl forward --eval_data e", "--eval_data"),
-    (STUDENT + "--kl forward --steps 0", "--steps"),
-    (STUDENT + "--kl forward --batch_size 0", "--batch_size"),
-    (STUDENT + "--kl forward --micro_batch_tokens 0", "--micro_batch_tokens"),
-    (STUDENT + "--kl forward --log_every 0", "--log_every"),
-])
+@pytest.mark.parametrize(
+    "line, word",
+    [
+        (TEACHER + "--scores c --kl mix", "--fkl_weight"),
+        (TEACHER + "--scores c --kl forward --fkl_weight 0.5", "--fkl_weight"),
+        (TEACHER + "--scores c --kl mix --fkl_weight 1.5", "--fkl_weight"),
+        (TEACHER + "--kl reverse --vocab sampled", "--vocab sampled"),
+        (STUDENT + "--kl forward --vocab sampled", "--vocab sampled"),
+        (STUDENT + "--kl mix --fkl_weight 0.5 --vocab sampled", "--vocab sampled"),
+        (TEACHER + "--kl forward", "--scores"),
+        ("--prefix teacher --kl forward --student s --scores c --out o", "--rollouts"),
+        (TEACHER + "--scores c --kl forward --teacher t", "--teacher"),
+        (TEACHER + "--scores c --kl forward --data d", "--data"),
+        ("--prefix student --kl forward --student s --data d --out o", "--teacher"),
+        ("--prefix student --kl forward --student s --teacher t --out o", "--data"),
+        (STUDENT + "--kl forward --rollouts r", "--rollouts"),
+        (STUDENT + "--kl forward --scores c", "--scores"),
+        (STUDENT + "--kl reverse --vocab sampled --scores c", "--scores"),
+        (STUDENT + "--kl forward --refresh_every 0", "--refresh_every"),
+        (STUDENT + "--kl forward --refresh_every 2 --save_every 3", "--refresh_every"),
+        (STUDENT + "--kl forward --eval_every 3", "--eval_data"),
+        (STUDENT + "--kl forward --eval_data e", "--eval_data"),
+        (STUDENT + "--kl forward --steps 0", "--steps"),
+        (STUDENT + "--kl forward --batch_size 0", "--batch_size"),
+        (STUDENT + "--kl forward --micro_batch_tokens 0", "--micro_batch_tokens"),
+        (STUDENT + "--kl forward --log_every 0", "--log_every"),
+    ],
+)
 def test_flags_that_do_not_go_together_are_refused(line, word, refused):
     message = refused(lambda: train.get_args(line.split()))
     assert word in message.split("error:")[1]
@@ -420,6 +543,7 @@ def other_tokenizer(world, path):
 
 def other_template(world, path):
     from transformers import AutoTokenizer
+
     shutil.copytree(world / "student_init", path)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant ")
@@ -429,14 +553,24 @@ def other_template(world, path):
 
 @pytest.mark.parametrize("prefix", ["teacher", "student"])
 def test_bad_input_is_refused_and_leaves_no_directory(world, rollouts, scores, tmp_path, refused, prefix):
-    source = [*(teacher_prefix(rollouts, scores) if prefix == "teacher" else student_prefix(world)), "--kl", "forward"]
+    source = [
+        *(teacher_prefix(rollouts, scores) if prefix == "teacher" else student_prefix(world)),
+        "--kl",
+        "forward",
+    ]
     out = tmp_path / "run"
 
     def is_refused(more, *words):
         refused(lambda: run(world, out, *source, *more), *words)
         assert not out.exists()
+
     is_refused(["--student", other_tokenizer(world, tmp_path / "ids")], "--student", "tokenizer")
-    is_refused(["--student", other_template(world, tmp_path / "template")], "--student", "template", "--take_template")
+    is_refused(
+        ["--student", other_template(world, tmp_path / "template")],
+        "--student",
+        "template",
+        "--take_template",
+    )
     is_refused(["--student", tmp_path / "absent"], "--student", "absent")
     is_refused(["--eval_every", 1, "--eval_data", tmp_path / "absent.jsonl"], "absent.jsonl")
     is_refused(["--eval_every", 1, "--eval_data", "gsm9k"], "gsm9k")
@@ -454,16 +588,44 @@ def test_bad_input_is_refused_and_leaves_no_directory(world, rollouts, scores, t
 
 def test_take_template_gives_the_student_the_teachers(world, rollouts, scores, tmp_path):
     student = other_template(world, tmp_path / "student")
-    run(world, tmp_path / "run", *teacher_prefix(rollouts, scores), "--kl", "forward", "--student", student, "--take_template")
+    run(
+        world,
+        tmp_path / "run",
+        *teacher_prefix(rollouts, scores),
+        "--kl",
+        "forward",
+        "--student",
+        student,
+        "--take_template",
+    )
     meta = read_artifact(str(tmp_path / "run"), "--", "train")
     assert meta["template_sha256"] == read_artifact(str(rollouts), "--", "rollout")["template_sha256"]
 
 
-def test_scores_that_are_too_short_and_responses_that_are_too_long(world, rollouts, scores, tmp_path, refused):
+def test_scores_that_are_too_short_and_responses_that_are_too_long(
+    world, rollouts, scores, tmp_path, refused
+):
     import score_teacher
-    score_teacher.main(score_teacher.get_args([*"--dtype float32 --max_tokens 4".split(), "--teacher", str(world / "teacher_init"),
-                                               "--rollouts", str(rollouts), "--out", str(tmp_path / "short")]))
-    refused(lambda: run(world, tmp_path / "run", *teacher_prefix(rollouts, tmp_path / "short"), "--kl", "forward"), "--max_tokens")
+
+    score_teacher.main(
+        score_teacher.get_args(
+            [
+                *"--dtype float32 --max_tokens 4".split(),
+                "--teacher",
+                str(world / "teacher_init"),
+                "--rollouts",
+                str(rollouts),
+                "--out",
+                str(tmp_path / "short"),
+            ]
+        )
+    )
+    refused(
+        lambda: run(
+            world, tmp_path / "run", *teacher_prefix(rollouts, tmp_path / "short"), "--kl", "forward"
+        ),
+        "--max_tokens",
+    )
     model = load_model(str(world / "student_init"), "-", "float32")
     model.config.max_position_embeddings = 14
     model.save_pretrained(tmp_path / "narrow")

@@ -1,4 +1,5 @@
 """Both engines behind one sample(): vLLM (on a CPU its CPU build) gives what transformers gives, from the weights it got last."""
+
 import argparse
 import importlib.util
 import json
@@ -13,20 +14,30 @@ import torch
 import grpo
 import rollout
 import train
+from conftest import ROOT
 from distil.artifacts import read_artifact
 from distil.models import load_model, response_hidden, token_logps
 from distil.sampling import Sampling, push_weights, sample, sample_as_finished
 from distil.vllm_engine import load_vllm
-from conftest import ROOT
 from recipes.toy_world import make_model, make_tokenizer
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make test installs it)")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make test installs it)"
+)
 
-PROMPTS = [[1, 3, 20], [1, 9, 12, 13, 14, 15, 16], [1], [1, 22], [1, 3, 20, 11, 12, 13, 14, 15, 16, 17, 18, 19]]
+PROMPTS = [
+    [1, 3, 20],
+    [1, 9, 12, 13, 14, 15, 16],
+    [1],
+    [1, 22],
+    [1, 3, 20, 11, 12, 13, 14, 15, 16, 17, 18, 19],
+]
 
 
 def sampling(**changes):
-    default = dict(n=1, temperature=0.0, top_p=1.0, top_k=0, max_response_tokens=16, stop_ids=[0, 2], vocab_size=29)
+    default = dict(
+        n=1, temperature=0.0, top_p=1.0, top_k=0, max_response_tokens=16, stop_ids=[0, 2], vocab_size=29
+    )
     return Sampling(**(default | changes))
 
 
@@ -63,7 +74,11 @@ def test_greedy_samples_are_equal(engine, model, stops):
 
 
 def test_both_finish_reasons_occur(engine, model):
-    found = {one.finish_reason for group in sample(engine, PROMPTS, sampling(temperature=1.0, n=20), seed=0) for one in group}
+    found = {
+        one.finish_reason
+        for group in sample(engine, PROMPTS, sampling(temperature=1.0, n=20), seed=0)
+        for one in group
+    }
     assert found == {"stop", "length"}
 
 
@@ -83,7 +98,9 @@ def test_the_samplers_log_probabilities_are_the_trainers(engine, model, temperat
         for one in group:
             with torch.no_grad():
                 hidden = response_hidden(model, [prompt], [one.response_ids])
-                right = token_logps(hidden, model.get_output_embeddings().weight, torch.tensor(one.response_ids))
+                right = token_logps(
+                    hidden, model.get_output_embeddings().weight, torch.tensor(one.response_ids)
+                )
             torch.testing.assert_close(torch.tensor(one.logps), right, rtol=0, atol=2e-5)
 
 
@@ -92,6 +109,7 @@ def test_an_engine_that_fails_ends_the_stage_with_a_message(engine, refused, mon
 
     def dies():
         raise EngineDeadError()
+
     monkeypatch.setattr(engine.llm_engine, "step", dies)
     refused(lambda: sample(engine, PROMPTS, sampling(), seed=0), "--engine vllm", "EngineCore", code=1)
     monkeypatch.undo()
@@ -101,8 +119,13 @@ def test_an_engine_that_fails_ends_the_stage_with_a_message(engine, refused, mon
 
 class FakeEngine:
     """An LLM, and its LLMEngine, whose requests never end, or whose steps do not."""
+
     def __init__(self, step):
-        self.step, self.llm_engine, self.model_config = step, self, argparse.Namespace(get_vocab_size=lambda: 29)
+        self.step, self.llm_engine, self.model_config = (
+            step,
+            self,
+            argparse.Namespace(get_vocab_size=lambda: 29),
+        )
 
     def enqueue(self, prompts, params, use_tqdm):
         return [f"{i}-mark" for i in range(len(prompts))]
@@ -114,16 +137,29 @@ class FakeEngine:
 def test_a_request_that_never_ends_is_an_error(refused):
     steps = []
     engine = FakeEngine(lambda: steps.append(1) or [])
-    refused(lambda: sample(engine, PROMPTS, sampling(), seed=0), "--engine vllm", "5 of 5 requests do not end", code=1)
+    refused(
+        lambda: sample(engine, PROMPTS, sampling(), seed=0),
+        "--engine vllm",
+        "5 of 5 requests do not end",
+        code=1,
+    )
     assert len(steps) > 5 * 16
 
 
 def test_a_step_that_never_returns_ends_the_process():
     """A hang in C, a collective that waits for a dead rank: no exception can be raised there."""
-    code = ("import time, rollout, test_vllm; rollout.STALLED_SECONDS = 0.5\n"
-            "next(rollout.run_vllm(test_vllm.FakeEngine(lambda: time.sleep(100)), [], []))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": os.path.join(ROOT, "tests")},
-                          capture_output=True, text=True, timeout=60)
+    code = (
+        "import time, rollout, test_vllm; rollout.STALLED_SECONDS = 0.5\n"
+        "next(rollout.run_vllm(test_vllm.FakeEngine(lambda: time.sleep(100)), [], []))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.path.join(ROOT, "tests")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 1 and "error: --engine vllm: the engine hangs" in done.stderr
 
 
@@ -132,7 +168,9 @@ def test_prompts_are_handed_over_when_they_are_finished(engine):
     settings = sampling(n=3, temperature=1.0)
     found = list(sample_as_finished(engine, PROMPTS, settings, 7, range(5)))
     assert len(found) > 1 and sorted(i for groups in found for i in groups) == list(range(5))
-    assert [group for _, group in sorted(item for groups in found for item in groups.items())] == sample(engine, PROMPTS, settings, 7)
+    assert [group for _, group in sorted(item for groups in found for item in groups.items())] == sample(
+        engine, PROMPTS, settings, 7
+    )
 
 
 def test_more_prompts_than_a_step_holds(engine, model):
@@ -151,12 +189,16 @@ def test_seed_decides_the_samples(engine):
     assert len({tuple(one.response_ids) for one in first[0]}) == 3
 
 
-@pytest.mark.parametrize("settings", [dict(temperature=0.7), dict(temperature=1.5, top_k=5), dict(temperature=1.0, top_p=0.6)])
+@pytest.mark.parametrize(
+    "settings", [dict(temperature=0.7), dict(temperature=1.5, top_k=5), dict(temperature=1.0, top_p=0.6)]
+)
 def test_both_engines_sample_from_one_distribution(engine, model, settings):
     """First tokens of 2000 responses each: a chi-square test of two samples, bound at 6 deviations; the padding is out of both."""
     counts = []
     for one in (engine, model):
-        [group] = sample(one, [PROMPTS[1]], sampling(n=2000, sample_batch=2000, max_response_tokens=1, **settings), seed=3)
+        [group] = sample(
+            one, [PROMPTS[1]], sampling(n=2000, sample_batch=2000, max_response_tokens=1, **settings), seed=3
+        )
         counts.append(torch.bincount(torch.tensor([s.response_ids[0] for s in group]), minlength=29).double())
     both = counts[0] + counts[1] > 0
     chi_square = ((counts[0] - counts[1])[both] ** 2 / (counts[0] + counts[1])[both]).sum()
@@ -167,7 +209,10 @@ def test_both_engines_sample_from_one_distribution(engine, model, settings):
 def test_after_a_push_the_engine_samples_from_the_new_weights(engine, model):
     old = sample(engine, PROMPTS, sampling(), seed=0)
     trained = padded_model(seed=1).train()
-    optimizer, ids = torch.optim.AdamW(trained.parameters(), lr=3e-2), torch.tensor([PROMPTS[1] + [20, 21, 22]])
+    optimizer, ids = (
+        torch.optim.AdamW(trained.parameters(), lr=3e-2),
+        torch.tensor([PROMPTS[1] + [20, 21, 22]]),
+    )
     for _ in range(2):
         trained(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
@@ -184,10 +229,12 @@ def test_a_push_forgets_what_was_cached_with_the_old_weights(engine, model):
     def cached():
         """Tokens of a prompt of several cache blocks that vLLM did not compute again."""
         return engine.generate([{"prompt_token_ids": [1, 3, 20] * 100}], use_tqdm=False)[0].num_cached_tokens
+
     cached()
     assert cached() > 0
     push_weights(engine, model)
     assert cached() == 0
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages
@@ -195,9 +242,21 @@ def test_a_push_forgets_what_was_cached_with_the_old_weights(engine, model):
 
 def test_rollouts_are_equal_on_both_engines(world, tmp_path):
     for name in ("hf", "vllm"):
-        rollout.main(rollout.get_args(["--model", str(world / "student_init"), "--data", str(world / "train.jsonl"),
-                                       "--engine", name, *"--temperature 0 --dtype float32 --max_response_tokens 12".split(),
-                                       "--out", str(tmp_path / name)]))
+        rollout.main(
+            rollout.get_args(
+                [
+                    "--model",
+                    str(world / "student_init"),
+                    "--data",
+                    str(world / "train.jsonl"),
+                    "--engine",
+                    name,
+                    *"--temperature 0 --dtype float32 --max_response_tokens 12".split(),
+                    "--out",
+                    str(tmp_path / name),
+                ]
+            )
+        )
         assert read_artifact(str(tmp_path / name), "-", "rollout")["args"]["engine"] == name
     assert (tmp_path / "vllm/rollouts.jsonl").read_bytes() == (tmp_path / "hf/rollouts.jsonl").read_bytes()
 
@@ -206,24 +265,54 @@ def test_on_policy_training_is_equal_on_both_engines(world, tmp_path):
     """Greedy: the responses of the second step and the third show that the engine got the weights of the step before."""
     rows = {}
     for name in ("hf", "vllm"):
-        train.main(train.get_args(["--student", str(world / "student_init"), "--teacher", str(world / "teacher_init"),
-                                   "--data", str(world / "train.jsonl"), "--out", str(tmp_path / name), "--engine", name,
-                                   *"--prefix student --kl reverse --temperature 0 --steps 3 --batch_size 4 --lr 3e-2".split(),
-                                   *"--warmup 0 --max_response_tokens 12 --dtype float32".split()]))
+        train.main(
+            train.get_args(
+                [
+                    "--student",
+                    str(world / "student_init"),
+                    "--teacher",
+                    str(world / "teacher_init"),
+                    "--data",
+                    str(world / "train.jsonl"),
+                    "--out",
+                    str(tmp_path / name),
+                    "--engine",
+                    name,
+                    *"--prefix student --kl reverse --temperature 0 --steps 3 --batch_size 4 --lr 3e-2".split(),
+                    *"--warmup 0 --max_response_tokens 12 --dtype float32".split(),
+                ]
+            )
+        )
         lines = [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
         rows[name] = [{k: v for k, v in line.items() if "second" not in k} for line in lines]
     for found, expected in zip(rows["vllm"], rows["hf"], strict=True):
         assert found == pytest.approx(expected, rel=1e-3)
-    a, b = (load_model(str(tmp_path / name / "final"), "-", "float32").state_dict() for name in ("hf", "vllm"))
+    a, b = (
+        load_model(str(tmp_path / name / "final"), "-", "float32").state_dict() for name in ("hf", "vllm")
+    )
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=1e-3)
 
 
 def test_grpo_with_vllm_measures_a_mismatch_of_rounding_alone(world, tmp_path, monkeypatch):
     """After an update too: the engine's log-probabilities are those of the weights that are trained."""
-    monkeypatch.setattr(grpo, "rewards_of", lambda tokenizer, problems, groups: torch.tensor([[0.0, 1.0]] * len(groups)))
-    grpo.main(grpo.get_args(["--model", str(world / "student_init"), "--data", str(world / "train.jsonl"), "--engine", "vllm",
-                             *"--n 2 --batch_size 4 --steps 2 --lr 3e-2 --warmup 0 --max_response_tokens 12 --dtype float32".split(),
-                             *"--kl_weight 0.1 --out".split(), str(tmp_path / "run")]))
+    monkeypatch.setattr(
+        grpo, "rewards_of", lambda tokenizer, problems, groups: torch.tensor([[0.0, 1.0]] * len(groups))
+    )
+    grpo.main(
+        grpo.get_args(
+            [
+                "--model",
+                str(world / "student_init"),
+                "--data",
+                str(world / "train.jsonl"),
+                "--engine",
+                "vllm",
+                *"--n 2 --batch_size 4 --steps 2 --lr 3e-2 --warmup 0 --max_response_tokens 12 --dtype float32".split(),
+                *"--kl_weight 0.1 --out".split(),
+                str(tmp_path / "run"),
+            ]
+        )
+    )
     rows = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
     assert [0 < row["mismatch"] < 1e-4 for row in rows] == [True, True] and rows[1]["reference_kl"] > 1e-3

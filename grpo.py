@@ -152,7 +152,7 @@ def rewards_of(tokenizer, problems, groups):
         for problem, group in zip(problems, groups, strict=True)
         for one in group
     ]
-    pairs = pairs[ranks.mine(len(pairs))]
+    pairs = pairs[ranks.rank_slice(len(pairs))]
     verdicts = grade(
         [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in pairs], [answer for _, answer in pairs]
     )
@@ -210,7 +210,7 @@ def accumulate_gradients(args, model, reference, batch, vocab_size):
     for trains in (True, False):  # the others are measured alone
         chosen = [i for i, r in enumerate(batch) if has_gradient(args, r) == trains]
         lengths = [len(batch[i].prompt) + len(batch[i].tokens) for i in chosen]
-        for part, counts in ranks.deal(batches_by_tokens(lengths, args.micro_batch_tokens)):
+        for part, counts in ranks.split_micro_batches(batches_by_tokens(lengths, args.micro_batch_tokens)):
             micro = [batch[chosen[i]] for i in part]
             weight = [counts * weights[chosen[i]] for i in part for _ in batch[chosen[i]].tokens]
             weight = torch.tensor(weight, device=model.device)  # (N,)
@@ -220,7 +220,7 @@ def accumulate_gradients(args, model, reference, batch, vocab_size):
                 value.backward()
                 loss += value.item()
             sums.update({name: counts * values.sum().item() for name, values in metrics.items()})
-    sums = ranks.add_up({"loss": loss, **sums})
+    sums = ranks.sum_over_ranks({"loss": loss, **sums})
     return sums.pop("loss"), sums
 
 
@@ -275,7 +275,7 @@ def forward(args, model, batch, vocab_size):
 def add_old_logps(args, model, batch, vocab_size):
     """The Responses with the log-probabilities of the model as it is now."""
     old = {}
-    for part, _ in ranks.deal(
+    for part, _ in ranks.split_micro_batches(
         batches_by_tokens([len(r.prompt) + len(r.tokens) for r in batch], args.micro_batch_tokens)
     ):
         tokens = torch.tensor([token for i in part for token in batch[i].tokens], device=model.device)

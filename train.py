@@ -266,7 +266,7 @@ def accumulate_gradients(args, student, teacher, batch, vocab_size):
     weights, device = token_weights(batch, args.normalize), student.device
     total, lengths = sum(len(r.tokens) for r in batch), [len(r.prompt) + len(r.tokens) for r in batch]
     sums, seconds = {"loss": 0.0, "padding": 0.0}, {"seconds_score": 0.0, "seconds_diagnostics": 0.0}
-    for part, counts in ranks.deal(batches_by_tokens(lengths, args.micro_batch_tokens)):
+    for part, counts in ranks.split_micro_batches(batches_by_tokens(lengths, args.micro_batch_tokens)):
         micro = [batch[i] for i in part]
         tokens = torch.tensor(
             [token for response in micro for token in response.tokens], device=device
@@ -298,7 +298,7 @@ def accumulate_gradients(args, student, teacher, batch, vocab_size):
         )  # of all positions, until the tokens are taken off
         for name, values in metrics.items():
             sums[name] = sums.get(name, 0.0) + counts * values.sum().item() / total
-    sums = ranks.add_up(sums)
+    sums = ranks.sum_over_ranks(sums)
     return sums | {"padding": 1 - sum(lengths) / sums["padding"]}, seconds
 
 

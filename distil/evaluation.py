@@ -76,7 +76,7 @@ def predictive_entropy(model, prompts, responses, vocab_size, micro_batch_tokens
         {},
         [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)],
     )
-    for batch, _ in ranks.deal(batches_by_tokens(lengths, micro_batch_tokens)):
+    for batch, _ in ranks.split_micro_batches(batches_by_tokens(lengths, micro_batch_tokens)):
         hidden = response_hidden(model, [prompts[i] for i in batch], [responses[i] for i in batch])
         head = output_head(model, "--model").detach().to(hidden.dtype)
         entropy = linear_streaming_kl(
@@ -104,7 +104,7 @@ def evaluate_problems(
 ):
     """Yields {place of a problem: its n graded rows} as problems are done, without those whose places are in `done`. Problems go
     through in chunks that depend on nothing that came before, so what is made again after a kill is the same."""
-    size = max(1, sampling.sample_batch // sampling.n) * ranks.count()
+    size = max(1, sampling.sample_batch // sampling.n) * ranks.world_size()
     chunks = [
         [place for place in range(start, min(start + size, len(problems))) if place not in done]
         for start in range(0, len(problems), size)
@@ -120,7 +120,7 @@ def evaluate_problems(
         for todo in filter(None, chunks):
             given = engine, [prompts[place] for place in todo], sampling, derive_seed(seed, "evaluate"), todo
             for groups in (
-                sample_as_finished(*given) if ranks.count() == 1 else [dict(enumerate(sample(*given)))]
+                sample_as_finished(*given) if ranks.world_size() == 1 else [dict(enumerate(sample(*given)))]
             ):
                 places = [todo[i] for i in groups]
                 yield dict(
@@ -158,7 +158,7 @@ def grade_groups(model, tokenizer, problems, prompts, groups, micro_batch_tokens
         for problem, prompt, group in zip(problems, prompts, groups, strict=True)
     ]
     rows = [row for group in groups for row in group]
-    mine = rows[ranks.mine(len(rows))]
+    mine = rows[ranks.rank_slice(len(rows))]
     grades = ranks.gather(grade([row["response"] for row in mine], [row["answer"] for row in mine]))
     entropies = predictive_entropy(
         model,

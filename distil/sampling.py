@@ -109,7 +109,7 @@ def push_weights(engine, model):
     a transformers engine is the model itself and has them."""
     if engine is model:
         return
-    weights = ranks.whole_weights(model)
+    weights = ranks.full_weights(model)
     if isinstance(engine, torch.nn.Module):
         own = engine.state_dict()
         for name, tensor in weights:
@@ -125,7 +125,7 @@ def sample(engine, prompts, sampling, seed, places=None):
     A sample depends on the model, its prompt, the seed, its prompt's place (`places`; by default 0, 1, ...) and its index among the
     n; but for rounding, it does not depend on what is sampled beside it. So batches, chunks and ranks (which share the prompts out)
     change no result."""
-    mine, places, groups = ranks.mine(len(prompts)), range(len(prompts)) if places is None else places, {}
+    mine, places, groups = ranks.rank_slice(len(prompts)), range(len(prompts)) if places is None else places, {}
     for found in sample_as_finished(engine, prompts[mine], sampling, seed, places[mine]):
         groups |= found
     return ranks.gather([groups[i] for i in range(len(groups))])

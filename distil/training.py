@@ -150,7 +150,7 @@ def optimizer_step(args, model, optimizer, step, ids):
     for group in optimizer.param_groups:
         group["lr"] = lr
     ranks.reshard(model)
-    norm = ranks.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)).item()
+    norm = ranks.full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)).item()
     if norm != norm or norm == float("inf"):
         if ranks.rank() == 0:
             write_json(
@@ -210,7 +210,7 @@ class Run:
         ):  # pieces of a model cannot sample: then each rank samples from a whole copy
             if args.engine == "vllm":
                 self.engine = load_vllm(args, directory)
-            elif ranks.count() > 1:
+            elif ranks.world_size() > 1:
                 self.engine = load_model(directory, "the starting model", "float32")
         ranks.barrier()  # all have found --out as it should be
         if ranks.rank() == 0:
@@ -228,7 +228,7 @@ class Run:
             defer_signals()
         print(
             f"{self.name}: {cell['name']}, engine {args.engine}, stop ids {stops}"
-            + (f", {ranks.count()} ranks" if ranks.count() > 1 else "")
+            + (f", {ranks.world_size()} ranks" if ranks.world_size() > 1 else "")
             + (f", resumed from {checkpoint or 'the start'}" if args.resume else ""),
             flush=True,
         )
@@ -307,7 +307,7 @@ class Run:
             name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())
         }  # of a tied tensor's names one
         weights = whole_state(
-            (name, tensor) for name, tensor in ranks.whole_weights(self.model) if name in once
+            (name, tensor) for name, tensor in ranks.full_weights(self.model) if name in once
         )
         moments = whole_state(optimizer_state(self.model, self.optimizer)) if name != "final" else None
         if ranks.rank():
@@ -369,7 +369,7 @@ def optimizer_state(model, optimizer):
     """Yields ("parameter/key", tensor): AdamW's step and moments of every parameter that has had a gradient."""
     for name, parameter in model.named_parameters():
         for key, tensor in optimizer.state.get(parameter, {}).items():
-            yield f"{name}/{key}", ranks.whole(tensor)
+            yield f"{name}/{key}", ranks.full_tensor(tensor)
 
 
 def whole_state(tensors):
@@ -383,7 +383,7 @@ def load_optimizer(path, model, optimizer):
         if f"{name}/step" not in state:
             continue  # GRPO without a gradient so far
         optimizer.state[parameter] = {"step": state[f"{name}/step"]} | {
-            key: ranks.piece_of(state[f"{name}/{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")
+            key: ranks.local_shard(state[f"{name}/{key}"], parameter) for key in ("exp_avg", "exp_avg_sq")
         }
 
 

@@ -54,7 +54,7 @@ def load_vllm(args, directory):
         tensor_parallel_size=args.tensor_parallel,
         gpu_memory_utilization=args.gpu_memory_utilization,
         distributed_executor_backend="external_launcher"
-        if ranks.count() > 1
+        if ranks.world_size() > 1
         else None,  # an engine for each rank
         **more,
     )

@@ -250,23 +250,23 @@ def test_a_rank_holds_its_share_of_weights_gradients_and_moments(world, tmp_path
 
 def test_shares_and_sums(tmp_path):
     def check(out):
-        n = ranks.count()
+        n = ranks.world_size()
         assert (
-            ranks.gather(list(range(7))[ranks.mine(7)]) == list(range(7))
-            and ranks.gather([][ranks.mine(0)]) == []
+            ranks.gather(list(range(7))[ranks.rank_slice(7)]) == list(range(7))
+            and ranks.gather([][ranks.rank_slice(0)]) == []
         )
         for batches in ([[0, 1, 2]], [[0], [1], [2], [3]], [[0, 1], [2, 3, 4, 5, 6], [7]], [[0]], []):
-            dealt = ranks.deal(batches)
+            dealt = ranks.split_micro_batches(batches)
             assert len(ranks.gather([len(dealt)])) == n and len(set(ranks.gather([len(dealt)]))) == 1
             counted = ranks.gather([i for part, counts in dealt if counts for i in part])
             assert sorted(counted) == sorted(i for batch in batches for i in batch)
-        assert ranks.add_up({"a": 1.5, "b": ranks.rank()}) == {"a": 1.5 * n, "b": n * (n - 1) / 2}
+        assert ranks.sum_over_ranks({"a": 1.5, "b": ranks.rank()}) == {"a": 1.5 * n, "b": n * (n - 1) / 2}
         assert ranks.largest(10 * ranks.rank()) == 10 * (n - 1)
         (out / str(ranks.rank())).write_text("checked")
 
     on_ranks(check, tmp_path, count=3)
     assert len(list(tmp_path.iterdir())) == 3
-    assert ranks.deal([[0, 1], [2]]) == [([0, 1], True), ([2], True)] and ranks.mine(5) == slice(0, 5)
+    assert ranks.split_micro_batches([[0, 1], [2]]) == [([0, 1], True), ([2], True)] and ranks.rank_slice(5) == slice(0, 5)
 
 
 FAILS = """

@@ -2,58 +2,52 @@
 
     problems  ->  rollouts/rollouts.jsonl, rollouts/tokenizer/, rollouts/meta.json
 
-    python rollout.py --model Qwen/Qwen3-4B --data deepscaler --n 1 --max_response_tokens 4096 --out out/rollouts
+    python rollout.py --model Qwen/Qwen3-4B --data deepscaler --max_response_tokens 4096 --out out/rollouts
 
-One row a response: id, sample, prompt_ids, response_ids, response, finish_reason, answer. The token ids are the truth: no
-later stage tokenises text again. response_ids ends with the stop token when finish_reason is "stop"; "length" means cut off.
+Each response is a row: id, sample, prompt_ids, response_ids, response, finish_reason, answer. The token ids
+are the truth: no later stage tokenises text again. finish_reason is "stop" if response_ids ends with a stop
+token, and "length" if --max_response_tokens truncated the response.
 
-This file also owns sample(), the one way in which any stage samples, on either engine, and how a live vLLM gets new weights.
+--drop keeps what is not worth learning from out of a cold start: faulty responses are sampled again, up to
+--attempts times in all, and then dropped (arXiv 2604.13016 and its code).
 """
 
 import argparse
+import functools
 import os
 from collections import Counter
 
 from tqdm import tqdm
 
-from distil.artifacts import GrowingFile, add_output_flags, run_stage, start_artifact, stop, stop_requested
+from distil.artifacts import add_output_flags, check_out, run_stage, start_artifact, stop, stop_requested
+from distil.jsonl import GrowingFile
 from distil.models import default_dtype, load_model
 from distil.problems import add_problem_flags
 from distil.rollouts import finish_rollouts, write_rollouts
-from distil.sampling import add_sampling_flags, derive_seed, prepare, sample
+from distil.sampling import add_sampling_flags, derive_seed, load_task, sample, sampling_from
 from distil.vllm_engine import load_vllm
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     # what goes in
-    p.add_argument(
-        "--model", required=True, help="Hugging Face directory or hub id of the model that is sampled"
-    )
+    p.add_argument("--model", required=True, help="Hugging Face directory or hub id of the model to sample")
     add_problem_flags(p)
     # how it is sampled
-    add_sampling_flags(p, max_response_tokens=4096)
-    p.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        default=default_dtype(),
-        help="dtype of the model",
-    )
+    add_sampling_flags(p)
+    dtypes = ["float32", "bfloat16", "float16"]
+    p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="dtype of the model")
     p.add_argument("--seed", type=int, default=42)
-    # cold start: what is not worth learning from
+    # filters of a cold start
     p.add_argument(
         "--drop",
         nargs="+",
         default=[],
         choices=["unboxed", "truncated", "degenerate"],
-        help="sample again, and at last drop, responses without a boxed answer, cut off, or that repeat themselves",
+        help="resample, then drop, responses that have no boxed answer, are truncated, or repeat themselves",
     )
-    p.add_argument(
-        "--attempts",
-        type=int,
-        default=3,
-        help="times a response is sampled, with --drop, before it is dropped",
-    )
+    attempts_help = "with --drop, times a response is sampled before it is dropped"
+    p.add_argument("--attempts", type=int, default=3, help=attempts_help)
     # what comes out
     add_output_flags(p)
     args = p.parse_args(argv)
@@ -62,116 +56,119 @@ def get_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling: an engine is a transformers model (sampled as it is now) or a vLLM LLM
-
-
-# None where not asked for, and from transformers, which samples from the very weights that are trained
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Filters of a cold start (arXiv 2604.13016 and its code)
+# ----------------------------------------------------------------------------------------------------------
+# Filters of a cold start
 
 
 def is_degenerate(response):
-    """Whether a response repeats itself: a line of 20 characters or more five times, 100 characters three times (looked at every 10),
-    or, in a response of more than 5000, some 50 characters three times in a row."""
+    """Whether a response repeats itself. Any of these is enough:
+
+    - a line of 20 characters or more occurs 5 times
+    - 100 characters occur 3 times, among the windows that start at 0, 10, 20, ...
+    - in a response of more than 5000 characters, some 50 characters occur 3 times in a row"""
     lines = [line.strip() for line in response.splitlines()]
-    windows = [response[i : i + 100] for i in range(0, len(response) - 99, 10)]
-    return (
-        max(Counter(line for line in lines if len(line) >= 20).values(), default=0) >= 5
-        or max(Counter(windows).values(), default=0) >= 3
-        or len(response) > 5000
-        and any(
-            response[i : i + 50] == response[i + 50 : i + 100] == response[i + 100 : i + 150]
-            for i in range(len(response) - 149)
-        )
-    )
+    long_lines = Counter(line for line in lines if len(line) >= 20)
+    if max(long_lines.values(), default=0) >= 5:
+        return True
+    windows = Counter(response[i : i + 100] for i in range(0, len(response) - 99, 10))
+    if max(windows.values(), default=0) >= 3:
+        return True
+    if len(response) <= 5000:
+        return False
+    for i in range(len(response) - 149):
+        if response[i : i + 50] == response[i + 50 : i + 100] == response[i + 100 : i + 150]:
+            return True
+    return False
 
 
-def fault(response, finish_reason, drop):
-    """The first reason in `drop` that holds for a response, or None."""
-    holds = {
-        "unboxed": lambda: "\\boxed" not in response,
-        "truncated": lambda: finish_reason == "length",
-        "degenerate": lambda: is_degenerate(response),
-    }
-    return next((reason for reason in drop if holds[reason]()), None)
+def fault(response, truncated, drop):
+    """The first reason in `drop` to reject a response, given as text, or None."""
+    for reason in drop:
+        if reason == "unboxed" and "\\boxed" not in response:
+            return reason
+        if reason == "truncated" and truncated:
+            return reason
+        if reason == "degenerate" and is_degenerate(response):
+            return reason
+    return None
 
 
-def sample_kept(args, engine, tokenizer, prompts, sampling, seed, counts, first=0):
-    """sample(), with faulty responses sampled again up to --attempts times in all; None where no attempt was good. Every faulty
-    response is counted by its reason in `counts`, and every slot that was given up as "dropped". first: place of the first prompt."""
-    groups = [
-        list(group) for group in sample(engine, prompts, sampling, seed, range(first, first + len(prompts)))
-    ]
-    slots = [(i, j) for i in range(len(prompts)) for j in range(sampling.n)] if args.drop else []
-    for attempt in range(1, args.attempts + 1):
-        faults = {}
+def sample_with_retries(engine, tokenizer, prompts, config, seed, drop, attempts, fault_counts, first=0):
+    """sample(), resampling faulty responses up to `attempts` times in all; None where no attempt was good.
+
+    fault_counts: a Counter that gets every rejected response by its reason, and every None as "dropped".
+    first: place of the first prompt among all prompts of the run."""
+    groups = sample(engine, prompts, config, seed, range(first, first + len(prompts)))
+    slots = [(i, j) for i in range(len(prompts)) for j in range(config.n)] if drop else []
+    for attempt in range(1, attempts + 1):
+        faulty = []
         for i, j in slots:
-            response = tokenizer.decode(groups[i][j].response_ids, skip_special_tokens=True)
-            faults[i, j] = fault(response, groups[i][j].finish_reason, args.drop)
-        slots = [slot for slot in slots if faults[slot]]
-        counts.update(faults[slot] for slot in slots)
-        if slots and attempt < args.attempts:
-            again = sample(
-                engine,
-                [prompts[i] for i, _ in slots],
-                sampling._replace(n=1),
-                derive_seed(seed, "attempt", attempt),
-                [(first + i, j) for i, j in slots],
-            )
-            for (i, j), (one,) in zip(slots, again, strict=True):
-                groups[i][j] = one
+            text = tokenizer.decode(groups[i][j].response_ids, skip_special_tokens=True)
+            reason = fault(text, groups[i][j].truncated, drop)
+            if reason:
+                fault_counts[reason] += 1
+                faulty.append((i, j))
+        slots = faulty
+        if not slots or attempt == attempts:
+            break
+        again = sample(
+            engine,
+            [prompts[i] for i, _ in slots],
+            config._replace(n=1),
+            derive_seed(seed, "attempt", attempt),
+            [(first + i, j) for i, j in slots],
+        )
+        for (i, j), (response,) in zip(slots, again, strict=True):
+            groups[i][j] = response
     for i, j in slots:
         groups[i][j] = None
-    counts["dropped"] += len(slots)
+    fault_counts["dropped"] += len(slots)
     return groups
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The rollouts artifact
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def main(args):
-    directory, tokenizer, stops, problems, prompts, sampling = prepare(args)
-    engine = (
-        load_vllm(args, directory) if args.engine == "vllm" else load_model(directory, "--model", args.dtype)
-    )
+    check_out(args)
+    make_sampling = functools.partial(sampling_from, args)
+    task = load_task(args.model, args.data, args.limit, args.prompt_suffix, make_sampling)
+    problems, stop_ids = task.problems, task.sampling.stop_ids
+    if args.engine == "vllm":
+        engine = load_vllm(task.directory, args.dtype, args.tensor_parallel, args.gpu_memory_utilization)
+    else:
+        engine = load_model(task.directory, "--model", args.dtype)
     start_artifact(args)
-    print(
-        f"rollout: {len(problems)} problems x {args.n}, engine {args.engine}, {args.dtype}, stop ids {stops}"
-    )
+    how = f"engine {args.engine}, {args.dtype}, stop ids {stop_ids}"
+    print(f"rollout: {len(problems)} problems x {args.n}, {how}")
 
-    # Problems go through in chunks, so that a resumed run repeats at most one.
-    chunk = max(1, args.sample_batch // args.n)
-    path = os.path.join(args.out, "rollouts.jsonl.tmp")
-    if os.path.isfile(path.removesuffix(".tmp")):  # killed while it was finishing
-        os.replace(path.removesuffix(".tmp"), path)
-    file = GrowingFile(path, problems=0, faults={})
-    done, faults = file.done["problems"], Counter(file.done["faults"])
+    path = os.path.join(args.out, "rollouts.jsonl")
+    if os.path.isfile(path):  # an earlier run was killed while it was finishing
+        os.replace(path, path + ".tmp")
+    file = GrowingFile(path + ".tmp", problems=0, faults={})
+    done, fault_counts = file.done["problems"], Counter(file.done["faults"])
+    chunk = max(1, args.sample_batch // args.n)  # problems; a resumed run repeats at most one chunk
     with tqdm(total=len(problems), initial=done, unit="problem") as bar:
         for start in range(done, len(problems), chunk):
             if stop_requested():
                 stop(args)
-            rows = slice(start, start + chunk)
-            groups = sample_kept(
-                args,
+            end = min(start + chunk, len(problems))
+            groups = sample_with_retries(
                 engine,
-                tokenizer,
-                prompts[rows],
-                sampling,
+                task.tokenizer,
+                task.prompts[start:end],
+                task.sampling,
                 derive_seed(args.seed, "rollout"),
-                faults,
+                args.drop,
+                args.attempts,
+                fault_counts,
                 start,
             )
-            write_rollouts(file, tokenizer, problems[rows], prompts[rows], groups)
-            file.mark(problems=start + len(prompts[rows]), faults=faults)
-            bar.update(len(prompts[rows]))
-    finish_rollouts(args, tokenizer, faults, model=os.path.realpath(directory), stop_ids=stops)
+            write_rollouts(file, task.tokenizer, problems[start:end], groups)
+            file.mark(problems=end, faults=fault_counts)
+            bar.update(end - start)
+    model = os.path.realpath(task.directory)
+    finish_rollouts(args, task.tokenizer, fault_counts, model=model, stop_ids=stop_ids)
 
 
 if __name__ == "__main__":

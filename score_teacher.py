@@ -6,13 +6,13 @@
 
 What is stored for every position that predicts a response token, in the dtype the teacher computes in:
 
-    --signal hidden     its last hidden state, and the output head once. hidden @ head.T are the teacher's logits, so training is
-                        exact over the vocabulary: 5 KB a token (hidden size 2560, bf16) where the logits would take 304 KB
+    --signal hidden     its last hidden state, and the output head once. The teacher's logits are
+                        hidden @ head.T, so training is exact over the vocabulary: 5 KB a token (hidden size
+                        2560, bfloat16) where the logits would take 304 KB
     --signal topk       the --k likeliest tokens and their log-probabilities: 8 bytes each
     --signal sampled    the log-probability of the response's own token: 4 bytes
 
-This file also owns everything about teacher and student as a pair: the preflight, which train.py runs too, and how hidden states,
-log-probabilities and overlaps are computed. The preflight alone:
+Whether a teacher and a student can work together is checked by train.py before its first step, and by
 
     python score_teacher.py --preflight --teacher Qwen/Qwen3-4B --student Qwen/Qwen3-0.6B-Base
 """
@@ -26,97 +26,65 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from distil.artifacts import (
-    GrowingFile,
-    add_output_flags,
-    check_out,
-    check_space,
-    file_sha256,
-    finish_artifact,
-    read_artifact,
-    read_jsonl,
-    refuse,
-    run_stage,
-    start_artifact,
-    stop,
-    stop_requested,
+from distil import artifacts, models, preflight, sampling
+from distil.jsonl import GrowingFile, read_jsonl
+from distil.models import Response, forward, token_logps, top_tokens
+from distil.prompts import (
+    load_tokenizer,
+    prompt_text,
+    render_prompt,
+    stop_ids,
+    template_sha256,
+    tokenizer_sha256,
 )
-from distil.models import (
-    batches_by_tokens,
-    default_dtype,
-    load_model,
-    model_dir,
-    output_head,
-    response_hidden,
-    token_logps,
-    top_tokens,
-)
-from distil.preflight import check_tokenizers, preflight
-from distil.prompts import load_tokenizer, template_sha256
 from distil.rollouts import read_rollouts
+from distil.teacher import live_teacher
+
+PROBES = [
+    "What is 17 * 23?",
+    "A train covers 120 km in 1.5 hours. What is its average speed in km/h?",
+    "If 3x + 5 = 20, what is x?",
+    "How many positive divisors does 36 have?",
+]
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--teacher", required=True, help="Hugging Face directory or hub id of the teacher")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    p = parser.add_argument_group("what goes in")
+    p.add_argument("--teacher", required=True, help="directory or hub id of the teacher")
     p.add_argument("--rollouts", help="directory written by rollout.py")
+    p = parser.add_argument_group("what is stored")
+    signals = ["hidden", "topk", "sampled"]
+    p.add_argument("--signal", choices=signals, default="hidden", help="what is stored of each position")
+    p.add_argument("--k", type=int, default=16, help="likeliest tokens: --vocab topk, overlap")
     p.add_argument(
-        "--signal",
-        choices=["hidden", "topk", "sampled"],
-        default="hidden",
-        help="what is stored of each position",
-    )
-    p.add_argument(
-        "--k",
-        type=int,
-        default=16,
-        help="likeliest tokens in top-k training and scores, and in overlap metrics",
-    )
-    p.add_argument(
-        "--max_tokens", type=int, default=0, help="score only the first N tokens of each response (0: all)"
-    )
-    p.add_argument(
-        "--micro_batch_tokens", type=int, default=16384, help="tokens in one forward pass, padding included"
+        "--max_tokens", type=int, default=0, help="score the first N tokens of a response (0: all)"
     )
     p.add_argument("--shard_tokens", type=int, default=200_000, help="response tokens in one shard")
-    p.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        default=default_dtype(),
-        help="dtype of the teacher",
-    )
-    add_output_flags(p, required=False)
-    # only check whether a pair can work
-    p.add_argument(
-        "--preflight", action="store_true", help="check --teacher against --student, print a table, and end"
-    )
-    p.add_argument("--student", help="Hugging Face directory or hub id of the student, with --preflight only")
-    args = p.parse_args(argv)
-    if (bool(args.rollouts), bool(args.out), bool(args.student)) != (
-        not args.preflight,
-        not args.preflight,
-        args.preflight,
-    ):
-        p.error(
-            "give --teacher, --rollouts and --out to score; or --preflight, --teacher and --student to check a pair"
+    p = parser.add_argument_group("computation")
+    p.add_argument("--micro_batch_tokens", type=int, default=16384, help="tokens in one forward pass")
+    dtypes = ["float32", "bfloat16", "float16"]
+    p.add_argument("--dtype", choices=dtypes, default=models.default_dtype(), help="dtype of the teacher")
+    artifacts.add_output_flags(parser, required=False)
+    p = parser.add_argument_group("only check whether a pair can work")
+    p.add_argument("--preflight", action="store_true", help="check --teacher against --student, and end")
+    p.add_argument("--student", help="directory or hub id of the student, with --preflight only")
+    args = parser.parse_args(argv)
+    given = bool(args.rollouts), bool(args.out), bool(args.student)
+    if given != (not args.preflight, not args.preflight, args.preflight):
+        parser.error(
+            "give --teacher, --rollouts and --out to score; or --preflight, --teacher and --student to check"
         )
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Teacher and student as a pair
+# ---------------------------------------------------------------------------------------------------------
+# The scores
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Hidden states and log-probabilities of responses
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The scores artifact
-
-
-def shards_of(lengths, shard_tokens):
-    """Consecutive rows grouped into shards of at most shard_tokens tokens (a longer row has a shard of its own)."""
+def split_into_shards(lengths, shard_tokens):
+    """Consecutive rows grouped into shards of at most shard_tokens tokens; a longer row goes alone."""
     shards, total = [], 0
     for row, length in enumerate(lengths):
         if not shards or total + length > shard_tokens:
@@ -128,119 +96,142 @@ def shards_of(lengths, shard_tokens):
 
 
 @torch.no_grad()
-def score(args, model, head, prompts, responses):
-    """What --signal stores of each response, a list of {name: (T, ...) tensor on the CPU}; batched by length."""
-    scored = [None] * len(prompts)
-    for batch in batches_by_tokens(
-        [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], args.micro_batch_tokens
-    ):
-        tensors = {
-            "hidden": response_hidden(model, [prompts[i] for i in batch], [responses[i] for i in batch])
-        }
-        if args.signal == "topk":
-            top_logps, top_ids = top_tokens(tensors["hidden"], head, args.k)
+def score(model, responses, vocab_size, signal, k, micro_batch_tokens):
+    """What --signal stores of each Response: a list of {name: (T, ...) tensor on the CPU}."""
+    scored = [None] * len(responses)
+    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in responses]
+    for indices in models.batches_by_tokens(lengths, micro_batch_tokens):
+        batch = [responses[i] for i in indices]
+        hidden, head = forward(model, batch, vocab_size)  # (N, H), (V, H)
+        if signal == "hidden":
+            tensors = {"hidden": hidden}
+        elif signal == "topk":
+            top_logps, top_ids = top_tokens(hidden, head, k)
             tensors = {"top_logps": top_logps, "top_ids": top_ids.int()}
-        elif args.signal == "sampled":
-            tokens = torch.tensor([token for i in batch for token in responses[i]], device=model.device)
-            tensors = {"logps": token_logps(tensors["hidden"], head, tokens)}
-        pieces = {
-            name: tensor.cpu().split([len(responses[i]) for i in batch]) for name, tensor in tensors.items()
-        }
-        for place, i in enumerate(batch):
+        else:
+            tokens = torch.tensor([token for r in batch for token in r.response_ids], device=model.device)
+            tensors = {"logps": token_logps(hidden, head, tokens)}
+        sizes = [len(r.response_ids) for r in batch]
+        pieces = {name: tensor.cpu().split(sizes) for name, tensor in tensors.items()}
+        for place, i in enumerate(indices):
             scored[i] = {name: piece[place] for name, piece in pieces.items()}
     return scored
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def bytes_per_token(signal, hidden_bytes, k):
+    return {"hidden": hidden_bytes, "topk": 8 * k, "sampled": 4}[signal]
+
+
+def check_models(args):
+    """--preflight: the student answers a few problems, and both models are compared on its answers."""
+    student_dir, teacher_dir = (
+        models.model_dir(args.student, "--student"),
+        models.model_dir(args.teacher, "--teacher"),
+    )
+    tokenizer, teacher_tokenizer = (
+        load_tokenizer(student_dir, "--student"),
+        load_tokenizer(teacher_dir, "--teacher"),
+    )
+    preflight.check_tokenizers(tokenizer, "--student", tokenizer_sha256(teacher_tokenizer), "--teacher")
+    student = models.load_model(student_dir, "--student", args.dtype)
+    models.output_head(student, "--student")
+    teacher = live_teacher(teacher_dir, args.dtype, len(tokenizer))
+    student_stops, teacher_stops = stop_ids(tokenizer, student_dir), stop_ids(teacher_tokenizer, teacher_dir)
+    if template_sha256(tokenizer) != template_sha256(teacher_tokenizer):
+        prompt = repr(prompt_text(teacher_tokenizer, "PROBLEM"))
+        warning = "not the student's template: train.py refuses the pair unless --take_template is given"
+        preflight.print_finding("prompt of the teacher", prompt, warning)
+    config = sampling.SamplingConfig(
+        n=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        max_response_tokens=64,
+        stop_ids=sorted({*student_stops, *teacher_stops}),
+        vocab_size=len(tokenizer),
+    )
+    prompts = [render_prompt(teacher_tokenizer, problem) for problem in PROBES]
+    responses = [group[0] for group in sampling.sample(student, prompts, config, seed=0)]
+    k = min(args.k, len(tokenizer))
+    preflight.preflight(student, tokenizer, student_stops, teacher, teacher_stops, responses, k, None)
+
+
+# ---------------------------------------------------------------------------------------------------------
 
 
 def main(args):
     if args.preflight:
-        return preflight(args)
-    check_out(args)
-    directory = model_dir(args.teacher, "--teacher")
-    meta = read_artifact(args.rollouts, "--rollouts", "rollout")
+        return check_models(args)
+    artifacts.check_out(args)
+    directory = models.model_dir(args.teacher, "--teacher")
+    meta = artifacts.read_artifact(args.rollouts, "--rollouts", "rollout")
     tokenizer = load_tokenizer(directory, "--teacher")
-    check_tokenizers(tokenizer, "--teacher", meta["tokenizer_sha256"], "--rollouts")
+    size = len(tokenizer)
+    preflight.check_tokenizers(tokenizer, "--teacher", meta["tokenizer_sha256"], "--rollouts")
     if template_sha256(tokenizer, meta["prompt_suffix"]) != meta["template_sha256"]:
-        refuse(
+        artifacts.refuse(
             f"--rollouts {args.rollouts}: were made with another prompt template than the teacher's; "
             "a teacher that scores prompts it was not trained on gives a wrong signal"
         )
-    lengths = [
-        len(row["response_ids"][: args.max_tokens or None])
-        for row in read_rollouts(args.rollouts, len(tokenizer))
-    ]
-    shards = shards_of(lengths, args.shard_tokens)
+    if not 1 <= args.k <= size:
+        artifacts.refuse(f"--k {args.k}: must lie between 1 and the {size} tokens of the vocabulary")
+    limit = args.max_tokens or None
+    lengths = [len(row["response_ids"][:limit]) for row in read_rollouts(args.rollouts, size)]
+    shards = split_into_shards(lengths, args.shard_tokens)
 
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    if not 1 <= args.k <= len(tokenizer):
-        refuse(f"--k {args.k}: must lie between 1 and the {len(tokenizer)} tokens of the vocabulary")
-    state = config.hidden_size * getattr(torch, args.dtype).itemsize
-    token_bytes = {"hidden": state, "topk": 8 * args.k, "sampled": 4}[args.signal]
-    total = sum(lengths) * token_bytes + len(tokenizer) * state * (args.signal == "hidden")
-    print(
-        f"score_teacher: {len(lengths)} responses, {sum(lengths)} tokens, {token_bytes} bytes a token, {total / 1e9:.3g} GB"
+    hidden_bytes = config.hidden_size * getattr(torch, args.dtype).itemsize
+    token_bytes = bytes_per_token(args.signal, hidden_bytes, args.k)
+    total = sum(lengths) * token_bytes
+    if args.signal == "hidden":
+        total += size * hidden_bytes  # the head
+    about = (
+        f"{len(lengths)} responses, {sum(lengths)} tokens, {token_bytes} bytes a token, {total / 1e9:.3g} GB"
     )
-    check_space(args.out, total)
-    model = load_model(directory, "--teacher", args.dtype)
-    head = output_head(model, "--teacher")[: len(tokenizer)].detach()
-    start_artifact(args)
+    print(f"score_teacher: {about}")
+    artifacts.check_space(args.out, total)
+    model = models.load_model(directory, "--teacher", args.dtype)
+    head = models.output_head(model, "--teacher")[:size].detach()
+    artifacts.start_artifact(args)
     if args.signal == "hidden":
         save_file({"head": head.cpu().contiguous()}, os.path.join(args.out, "head.safetensors"))
 
-    finished = GrowingFile(
-        os.path.join(args.out, "shards.jsonl")
-    )  # {"file", "sha256"} a shard, for a resumed run
+    finished = GrowingFile(os.path.join(args.out, "shards.jsonl"))  # for a resumed run
     known = {row["file"]: row["sha256"] for _, row in read_jsonl(finished.path)}
     rows, index = read_rollouts(args.rollouts), []
     with tqdm(total=sum(lengths), unit="token") as bar:
         for number, shard in enumerate(shards):
-            batch = [next(rows) for _ in shard]
-            name, tokens = f"shard_{number:05d}.safetensors", [lengths[i] for i in shard]
+            responses = []
+            for _, stored in zip(shard, rows):
+                responses.append(Response(stored["prompt_ids"], stored["response_ids"][:limit], False))
+            name = f"shard_{number:05d}.safetensors"
             path = os.path.join(args.out, name)
-            if not os.path.isfile(path) or file_sha256(path) != known.get(
-                name
-            ):  # missing, or not as it was written
-                if stop_requested():
-                    stop(args)
-                scored = score(
-                    args,
-                    model,
-                    head,
-                    [row["prompt_ids"] for row in batch],
-                    [row["response_ids"][:n] for row, n in zip(batch, tokens)],
-                )
-                save_file({key: torch.cat([row[key] for row in scored]) for key in scored[0]}, path + ".tmp")
-                known[name] = file_sha256(path + ".tmp")
+            if not os.path.isfile(path) or artifacts.file_sha256(path) != known.get(name):
+                if artifacts.stop_requested():
+                    artifacts.stop(args)
+                scored = score(model, responses, size, args.signal, args.k, args.micro_batch_tokens)
+                tensors = {key: torch.cat([row[key] for row in scored]) for key in scored[0]}
+                save_file(tensors, path + ".tmp")
+                known[name] = artifacts.file_sha256(path + ".tmp")
                 finished.write(json.dumps({"file": name, "sha256": known[name]}) + "\n")
                 finished.mark()
                 os.replace(path + ".tmp", path)
+            tokens = [lengths[i] for i in shard]
             index.append({"file": name, "tokens": tokens})
             bar.update(sum(tokens))
-    files = ["head.safetensors"] * (args.signal == "hidden") + [shard["file"] for shard in index]
-    finish_artifact(
-        args,
-        "score_teacher",
-        files,
-        known,
-        shards=index,
-        teacher=os.path.realpath(directory),
-        teacher_config=json.loads(config.to_json_string(use_diff=False)),
-        tokenizer_sha256=meta["tokenizer_sha256"],
-        template_sha256=meta["template_sha256"],
-        rollouts_sha256=file_sha256(os.path.join(args.rollouts, "meta.json")),
-        counts={
-            "responses": len(lengths),
-            "response_tokens": sum(lengths),
-            "longest_response": max(lengths),
-            "cut_by_max_tokens": meta["counts"]["response_tokens"] - sum(lengths),
-        },
-    )
+    files = ["head.safetensors"] if args.signal == "hidden" else []
+    files += [shard["file"] for shard in index]
+    counts = {"responses": len(lengths), "response_tokens": sum(lengths), "longest_response": max(lengths)}
+    counts["cut_by_max_tokens"] = meta["counts"]["response_tokens"] - sum(lengths)
+    facts = {"shards": index, "teacher": os.path.realpath(directory), "counts": counts}
+    facts["teacher_config"] = json.loads(config.to_json_string(use_diff=False))
+    facts |= {name: meta[name] for name in ("tokenizer_sha256", "template_sha256")}
+    facts["rollouts_sha256"] = artifacts.file_sha256(os.path.join(args.rollouts, "meta.json"))
+    artifacts.finish_artifact(args, "score_teacher", files, known, **facts)
     print(f"{args.out}: {math.ceil(total / 1e6)} MB in {len(index)} shards")
 
 
 if __name__ == "__main__":
-    run_stage(main, get_args())
+    artifacts.run_stage(main, get_args())

@@ -28,12 +28,11 @@ import score_teacher
 import train
 from distil import models, ranks
 from distil.artifacts import add_output_flags, finish_artifact, start_artifact
-from distil.models import load_model
+from distil.models import Response, load_model
 from distil.problems import load_problems
 from distil.prompts import load_tokenizer, render_prompt, stop_ids, tokenizer_sha256
 from distil.report import markdown
 from distil.rollouts import finish_rollouts, write_rollouts
-from distil.sampling import Sample
 from recipes import toy_world
 
 CONTEXT = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
@@ -140,10 +139,9 @@ def make_rollouts(out, world, responses, length):
     start_artifact(args)
     with open(os.path.join(out, "rollouts.jsonl.tmp"), "w", encoding="utf-8") as file:
         for problem in problems:
-            sample = Sample([rng.randrange(3, len(tokenizer)) for _ in range(length)], "length")
-            write_rollouts(
-                file, tokenizer, [problem], [render_prompt(tokenizer, problem["problem"])], [[sample]]
-            )
+            ids = [rng.randrange(3, len(tokenizer)) for _ in range(length)]
+            response = Response(render_prompt(tokenizer, problem["problem"]), ids, truncated=True)
+            write_rollouts(file, tokenizer, [problem], [[response]])
     finish_rollouts(args, tokenizer, model="random", stop_ids=stop_ids(tokenizer))
 
 

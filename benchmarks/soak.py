@@ -34,7 +34,8 @@ import rollout
 import score_teacher
 import train
 from distil import grading
-from distil.artifacts import file_sha256, read_artifact, read_jsonl, refuse, run_stage
+from distil.artifacts import file_sha256, read_artifact, refuse, run_stage
+from distil.jsonl import read_jsonl
 from recipes import toy_world
 
 STAGES = {

@@ -25,6 +25,12 @@ class Response(NamedTuple):
     row: int = -1  # its place in a rollouts artifact
     advantage: float = 0.0  # GRPO
     old_logps: torch.Tensor | None = None  # (T,) under the policy that sampled; None: the model as it is
+    text: str = ""  # decoded, where somebody needs it
+
+    def first(self, count):
+        """The Response with its first `count` tokens."""
+        truncated = self.truncated or len(self.response_ids) > count
+        return self._replace(response_ids=self.response_ids[:count], truncated=truncated)
 
 
 def default_device():
@@ -149,7 +155,8 @@ def forward(model, responses, vocab_size, dtype=None):
         )
     if dtype:
         hidden = hidden.to(getattr(torch, dtype))  # autocast leaves it in float32
-    return hidden, output_head(model)[:vocab_size].to(hidden.dtype)
+    head = output_head(model)[:vocab_size].to(hidden.dtype)
+    return hidden, head if torch.is_grad_enabled() else head.detach()
 
 
 def response_hidden(model, prompts, responses):

@@ -2,25 +2,34 @@
 
 import math
 import os
+import re
 import urllib.error
 import urllib.request
+from typing import NamedTuple
 
-from distil.artifacts import read_jsonl, refuse
+from distil.artifacts import refuse
+from distil.jsonl import read_jsonl
 
-# The hub data sets of the field: alias -> (hub id, configuration, split).
-ALIASES = {
-    "deepscaler": ("agentica-org/DeepScaleR-Preview-Dataset", None, "train"),
-    "gsm8k_train": ("openai/gsm8k", "main", "train"),
-    "gsm8k": ("openai/gsm8k", "main", "test"),
-    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
-    "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
-    "amc23": ("math-ai/amc23", None, "test"),
+
+class DataSet(NamedTuple):
+    """A data set of the hub and its columns. To add one, add it to DATASETS: --data takes the name."""
+
+    repository: str
+    configuration: str | None = None
+    split: str = "train"
+    problem: str = "problem"  # or "question", in a row without "problem"
+    answer: str = "answer"
+
+
+DATASETS = {
+    "deepscaler": DataSet("agentica-org/DeepScaleR-Preview-Dataset"),
+    "gsm8k_train": DataSet("openai/gsm8k", "main"),
+    "gsm8k": DataSet("openai/gsm8k", "main", "test"),
+    "math500": DataSet("HuggingFaceH4/MATH-500", split="test"),
+    "aime24": DataSet("HuggingFaceH4/aime_2024"),
+    "amc23": DataSet("math-ai/amc23", split="test"),
 }
-
-
-DATA_HELP = (
-    f"problems: {', '.join(ALIASES)}, a hub id as name[:configuration[:split]], or a local .jsonl file"
-)
+DATA_HELP = f"problems: {', '.join(DATASETS)}, a hub id name[:configuration[:split]], or a .jsonl file"
 
 
 def add_problem_flags(p, required=True):
@@ -30,7 +39,7 @@ def add_problem_flags(p, required=True):
 
 
 def hub_reachable():
-    """Whether the hub answers within seconds. Where it does not, its clients are told to look in their cache only."""
+    """Whether the hub answers within seconds. If not, its clients are told to look in their cache only."""
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
@@ -44,32 +53,31 @@ def hub_reachable():
 
 
 def load_problems(data, limit=0):
-    """Problems of an alias, a hub id or a local .jsonl -> list of {"id", "problem", "answer"}, all strings.
+    """The first `limit` problems (0: all) of a data set, a hub id or a local .jsonl file: dicts of strings.
 
-    The id is the row's own `id` or `unique_id` where it has one, else its index, behind the data set's name and split."""
+    An id is the data set's name and the row's own `id` or `unique_id`, or else its index."""
     if os.path.isfile(data) or data.endswith(".jsonl"):
-        name, rows = os.path.splitext(os.path.basename(data))[0], read_jsonl(data)
+        name, dataset = os.path.splitext(os.path.basename(data))[0], DataSet(data)
+        rows = read_jsonl(data)
     else:
-        name, rows = load_from_hub(data)
+        name, dataset, rows = load_from_hub(data)
+    columns = [dataset.problem, "question"] if dataset.problem == "problem" else [dataset.problem]
     problems, seen = [], {}
     for index, (where, row) in enumerate(rows):
-        key = next((row[name] for name in ("id", "unique_id") if row.get(name) is not None), index)
+        key = next((row[column] for column in ("id", "unique_id") if row.get(column) is not None), index)
         if not isinstance(key, (str, int, float)):
             refuse(f"{where}: its id must be text or a number, not {key!r}")
-        text = row.get("problem", row.get("question"))
-        problem = {"id": f"{name}/{key}", "problem": text, "answer": gold_answer(row.get("answer"))}
-        for column in ("problem", "answer"):
-            if not isinstance(problem[column], str) or not problem[column].strip():
-                refuse(
-                    f"{where}: no `{column}`"
-                    + (" (or `question`)" if column == "problem" else "")
-                    + f"; it has {sorted(row)}"
-                )
-        if problem["id"] in seen:
-            refuse(f"{where}: the id {key!r} was already used at {seen[problem['id']]}; ids must differ")
-        seen[problem["id"]] = where
-        problems.append(problem)
-        if limit and len(problems) == limit:
+        text = next((row[column] for column in columns if column in row), None)
+        answer = gold_answer(row.get(dataset.answer))
+        for names, value in ((columns, text), ([dataset.answer], answer)):
+            if not isinstance(value, str) or not value.strip():
+                refuse(f"{where}: no {' or '.join(names)}; it has {sorted(row)}")
+        id = f"{name}/{key}"
+        if id in seen:
+            refuse(f"{where}: the id {key!r} was already used at {seen[id]}; ids must differ")
+        seen[id] = where
+        problems.append({"id": id, "problem": text, "answer": answer})
+        if len(problems) == limit:
             break
     if not problems:
         refuse(f"--data {data}: no problems in it")
@@ -77,36 +85,38 @@ def load_problems(data, limit=0):
 
 
 def load_from_hub(data):
-    """(name, iterator of (where, row)) of an alias or of a hub id written as name[:configuration[:split]]."""
-    if data in ALIASES:
-        repo, config, split = ALIASES[data]
-    elif "/" in data:
-        repo, config, split = (data.split(":") + [None, None])[:3]
-        split = split or "train"
-    else:
-        refuse(f"--data {data}: neither a file nor an alias ({', '.join(ALIASES)}) nor a hub id (owner/name)")
+    """(name, DataSet, iterator of (where, row)) of one of DATASETS or of name[:configuration[:split]]."""
+    if data not in DATASETS and "/" not in data:
+        refuse(f"--data {data}: no file, no data set ({', '.join(DATASETS)}) and no hub id (owner/name)")
+    name, configuration, split = (data.split(":") + ["", ""])[:3]
+    dataset = DATASETS.get(data) or DataSet(name, configuration or None, split or "train")
     reachable = hub_reachable()
     from datasets import load_dataset
 
+    name, configuration, split = dataset[:3]
     try:
-        rows = load_dataset(repo, config or None, split=split)
+        rows = load_dataset(name, configuration, split=split)
     except (OSError, ValueError) as error:  # not found, no network, no such configuration or split
         why = error if reachable else "the hub cannot be reached and the data set is not in the local cache"
-        refuse(
-            f"--data {data}: {repo} could not be loaded: {why}\n"
-            "To go on without the hub, pass a local file: --data problems.jsonl with `problem` and `answer` in each line"
-        )
-    return f"{repo}/{split}", ((f"{repo} split {split} row {i}", row) for i, row in enumerate(rows))
+        local = "pass a local file: --data problems.jsonl with `problem` and `answer` in each line"
+        refuse(f"--data {data}: {name} could not be loaded: {why}\nWithout the hub, {local}")
+    return f"{name}/{split}", dataset, ((f"{name} split {split} row {i}", row) for i, row in enumerate(rows))
 
 
 def gold_answer(answer):
-    """The final answer as text: GSM8K's after its ####, whole floats without the .0 ("#### 1,234" -> "1234", 27.0 -> "27")."""
+    """The final answer as text, of GSM8K's what follows ####; None, True and lists are returned as they are.
+
+    27.0 -> "27"; "#### 1,234" -> "1234", "#### 1, 2" -> "1, 2", and "#### (1,234)" is a pair: "(1,234)"."""
     if isinstance(answer, float) and not math.isfinite(answer):
         return None
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
-    if isinstance(answer, str) and "####" in answer:
-        answer = answer.rsplit("####", 1)[1].strip().replace(",", "")
-    return answer
+        return str(answer)
+    if not isinstance(answer, str) or "####" not in answer:
+        return answer
+    answer = answer.rsplit("####", 1)[1].strip()
+    if re.search(r"[(\[{]", answer):
+        return answer  # in brackets, commas separate
+    thousands = r"(?<![\d,.])[1-9]\d{0,2}(,\d{3})+(?![\d,])"
+    return re.sub(thousands, lambda match: match[0].replace(",", ""), answer)

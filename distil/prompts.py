@@ -1,4 +1,4 @@
-"""How a problem becomes prompt ids: tokenizer, chat template, the ids that end a response, and hashes to tell two of them apart."""
+"""From a problem to prompt ids: tokenizer, chat template, stop ids, and hashes of what must agree."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from distil.artifacts import refuse
 
 
 def load_tokenizer(directory, flag):
-    """The tokenizer of a local directory, with a chat template that works. A tokenizer with code of its own is refused."""
+    """A local directory's tokenizer. Refused if it needs code of its own or has no working chat template."""
     from transformers import AutoTokenizer
 
     try:
@@ -22,41 +22,37 @@ def load_tokenizer(directory, flag):
 
 
 def prompt_text(tokenizer, content):
-    """The prompt as text: one user turn, the generation prompt, thinking off. The project's only template code."""
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        enable_thinking=False,
-        tokenize=False,
-    )
+    """The prompt as text: one user turn, the generation prompt, thinking off. The only template code here."""
+    messages = [{"role": "user", "content": content}]
+    options = {"add_generation_prompt": True, "enable_thinking": False, "tokenize": False}
+    return tokenizer.apply_chat_template(messages, **options)
 
 
 def render_prompt(tokenizer, problem, suffix=""):
-    """Token ids of the prompt. A problem that spells a special token (say "<|im_end|>") has it encoded as plain text and cannot end
-    its own turn."""
+    """Token ids of the prompt. A special token in the problem, say "<|im_end|>", becomes plain text."""
+
+    def encode(text, plain=False):
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=plain).input_ids
+
     if not any(token in problem for token in tokenizer.get_added_vocab()):
-        return tokenizer(prompt_text(tokenizer, problem + suffix), add_special_tokens=False).input_ids
+        return encode(prompt_text(tokenizer, problem + suffix))
     head, tail = prompt_text(tokenizer, "\0" + suffix).split("\0")
-    parts = [(head, False), (problem, True), (tail, False)]
-    return [
-        i
-        for text, plain in parts
-        for i in tokenizer(text, add_special_tokens=False, split_special_tokens=plain).input_ids
-    ]
+    return encode(head) + encode(problem, plain=True) + encode(tail)
 
 
-def encode_problems(args, problems, tokenizer, context, limit="max_response_tokens"):
-    """Prompt ids of every problem; refused where a prompt and a response as long as the flag `limit` allows exceed the context."""
-    prompts, longest = (
-        [render_prompt(tokenizer, problem["problem"], args.prompt_suffix) for problem in problems],
-        getattr(args, limit),
-    )
-    for problem, prompt in zip(problems, prompts):
-        if len(prompt) + longest > context:
+def encode_problems(problems, tokenizer, prompt_suffix, context, limit, flag="max_response_tokens"):
+    """Prompt ids of every problem. Refused if a prompt and a response of `limit` tokens exceed the context.
+
+    flag: the one that sets `limit`, for the message."""
+    prompts = []
+    for problem in problems:
+        prompt = render_prompt(tokenizer, problem["problem"], prompt_suffix)
+        if len(prompt) + limit > context:
             refuse(
-                f"problem {problem['id']}: its prompt has {len(prompt)} tokens; with --{limit} {longest} that exceeds the model's "
-                f"context of {context}"
+                f"problem {problem['id']}: its prompt has {len(prompt)} tokens; "
+                f"with --{flag} {limit} that exceeds the model's context of {context}"
             )
+        prompts.append(prompt)
     return prompts
 
 
@@ -66,20 +62,23 @@ def tokenizer_sha256(tokenizer):
 
 
 def template_sha256(tokenizer, suffix=""):
-    """Hash of what the model is shown around a problem (template, suffix and thinking switch, as token ids)."""
+    """Hash of what surrounds a problem in its prompt (template, suffix, thinking switch), as token ids."""
     return hashlib.sha256(json.dumps(render_prompt(tokenizer, "1+1=?", suffix)).encode()).hexdigest()
 
 
 def stop_ids(tokenizer, *directories):
-    """Every id that ends a response, sorted: the tokenizer's end token and those of each model's generation_config, or of its config
-    where it has none."""
+    """Every id that ends a response, sorted: the end tokens of the tokenizer and of each model directory.
+
+    A model's are in its generation_config.json, or else in its config.json."""
     ids = {tokenizer.eos_token_id}
     for directory in directories:
-        paths = [os.path.join(directory, name) for name in ("generation_config.json", "config.json")]
-        found = [json.load(open(path)).get("eos_token_id") for path in paths if os.path.isfile(path)]
-        eos = next((eos for eos in found if eos is not None), [])
-        eos = eos if isinstance(eos, list) else [eos]
-        if not all(type(i) is int for i in eos):
-            refuse(f"{directory}: eos_token_id must be a token id or a list of them, not {eos}")
-        ids.update(eos)
+        end = None
+        for name in ("generation_config.json", "config.json"):
+            path = os.path.join(directory, name)
+            if end is None and os.path.isfile(path):
+                end = json.load(open(path)).get("eos_token_id")
+        ends = end if isinstance(end, list) else [] if end is None else [end]
+        if not all(type(i) is int for i in ends):
+            refuse(f"{directory}: eos_token_id must be a token id or a list of them, not {ends}")
+        ids.update(ends)
     return sorted(ids - {None})

@@ -3,14 +3,21 @@
 import json
 import os
 
-from distil.artifacts import read_artifact, read_jsonl, refuse
-from distil.evaluation import by_problem, data_name, mean_of, middle, resampled
+from distil.artifacts import read_artifact, refuse
+from distil.evaluation import bootstrap_means, data_name, mean_of, percentile_interval, values_by_problem
+from distil.jsonl import read_jsonl
 
 
 def read_results(path, flag):
     """results.json of a finished evaluation, its checksum verified."""
     read_artifact(path, flag, "evaluate")
-    return json.load(open(os.path.join(path, "results.json")))
+    with open(os.path.join(path, "results.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def read_samples(path):
+    """The graded rows of an evaluation."""
+    return [row for _, row in read_jsonl(os.path.join(path, "samples.jsonl"))]
 
 
 def evaluations_in(path):
@@ -20,115 +27,97 @@ def evaluations_in(path):
 
 
 def table(paths):
-    """Markdown table, a row an evaluation. TFLOPs are those of the run that made the checkpoint, not of its starting point."""
+    """Markdown table with a row for each evaluation, grouped by data set.
+
+    TFLOPs are those of the run that made the checkpoint, without those of the model it started from."""
     results = [read_results(inner, "--table") for path in paths for inner in evaluations_in(path)]
-    sets = {}  # data set -> the first evaluation on it
-    for r in results:
-        first = sets.setdefault(r["data"], r)
-        for name in ("problems", "n", "pass"):
-            if (list(r["pass"]) != list(first["pass"])) if name == "pass" else r[name] != first[name]:
-                refuse(
-                    f"--table: the evaluations on {r['data']} differ in {name}, so their numbers cannot be compared"
-                )
-    several = len(sets) > 1
-    results.sort(key=lambda r: list(sets).index(r["data"]))
-    n = results[0]["n"] if len({r["n"] for r in results}) == 1 else "n"
+    check_comparable(results)
+    data_sets = list(dict.fromkeys(r["data"] for r in results))
+    results.sort(key=lambda r: data_sets.index(r["data"]))
     ks = sorted({k for r in results for k in r["pass"]}, key=int)
-    header = [
-        "run",
-        "prefix",
-        "KL",
-        *["data"] * several,
-        *["n"] * (n == "n"),
-        f"Avg@{n} [95%]",
-        *[f"Pass@{k}" for k in ks],
-        *[f"Maj@{k}" for k in ks if k != "1"],
-        "length",
-        "cut off",
-        "entropy",
-        "TFLOPs",
-    ]
-    lines = [header, ["---"] * len(header)]
+    same_n = len({r["n"] for r in results}) == 1
+    left_out = {"Maj@1"}  # Avg@n again
+    left_out |= {"data"} if len(data_sets) == 1 else set()
+    left_out |= {"n"} if same_n else set()
+    rows = [table_row(r, ks, str(r["n"]) if same_n else "n") for r in results]
+    header = [name for name in rows[0] if name not in left_out]
+    return markdown([header, ["---"] * len(header), *([row[name] for name in header] for row in rows)])
+
+
+def check_comparable(results):
+    """Refuse evaluations on one data set that differ in problems, n or k."""
+    first_on = {}  # data set: the first evaluation on it
     for r in results:
-        low, high = r["avg_interval"]
-        lines.append(
-            [
-                r["run"],
-                r["cell"]["prefix"],
-                r["cell"]["kl"],
-                *[data_name(r["data"])] * several,
-                *[str(r["n"])] * (n == "n"),
-                f"{r['avg']:.3f} [{low:.3f}, {high:.3f}]",
-                *[f"{r['pass'][k]:.3f}" if k in r["pass"] else "-" for k in ks],
-                *[f"{r['maj'][k]:.3f}" if k in r["maj"] else "-" for k in ks if k != "1"],
-                f"{r['length']:.1f}",
-                f"{r['truncated']:.1%}",
-                f"{r['entropy']:.3f}",
-                f"{r['tflops']:.4g}" if r["tflops"] else "-",
-            ]
-        )
-    return markdown(lines)
+        first = first_on.setdefault(r["data"], r)
+        for name in ("problems", "n", "pass"):
+            values = [list(one[name]) if name == "pass" else one[name] for one in (first, r)]
+            if values[0] != values[1]:
+                why = f"differ in {name}, so their numbers cannot be compared"
+                refuse(f"--table: the evaluations on {r['data']} {why}")
 
 
-def markdown(lines):
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines
-    )
+def table_row(r, ks, n):
+    """{column: text} of an evaluation's results; ks: those of the whole table; n: as the header shows it."""
+    low, high = r["avg_interval"]
+    row = {"run": r["run"], "prefix": r["cell"]["prefix"], "KL": r["cell"]["kl"]}
+    row |= {"data": data_name(r["data"]), "n": str(r["n"])}
+    row[f"Avg@{n} [95%]"] = f"{r['avg']:.3f} [{low:.3f}, {high:.3f}]"
+    for kind in ("pass", "maj"):
+        for k in ks:
+            row[f"{kind.title()}@{k}"] = f"{r[kind][k]:.3f}" if k in r[kind] else "-"
+    row["length"] = f"{r['length']:.1f}"
+    row["cut off"] = f"{r['truncated']:.1%}"
+    row["entropy"] = f"{r['entropy']:.3f}"
+    row["TFLOPs"] = f"{r['tflops']:.4g}" if r["tflops"] else "-"
+    return row
+
+
+def markdown(rows):
+    """A Markdown table of rows of text, padded so that it reads as plain text too."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
 
 
 def compare(paths):
-    """Markdown table of two evaluations of the same problems: each metric, the difference and its paired bootstrap interval."""
+    """Markdown table of two evaluations of the same problems: metrics, differences, paired intervals."""
     results = [read_results(path, "--compare") for path in paths]
-    rows = [[row for _, row in read_jsonl(os.path.join(path, "samples.jsonl"))] for path in paths]
-    problems = [list(dict.fromkeys((row["id"], row["answer"]) for row in side)) for side in rows]
+    samples = [read_samples(path) for path in paths]
+    problems = [list(dict.fromkeys((row["id"], row["answer"]) for row in rows)) for rows in samples]
     if problems[0] != problems[1]:
         refuse(f"--compare {' '.join(paths)}: they are not evaluations of the same problems")
     ks = [int(k) for k in results[0]["pass"] if k in results[1]["pass"]]
-    first, second = (by_problem(side, r["n"], ks) for side, r in zip(rows, results))
+    first, second = (values_by_problem(rows, r["n"], ks) for rows, r in zip(samples, results))
     lines = [["metric", *(f"{r['run']} (n = {r['n']})" for r in results), "difference [95%]"], ["---"] * 4]
     for name in first:
         before, after = mean_of(*first[name]), mean_of(*second[name])
-        low, high = middle(resampled(*second[name]) - resampled(*first[name]))
-        lines.append(
-            [name, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f} [{low:+.3f}, {high:+.3f}]"]
-        )
+        low, high = percentile_interval(bootstrap_means(*second[name]) - bootstrap_means(*first[name]))
+        difference = f"{after - before:+.3f} [{low:+.3f}, {high:+.3f}]"
+        lines.append([name, f"{before:.3f}", f"{after:.3f}", difference])
     return markdown(lines)
 
 
 def figure(path, runs, x):
-    """Accuracy, entropy and response length against step or TFLOPs, a line a run (as figures 2 to 5 of the paper)."""
+    """Draw accuracy, entropy and length against x, "step" or "tflops", a line per run, as in the paper."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [
-        ("avg", "accuracy"),
-        ("entropy", "predictive entropy (nats)"),
-        ("length", "response length (tokens)"),
-    ]
-    fig, axes = plt.subplots(1, len(panels), figsize=(13, 3.8), constrained_layout=True)
+    titles = {"avg": "accuracy", "entropy": "predictive entropy (nats)", "length": "response length (tokens)"}
+    fig, axes = plt.subplots(1, len(titles), figsize=(13, 3.8), constrained_layout=True)
     for run in runs:
         meta = read_artifact(run, "--runs", "train", "grpo")
-        rows = (
-            [row for _, row in read_jsonl(os.path.join(run, "evals.jsonl"))]
-            if "evals.jsonl" in meta["files"]
-            else []
-        )
-        if not rows:
+        if "evals.jsonl" not in meta["files"]:
             refuse(f"--runs {run}: was trained without --eval_every, so there is nothing to draw")
-        style = {
-            "color": {"forward": "tab:blue", "reverse": "tab:red"}.get(meta["cell"]["kl"], "tab:green"),
-            "linestyle": {"teacher": "--", "student": "-"}.get(meta["cell"]["prefix"], ":"),
-            "marker": "o",
-            "markersize": 3,
-        }
-        for axis, (key, label) in zip(axes, panels):
+        rows = [row for _, row in read_jsonl(os.path.join(run, "evals.jsonl"))]
+        color = {"forward": "tab:blue", "reverse": "tab:red"}.get(meta["cell"]["kl"], "tab:green")
+        line = {"teacher": "--", "student": "-"}.get(meta["cell"]["prefix"], ":")
+        style = {"color": color, "linestyle": line, "marker": "o", "markersize": 3}
+        for axis, (key, title) in zip(axes, titles.items()):
             axis.plot(
                 [row[x] for row in rows], [row[key] for row in rows], label=meta["cell"]["name"], **style
             )
-            axis.set(xlabel={"step": "step", "tflops": "TFLOPs"}[x], title=label)
+            axis.set(xlabel={"step": "step", "tflops": "TFLOPs"}[x], title=title)
             axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     fig.savefig(path, dpi=150)

@@ -1,41 +1,40 @@
-"""The rows of a rollouts artifact: write, read, complete."""
+"""The rows of a rollouts artifact: write them, read them, complete the artifact."""
 
 import json
 import os
 
-from distil.artifacts import finish_artifact, read_jsonl, refuse
+from distil.artifacts import finish_artifact, refuse
+from distil.jsonl import read_jsonl
+from distil.models import Response
 from distil.prompts import template_sha256, tokenizer_sha256
 
 
-def write_rollouts(file, tokenizer, problems, prompts, groups):
-    """Append one row a response to a rollouts.jsonl; a None in a group is a dropped one."""
-    for problem, prompt, group in zip(problems, prompts, groups, strict=True):
-        for index, one in ((index, one) for index, one in enumerate(group) if one):
+def write_rollouts(file, tokenizer, problems, groups):
+    """Write a row for each Response in the groups, one group for each problem. None: a dropped response."""
+    for problem, group in zip(problems, groups, strict=True):
+        for index, response in enumerate(group):
+            if response is None:
+                continue
             row = {
                 "id": problem["id"],
                 "sample": index,
-                "prompt_ids": prompt,
-                "response_ids": one.response_ids,
-                "response": tokenizer.decode(one.response_ids, skip_special_tokens=True),
-                "finish_reason": one.finish_reason,
+                "prompt_ids": response.prompt_ids,
+                "response_ids": response.response_ids,
+                "response": tokenizer.decode(response.response_ids, skip_special_tokens=True),
+                "finish_reason": "length" if response.truncated else "stop",
                 "answer": problem["answer"],
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_rollouts(path, vocab_size=2**31):
-    """Yields the rows of a rollouts artifact whose meta.json was checked; a row that rollout.py cannot have written is refused."""
+    """Yields the rows of a checked rollouts artifact. Refuses rows that rollout.py cannot have written."""
     for where, row in read_jsonl(os.path.join(path, "rollouts.jsonl")):
         for name in ("prompt_ids", "response_ids"):
             ids = row.get(name)
-            if (
-                not isinstance(ids, list)
-                or set(map(type, ids)) != {int}
-                or not 0 <= min(ids) <= max(ids) < vocab_size
-            ):
-                refuse(
-                    f"{where}: `{name}` must be a list of token ids from 0 to {vocab_size - 1}, at least one"
-                )
+            is_ids = isinstance(ids, list) and set(map(type, ids)) == {int}
+            if not is_ids or min(ids) < 0 or max(ids) >= vocab_size:
+                refuse(f"{where}: `{name}` must be a non-empty list of token ids from 0 to {vocab_size - 1}")
         for name, kind in {"id": str, "sample": int, "response": str, "answer": str}.items():
             if type(row.get(name)) is not kind:
                 refuse(f"{where}: `{name}` must be of type {kind.__name__}")
@@ -44,39 +43,49 @@ def read_rollouts(path, vocab_size=2**31):
         yield row
 
 
+def stored_responses(path, max_response_tokens, context, vocab_size):
+    """The rows of a rollouts artifact as Responses of at most max_response_tokens tokens."""
+    responses, same = [], {}  # one int object for equal ids: 8 bytes a token, not 36
+    for row, stored in enumerate(read_rollouts(path, vocab_size)):
+        prompt_ids = [same.setdefault(i, i) for i in stored["prompt_ids"]]
+        response_ids = [same.setdefault(i, i) for i in stored["response_ids"]]
+        truncated = stored["finish_reason"] == "length"
+        response = Response(prompt_ids, response_ids, truncated, stored["id"], row=row)
+        response = response.first(max_response_tokens)
+        length = len(prompt_ids) + len(response.response_ids)
+        if length > context:
+            refuse(
+                f"--rollouts {path}: {stored['id']} has {length} tokens, more than the student's context of "
+                f"{context}; give a smaller --max_response_tokens"
+            )
+        responses.append(response)
+    return responses
+
+
 def finish_rollouts(args, tokenizer, faults=None, **facts):
-    """Complete a rollouts artifact: its tokenizer, its counts, meta.json."""
+    """Complete the artifact in args.out: tokenizer, counts, meta.json. faults: {reason: count} of --drop."""
     file = os.path.join(args.out, "rollouts.jsonl")
     os.replace(file + ".tmp", file)
     tokenizer.save_pretrained(os.path.join(args.out, "tokenizer"))
-    names = [
-        os.path.join("tokenizer", name) for name in sorted(os.listdir(os.path.join(args.out, "tokenizer")))
-    ]
-    lengths, cut = [], 0
+    files = [f"tokenizer/{name}" for name in sorted(os.listdir(os.path.join(args.out, "tokenizer")))]
+    lengths, truncated = [], 0
     for row in read_rollouts(args.out):
         lengths.append(len(row["response_ids"]))
-        cut += row["finish_reason"] == "length"
+        truncated += row["finish_reason"] == "length"
     if not lengths:
         refuse(f"--drop {' '.join(args.drop)}: every response was dropped: {dict(faults)}", code=1)
-    counts = {
+    facts["counts"] = {
         "responses": len(lengths),
         "response_tokens": sum(lengths),
         "longest_response": max(lengths),
-        "truncated": cut,
+        "truncated": truncated,
         "faults": faults or {},
     }
-    suffix = getattr(args, "prompt_suffix", "")
-    finish_artifact(
-        args,
-        "rollout",
-        ["rollouts.jsonl", *names],
-        counts=counts,
-        tokenizer_sha256=tokenizer_sha256(tokenizer),
-        template_sha256=template_sha256(tokenizer, suffix),
-        prompt_suffix=suffix,
-        **facts,
-    )
-    print(
-        f"{args.out}: {len(lengths)} responses, {sum(lengths) / len(lengths):.1f} tokens on average, {cut} cut off"
-        + "".join(f", {count} {reason}" for reason, count in (faults or {}).items())
-    )
+    facts["prompt_suffix"] = getattr(args, "prompt_suffix", "")
+    facts["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
+    facts["template_sha256"] = template_sha256(tokenizer, facts["prompt_suffix"])
+    finish_artifact(args, "rollout", ["rollouts.jsonl", *files], **facts)
+    mean = sum(lengths) / len(lengths)
+    print(f"{args.out}: {len(lengths)} responses, {mean:.1f} tokens on average, {truncated} truncated")
+    if faults and any(faults.values()):
+        print("filters: " + ", ".join(f"{count} {reason}" for reason, count in faults.items()))

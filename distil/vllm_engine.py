@@ -1,4 +1,4 @@
-"""vLLM as a sampling engine: loading, and requests step by step, so that nothing waits for ever."""
+"""vLLM as a sampling engine: loading it, and running it step by step, so that nothing waits for ever."""
 
 import os
 import sys
@@ -9,132 +9,112 @@ import torch
 
 from distil import ranks
 from distil.artifacts import refuse
-from distil.models import context_of
+from distil.models import Response, context_of
 
-STALLED_SECONDS = 600  # a vLLM step, a token for each running response, that takes longer never ends
+STALLED_SECONDS = 600  # a step yields a token for each running response; one that takes longer never ends
 
 
-def load_vllm(args, directory):
+def load_vllm(directory, dtype, tensor_parallel, gpu_memory_utilization):
     """A vLLM engine in this process, on the GPU or, with the CPU build, on the CPU."""
-    settings = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    if (
-        not torch.cuda.is_available()
-    ):  # the CPU build refuses to start without a cache size; the rest is speed
-        settings |= {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "TORCHDYNAMO_DISABLE": "1",
-        }
-    for name, value in settings.items():
+    on_cpu = not torch.cuda.is_available()
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+    if on_cpu:  # the CPU build refuses to start without a cache size; the rest is speed
+        env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        env["TORCHDYNAMO_DISABLE"] = "1"
+    for name, value in env.items():
         os.environ.setdefault(name, value)
     try:
         import vllm
     except ImportError as error:
-        refuse(
-            f"--engine vllm: vLLM cannot be imported ({error}); install it as the README says, or use --engine hf"
-        )
-    more = (
-        {}
-        if torch.cuda.is_available()
-        else {  # prompts in one piece: the CPU build cannot seed a request that begins in two
+        refuse(f"--engine vllm: vLLM cannot be imported ({error}); install it, or use --engine hf")
+    options = {}
+    if on_cpu:  # the CPU build cannot seed a request whose prompt is read in two pieces
+        options = {
             "enforce_eager": True,
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(4096, context_of(directory)),
         }
-    )
+    if ranks.world_size() > 1:  # each rank has its own engine
+        options["distributed_executor_backend"] = "external_launcher"
     return vllm.LLM(
         directory,
-        dtype=args.dtype,
+        dtype=dtype,
         max_model_len=context_of(directory),
         generation_config="vllm",
-        tensor_parallel_size=args.tensor_parallel,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        distributed_executor_backend="external_launcher"
-        if ranks.world_size() > 1
-        else None,  # an engine for each rank
-        **more,
+        tensor_parallel_size=tensor_parallel,
+        gpu_memory_utilization=gpu_memory_utilization,
+        **options,
     )
 
 
-def sample_vllm(llm, requests, sampling, seeds):
+def sample_vllm(llm, prompts, config, seeds):
+    """Yields {index of a prompt: its Response}, one for each prompt and seed, as they finish."""
     import vllm
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    padded = range(sampling.vocab_size, llm.model_config.get_vocab_size())
+    padding = range(config.vocab_size, llm.model_config.get_vocab_size())
     common = dict(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        max_tokens=sampling.max_response_tokens,
-        stop_token_ids=sampling.stop_ids,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_tokens=config.max_response_tokens,
+        stop_token_ids=config.stop_ids,
         ignore_eos=True,  # our stop ids alone
-        logit_bias=dict.fromkeys(padded, -100.0) or None,  # the strongest that vLLM takes
-        logprobs=0 if sampling.logprobs else None,
+        logit_bias=dict.fromkeys(padding, -100.0) or None,  # the strongest that vLLM takes
+        logprobs=0 if config.logprobs else None,
         detokenize=False,
     )
     params = [vllm.SamplingParams(seed=seed, **common) for seed in seeds]
     try:
-        for outputs in run_vllm(llm, requests, params):
-            for output in outputs.values():
-                assert output.finish_reason in ("stop", "length"), (
-                    f"vLLM gave up on a request: {output.finish_reason}"
-                )
-            yield {
-                i: (
-                    list(output.token_ids),
-                    output.finish_reason,
-                    output.logprobs
-                    and [
-                        candidates[token].logprob
-                        for token, candidates in zip(output.token_ids, output.logprobs, strict=True)
-                    ],
-                )
-                for i, output in outputs.items()
-            }
-    except (
-        RuntimeError,
-        TimeoutError,
-        EngineDeadError,
-    ) as error:  # a dead engine, out of memory, a worker that does not answer
+        for outputs in run_vllm(llm, prompts, params):
+            yield {i: response_of(prompts[i], output) for i, output in outputs.items()}
+    except (RuntimeError, TimeoutError, EngineDeadError) as error:  # dead, out of memory, no answer
         refuse(f"--engine vllm: the engine failed: {error}", code=1)
 
 
-def run_vllm(llm, requests, params):
-    """LLM.generate() step by step, until each request is done; yields {request: output} of those just done. Nothing waits for ever:
-    a step that does not return ends the process, more steps than tokens to read and to write are a RuntimeError."""
-    since, done = [None], threading.Event()  # since when a step is under way
+def response_of(prompt, output):
+    """The Response in one of vLLM's CompletionOutputs."""
+    assert output.finish_reason in ("stop", "length"), f"vLLM gave up on a request: {output.finish_reason}"
+    tokens, logps = list(output.token_ids), None
+    if output.logprobs:
+        logps = [found[token].logprob for token, found in zip(tokens, output.logprobs, strict=True)]
+    return Response(prompt, tokens, output.finish_reason == "length", sampler_logps=logps)
 
-    def watch():
-        while not done.wait(STALLED_SECONDS / 60):
-            if since[0] and time.monotonic() - since[0] > STALLED_SECONDS:
-                print(
-                    f"error: --engine vllm: the engine hangs, a step for {STALLED_SECONDS} seconds",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+def run_vllm(llm, prompts, params):
+    """LLM.generate() step by step: yields {index of a prompt: output} of the requests each step finishes.
+
+    A step that never returns ends the process. More steps than all tokens need raise a RuntimeError."""
+    watchdog = Watchdog()
     try:
-        names = llm.enqueue([{"prompt_token_ids": prompt} for prompt in requests], params, use_tqdm=False)
-        waiting = {
-            name.split("-")[0]: i for i, name in enumerate(names)
-        }  # vLLM's own names end in a random mark
-        steps = 2 * sum(len(prompt) + one.max_tokens for prompt, one in zip(requests, params, strict=True))
+        names = llm.enqueue([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        waiting = {name.split("-")[0]: i for i, name in enumerate(names)}  # vLLM adds "-" and a random mark
+        tokens = [len(prompt) + one.max_tokens for prompt, one in zip(prompts, params, strict=True)]
+        steps_left = 2 * sum(tokens)
         while llm.llm_engine.has_unfinished_requests():
-            since[0], steps = time.monotonic(), steps - 1
-            outputs = {
-                waiting.pop(request.request_id): request.outputs[0]
-                for request in llm.llm_engine.step()
-                if request.finished
-            }
-            since[0] = None
-            if steps < 0:
-                raise RuntimeError(f"{len(waiting)} of {len(requests)} requests do not end")
-            yield outputs
+            watchdog.step_started = time.monotonic()
+            outputs = [output for output in llm.llm_engine.step() if output.finished]
+            watchdog.step_started = None
+            steps_left -= 1
+            if steps_left < 0:
+                raise RuntimeError(f"{len(waiting)} of {len(prompts)} requests do not end")
+            yield {waiting.pop(output.request_id): output.outputs[0] for output in outputs}
     finally:
-        done.set()
+        watchdog.done.set()
+
+
+class Watchdog:
+    """A thread that ends the process if a step takes STALLED_SECONDS: no exception interrupts a hang in C."""
+
+    def __init__(self):
+        self.step_started = None  # by time.monotonic(); None: no step is running
+        self.done = threading.Event()
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self):
+        while not self.done.wait(STALLED_SECONDS / 60):
+            started = self.step_started
+            if started is not None and time.monotonic() - started > STALLED_SECONDS:
+                message = f"error: --engine vllm: the engine hangs, a step for {STALLED_SECONDS} seconds"
+                print(message, file=sys.stderr, flush=True)
+                os._exit(1)

@@ -26,7 +26,7 @@ from typing import NamedTuple
 from distil.artifacts import refuse
 from distil.problems import load_problems
 from distil.training import tflops
-from evaluate import parts
+from evaluate import evaluations_of
 
 NAMES = (
     "hidden_size",
@@ -170,7 +170,7 @@ def cost(command, prompt, made):
             count * tokens + config["vocab_size"]
         )
     if module == "evaluate":
-        count = sum(problems_of(part.data, part.limit) * part.n for part in parts(args))
+        count = sum(problems_of(part.data, part.limit) * part.n for part in evaluations_of(args))
         size = prompt, min(args.max_response_tokens, command.tokens)
         return count * tflops(config_of(args.model, made), *size, forwards=1, generations=1), count * sum(
             size
@@ -225,7 +225,7 @@ def state_of(command):
     """ "new", "unfinished" or "finished", from what lies in --out; finished with other flags is refused."""
     if not command.module or not command.args.out:
         return "new"
-    artifacts = list(parts(command.args)) if command.module == "evaluate" else [command.args]
+    artifacts = list(evaluations_of(command.args)) if command.module == "evaluate" else [command.args]
     finished = [finished_as(part, command.row) for part in artifacts]
     begun = any(finished) or any(
         os.path.isfile(os.path.join(part.out, "meta.partial.json")) for part in artifacts

@@ -34,8 +34,9 @@ import grpo
 import rollout
 import score_teacher
 import train
-from distil.artifacts import provenance, read_artifact, read_jsonl, refuse, write_json
-from distil.evaluation import mean_of, middle, pass_at_k, resampled
+from distil.artifacts import provenance, read_artifact, refuse, write_json
+from distil.evaluation import bootstrap_means, mean_of, pass_at_k, percentile_interval
+from distil.jsonl import read_jsonl
 from distil.report import markdown
 from recipes import toy_world
 
@@ -387,7 +388,7 @@ AXES = {
     "truncated": "cut off",
     "entropy": "entropy (nats)",
 }
-resampled_once = functools.cache(resampled)
+resampled_once = functools.cache(bootstrap_means)
 
 
 def values_of(entries, metric):
@@ -420,7 +421,7 @@ def difference(results, terms, metric):
     seeds = sorted({entry["seed"] for entry in results if entry["name"] in terms} - {None})
     return (
         total(mean_of, [None, *seeds]),
-        middle(total(resampled_once, [None, *seeds])),
+        percentile_interval(total(resampled_once, [None, *seeds])),
         [total(mean_of, [None, s]) for s in seeds],
     )
 

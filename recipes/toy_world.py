@@ -31,10 +31,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from distil.artifacts import add_output_flags, finish_artifact, start_artifact
+from distil.models import Response
 from distil.problems import load_problems
 from distil.prompts import render_prompt, stop_ids
 from distil.rollouts import finish_rollouts, write_rollouts
-from distil.sampling import Sample
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 WORDS = ["user", "assistant", "\\boxed{", "}", "\n", " ", "=", "+", *"0123456789", *"abcdefgh"]
@@ -181,7 +181,7 @@ def main(args):
                 token = tokenizer.eos_token if chat.random() < args.chat_share else end.eos_token
                 text = solve(problem["problem"], rng, restate=args.restate, end=token, **ways)
                 ids = tokenizer(text, add_special_tokens=False).input_ids
-                write_rollouts(file, tokenizer, [problem], [prompt], [[Sample(ids, "stop")]])
+                write_rollouts(file, tokenizer, [problem], [[Response(prompt, ids, False)]])
         finish_rollouts(rollouts, tokenizer, model="recipes/toy_world.py", stop_ids=stop_ids(end))
     finish_artifact(args, "toy_world", files)
 

@@ -1,21 +1,15 @@
 """artifacts.py: what is accepted as an artifact, and where a stage may write."""
 
 import argparse
+import functools
 import hashlib
 import json
 import shutil
 
 import pytest
 
-from distil.artifacts import (
-    GrowingFile,
-    finish_artifact,
-    is_finished,
-    read_artifact,
-    read_jsonl,
-    rewind_log,
-    start_artifact,
-)
+from distil.artifacts import finish_artifact, is_finished, provenance, read_artifact, start_artifact
+from distil.jsonl import GrowingFile, read_jsonl, rewind_log
 
 
 def flags(out, **more):
@@ -43,18 +37,8 @@ def begun(path, **more):
 def test_a_finished_artifact_is_read_back(tmp_path):
     meta = read_artifact(str(made(tmp_path / "a")), "--rollouts", "other", "stage")
     assert meta["counts"] == {"rows": 1} and meta["args"]["lr"] == 0.1 and meta["stage"] == "stage"
-    assert {
-        "schema",
-        "argv",
-        "started",
-        "finished",
-        "commit",
-        "dirty",
-        "versions",
-        "device",
-        "python",
-        "files",
-    } <= meta.keys()
+    fields = "schema argv started finished commit dirty versions device python files"
+    assert set(fields.split()) <= meta.keys()
     assert meta["versions"]["torch"] and sorted(meta["files"]) == ["data.txt", "final/config.json"]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["data.txt", "final", "meta.json"]
 
@@ -111,11 +95,8 @@ def files_of(path):
 
 
 def test_directories_in_use_are_refused_and_stay_as_they_are(tmp_path, refused):
-    finished, unfinished, foreign = (
-        made(tmp_path / "finished"),
-        begun(tmp_path / "unfinished"),
-        tmp_path / "foreign",
-    )
+    finished, unfinished = made(tmp_path / "finished"), begun(tmp_path / "unfinished")
+    foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("text")
@@ -131,7 +112,7 @@ def test_directories_in_use_are_refused_and_stay_as_they_are(tmp_path, refused):
         (tmp_path / "file", {"overwrite": True}, ["is a file"]),
         (tmp_path / "file", {"resume": True}, ["is a file"]),
     ]:
-        refused(lambda: start_artifact(flags(path, **more)), *words)
+        refused(functools.partial(start_artifact, flags(path, **more)), *words)
         assert files_of(tmp_path) == before
 
 
@@ -149,20 +130,16 @@ def test_resume_begins_what_was_never_begun_and_leaves_what_is_finished(tmp_path
     for path in (tmp_path / "absent", tmp_path / "empty"):
         args = flags(path, resume=True)
         start_artifact(args)
-        assert (
-            not args.resume and (path / "meta.partial.json").exists()
-        )  # no later code takes it for a resumed run
+        assert not args.resume  # no later code takes it for a resumed run
+        assert (path / "meta.partial.json").exists()
     path = made(tmp_path / "finished")
     before = files_of(path)
     (path / "meta.lock").touch()  # killed between its last two steps
     with pytest.raises(SystemExit) as end:
         start_artifact(flags(path, resume=True))
     assert end.value.code == 0 and files_of(path) == before and "is finished" in capsys.readouterr().out
-    assert (
-        is_finished(flags(path, resume=True))
-        and not is_finished(flags(path))
-        and not is_finished(flags(tmp_path / "absent"))
-    )
+    assert is_finished(flags(path, resume=True))
+    assert not is_finished(flags(path)) and not is_finished(flags(tmp_path / "absent"))
 
 
 def test_a_replacement_that_was_killed_needs_overwrite_again(tmp_path, refused):
@@ -170,7 +147,7 @@ def test_a_replacement_that_was_killed_needs_overwrite_again(tmp_path, refused):
     (path / "meta.json").unlink()
     (path / "meta.lock").touch()
     for more in ({}, {"resume": True}):
-        refused(lambda: start_artifact(flags(path, **more)), f"--out {path}", "--overwrite")
+        refused(functools.partial(start_artifact, flags(path, **more)), f"--out {path}", "--overwrite")
     start_artifact(flags(path, overwrite=True, resume=True))
     assert sorted(files_of(path)) == ["meta.lock", "meta.partial.json"]
 
@@ -190,7 +167,8 @@ def test_overwrite_never_deletes_an_input(tmp_path, refused):
     source = made(tmp_path / "input")
     inner = made(source / "inside")
     for out, given in [(source, source), (source, inner), (f"{tmp_path}/input/../input", inner)]:
-        refused(lambda: start_artifact(flags(out, overwrite=True, model=str(given))), "--out", "--model")
+        args = flags(out, overwrite=True, model=str(given))
+        refused(functools.partial(start_artifact, args), "--out", "--model")
     assert (source / "data.txt").exists() and (inner / "data.txt").exists()
 
 
@@ -267,14 +245,13 @@ def test_a_growing_file_goes_on_after_its_last_whole_chunk(tmp_path):
             expected = max(chunks for chunks in range(len(whole_marks) + 1) if ends[chunks] <= cut)
             assert GrowingFile(str(folder / "rows.jsonl"), chunks=0).done["chunks"] == expected
             grown(folder, 4)
-            assert (folder / "rows.jsonl").read_bytes() == rows and (
-                folder / "progress.jsonl"
-            ).read_bytes() == marks
+            assert (folder / "rows.jsonl").read_bytes() == rows
+            assert (folder / "progress.jsonl").read_bytes() == marks
             shutil.rmtree(folder)
 
 
 def test_a_growing_file_does_not_trust_what_was_changed(tmp_path, capsys):
-    """A flipped bit anywhere in the rows or the marks: what is before it is kept, what is behind it is made again."""
+    """A flipped bit anywhere in the rows or the marks: what is before it is kept, the rest made again."""
     grown(tmp_path / "whole", 4)
     files = {name: (tmp_path / "whole" / name).read_bytes() for name in ("rows.jsonl", "progress.jsonl")}
     for name, data in files.items():
@@ -284,14 +261,26 @@ def test_a_growing_file_does_not_trust_what_was_changed(tmp_path, capsys):
                 data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
             )
             done = GrowingFile(str(tmp_path / "flipped/rows.jsonl"), chunks=0).done["chunks"]
-            assert done == (
-                sum(end <= place for end in (4, 4, 7, 9))
-                if name == "rows.jsonl"
-                else data[:place].count(b"\n")
+            ends = (4, 4, 7, 9)
+            before = (
+                data[:place].count(b"\n") if name == "progress.jsonl" else sum(end <= place for end in ends)
             )
+            assert done == before
             assert f"{4 - done} chunks were cut or damaged" in capsys.readouterr().out
             grown(tmp_path / "flipped", 4)
             assert {name: (tmp_path / "flipped" / name).read_bytes() for name in files} == files
+
+
+def test_a_mark_of_more_bytes_than_there_are_is_not_trusted(tmp_path):
+    grown(tmp_path, 2)
+    with open(tmp_path / "progress.jsonl", "a") as file:
+        file.write('{"chunks": 3, "bytes": 1000000000000000000, "sha256": ""}\n')
+    assert GrowingFile(str(tmp_path / "rows.jsonl"), chunks=0).done["chunks"] == 2
+
+
+def test_git_need_not_be_installed(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert provenance()["commit"] is None and provenance()["versions"]["torch"]
 
 
 def test_a_log_is_rewound_to_a_step(tmp_path, refused):

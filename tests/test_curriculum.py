@@ -18,23 +18,11 @@ def run(world, out, source, *flags, steps=6):
         *source,
         "--student",
         world / "student_init",
-        "--kl",
-        "reverse",
-        "--dtype",
-        "float32",
-        "--engine",
-        "hf",
-        "--steps",
+        *"--kl reverse --dtype float32 --engine hf --steps".split(),
         steps,
-        "--batch_size",
-        4,
-        "--eval_data",
+        *"--batch_size 4 --eval_data".split(),
         world / "heldout.jsonl",
-        "--eval_n",
-        2,
-        "--curriculum",
-        "entropy",
-        "--out",
+        *"--eval_n 2 --curriculum entropy --out".split(),
         out,
         *flags,
     ]
@@ -120,25 +108,14 @@ def test_a_failed_gate_holds_for_good_or_ends_the_run(world, tmp_path, teacher_p
 
 def test_a_run_that_was_stopped_stays_stopped_when_resumed(world, tmp_path, teacher_prefix, monkeypatch):
     flags = [
-        "--horizons",
-        "2,4",
-        "--entropy_floor",
-        99,
-        "--gate_every",
-        2,
-        "--on_gate_fail",
-        "stop",
-        "--save_every",
-        2,
-        "--eval_every",
-        5,
+        *"--horizons 2,4 --entropy_floor 99 --gate_every 2 --on_gate_fail stop --save_every 2 --eval_every 5".split()
     ]
 
     def killed(*words, **facts):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("distil.training.finish_artifact", killed)
+        patch.setattr("distil.artifacts.finish_artifact", killed)
         run(world, tmp_path / "run", teacher_prefix, *flags)
     run(world, tmp_path / "run", teacher_prefix, *flags, "--resume")
     assert len(read_rows(tmp_path / "run/metrics.jsonl")) == 2
@@ -160,7 +137,7 @@ def test_a_resumed_run_decides_the_same(world, tmp_path, student_prefix, monkeyp
         return optimizer_step(args, model, optimizer, step, ids)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "optimizer_step", killed)
+        patch.setattr(training, "optimizer_step", killed)
         run(world, tmp_path / "again/run", student_prefix, *flags)
     run(world, tmp_path / "again/run", student_prefix, *flags, "--resume")
     for name in ("metrics.jsonl", "gates.jsonl"):

@@ -1,10 +1,12 @@
-"""evaluate.py: metrics by enumeration and by hand, entropy, resuming, several data sets, tables, comparisons and figures."""
+"""evaluate.py: metrics by enumeration and by hand, resuming, data sets, tables, comparisons, figures."""
 
 import itertools
 import json
 import os
 import random
 import shutil
+import time
+import tracemalloc
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import train
 from distil import evaluation, models, report, sampling
 from distil.artifacts import read_artifact
 from distil.evaluation import (
-    by_problem,
+    bootstrap_means,
     interval,
     majority,
     mark_equal_answers,
@@ -22,14 +24,13 @@ from distil.evaluation import (
     pass_at_k,
     predictive_entropy,
     summarise,
+    values_by_problem,
 )
 from distil.grading import extract_answer, is_correct
-from distil.models import load_model
+from distil.models import Response, load_model
 from distil.problems import load_problems
+from distil.prompts import render_prompt
 from recipes.toy_world import make_model, make_tokenizer
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics
 
 
 def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_one():
@@ -48,18 +49,27 @@ def test_interval_covers_the_mean_and_shrinks():
     assert interval([0.25] * 9) == [0.25, 0.25] and interval(values) == [low, high]
 
 
+def test_two_metrics_are_resampled_alike():
+    """So that a comparison is paired: a plain and a weighted mean use the same problems in each draw."""
+    random.seed(4)
+    values = [random.random() for _ in range(9)]
+    plain, weighted = bootstrap_means(values), bootstrap_means([2 * value for value in values], [2] * 9)
+    assert len(plain) == 1000 and plain.std() > 0.01
+    torch.testing.assert_close(plain, weighted)
+
+
 def test_predictive_entropy_is_that_of_the_softmax():
     torch.manual_seed(7)
     model = make_model(make_tokenizer(), 32, 1, 1).eval()
     model.resize_token_embeddings(35, mean_resizing=False)  # rows 29 to 34 are padding
-    prompts, responses = [[1, 3, 20], [1], [1, 9]], [[5, 6, 2], [7], [8, 9, 10, 11, 0]]
+    responses = [Response([1, 3, 20], [5, 6, 2], False), Response([1], [7], True)]
+    responses.append(Response([1, 9], [8, 9, 10, 11, 0], True))
     for budget in (1, 1000):
-        entropies = predictive_entropy(model, prompts, responses, 29, budget)
-        for prompt, response, found in zip(prompts, responses, entropies, strict=True):
+        entropies = predictive_entropy(model, responses, 29, budget)
+        for response, found in zip(responses, entropies, strict=True):
+            ids = torch.tensor([response.prompt_ids + response.response_ids])
             with torch.no_grad():
-                logits = model(input_ids=torch.tensor([prompt + response])).logits[
-                    0, len(prompt) - 1 : -1, :29
-                ]
+                logits = model(input_ids=ids).logits[0, len(response.prompt_ids) - 1 : -1, :29]
             logps = logits.double().log_softmax(-1)
             assert found == pytest.approx(-(logps.exp() * logps).sum(-1).mean().item(), rel=1e-5)
 
@@ -77,7 +87,7 @@ def graded(problem, correct, tokens, entropy, reason="stop", same_as=0, timed_ou
 
 
 def test_summarise_by_hand():
-    """Two problems, two responses each: 1 of 2 and 2 of 2 correct; entropy is a mean over tokens, not over responses."""
+    """1 of 2 and 2 of 2 responses are correct; entropy is a mean over tokens, not over responses."""
     rows = [
         graded("a", True, 2, 1.0),
         graded("a", False, 6, 2.0, "length", None, True),
@@ -85,16 +95,9 @@ def test_summarise_by_hand():
         graded("b", True, 1, 4.0),
     ]
     results = summarise(rows, 2, [1, 2])
-    assert (
-        results["avg"] == 0.75
-        and results["pass"] == {"1": 0.75, "2": 1.0}
-        and results["maj"] == {"1": 0.75, "2": 1.0}
-    )
-    assert (
-        results["length"] == 2.5
-        and results["truncated"] == 0.25
-        and results["entropy"] == (2 + 12 + 0 + 4) / 10
-    )
+    assert results["avg"] == 0.75 and results["length"] == 2.5 and results["truncated"] == 0.25
+    assert results["pass"] == {"1": 0.75, "2": 1.0} and results["maj"] == {"1": 0.75, "2": 1.0}
+    assert results["entropy"] == (2 + 12 + 0 + 4) / 10
     assert results["problems"] == 2 and results["n"] == 2 and results["timed_out"] == 1
 
 
@@ -105,21 +108,47 @@ def votes(n):
     return marks, [mark == right for mark in marks]
 
 
-def test_majority_is_the_share_of_elections_won():
+def elections_won(marks, correct, k):
     """Against every subset and, in a tie, every one of the leading answers."""
+    won = []
+    for subset in itertools.combinations(range(len(marks)), k):
+        ballots = [marks[i] for i in subset if marks[i] is not None]
+        best = max((ballots.count(mark) for mark in ballots), default=0)
+        leaders = {mark for mark in ballots if ballots.count(mark) == best}
+        wins = [any(correct[i] for i in subset if marks[i] == mark) for mark in leaders]
+        won.append(sum(wins) / len(wins) if wins else 0)
+    return sum(won) / len(won)
+
+
+def test_majority_is_the_share_of_elections_won():
+    """For all ways to give up to 6 responses to 3 classes or none, and for some with more responses."""
+    sizes = itertools.chain(
+        *(itertools.combinations_with_replacement([0, 1, 2, None], n) for n in range(1, 7))
+    )
+    cases = [(marks, [mark == 0 for mark in marks]) for marks in sizes]
     random.seed(1)
-    for _ in range(200):
-        n = random.randint(1, 6)
-        marks, correct = votes(n)
-        for k in range(1, n + 1):
-            won = []
-            for subset in itertools.combinations(range(n), k):
-                ballots = [marks[i] for i in subset if marks[i] is not None]
-                best = max((ballots.count(mark) for mark in ballots), default=0)
-                leaders = {mark for mark in ballots if ballots.count(mark) == best}
-                wins = [any(correct[i] for i in subset if marks[i] == mark) for mark in leaders]
-                won.append(sum(wins) / len(wins) if wins else 0)
-            assert majority(marks, correct, k) == pytest.approx(sum(won) / len(won))
+    cases += [votes(11) for _ in range(4)]
+    for marks, correct in cases:
+        for k in range(1, len(marks) + 1):
+            assert majority(marks, correct, k) == pytest.approx(elections_won(marks, correct, k), abs=1e-12)
+
+
+@pytest.mark.parametrize("n, k", [(32, 16), (64, 32)])
+def test_majority_never_lists_the_subsets(n, k):
+    """C(32, 16) is 601,080,390 and C(64, 32) is 1.8e18. By symmetry, equally many votes win equally often."""
+    start = time.process_time()
+    for size in (1, 2, n // 4):
+        marks = [i // size for i in range(n)]
+        chance = majority(marks, [mark == 0 for mark in marks], k)
+        assert chance == pytest.approx(size / n, rel=1e-12)
+    assert majority([0] * n, [True] * n, k) == 1.0 and majority([None] * n, [False] * n, k) == 0.0
+    assert time.process_time() - start < 1
+    tracemalloc.start()
+    marks = [i % 8 or None for i in range(n)]
+    majority(marks, [mark == 1 for mark in marks], k)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
 
 
 def test_equal_answers_vote_together():
@@ -130,80 +159,73 @@ def test_equal_answers_vote_together():
 
 
 def test_metrics_and_intervals_against_brute_force():
-    """40 problems of 4 responses: every metric recomputed from the rows, every interval from a bootstrap of its own."""
+    """40 problems of 4 responses: every metric from the rows, every interval from a bootstrap of its own."""
     random.seed(2)
-    rows = []
+    groups = []
     for problem in range(40):
         marks, correct = votes(4)
-        rows += [
-            graded(
-                problem, good, random.randint(1, 50), random.random(), random.choice(["stop", "length"]), mark
-            )
-            for good, mark in zip(correct, marks)
-        ]
+        how = [(random.randint(1, 50), random.random(), random.choice(["stop", "length"])) for _ in marks]
+        groups.append([graded(problem, *row) for row in zip(correct, *zip(*how), marks)])
 
-    def measure(rows):
-        groups = [rows[i : i + 4] for i in range(0, len(rows), 4)]
-        pairs = [
-            any(row["correct"] for row in pair)
-            for group in groups
-            for pair in itertools.combinations(group, 2)
-        ]
+    def measure(groups):
+        rows = [row for group in groups for row in group]
+        tokens = sum(row["tokens"] for row in rows)
+        pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
         return {
             "avg": sum(row["correct"] for row in rows) / len(rows),
-            "pass": sum(pairs) / len(pairs),
-            "length": sum(row["tokens"] for row in rows) / len(rows),
+            "pass": sum(any(row["correct"] for row in pair) for pair in pairs) / len(pairs),
+            "length": tokens / len(rows),
             "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
-            "entropy": sum(row["entropy"] * row["tokens"] for row in rows)
-            / sum(row["tokens"] for row in rows),
+            "entropy": sum(row["entropy"] * row["tokens"] for row in rows) / tokens,
         }
 
-    results, expected = summarise(rows, 4, [2]), measure(rows)
-    draws = []
-    for _ in range(2000):
-        picked = [random.randrange(40) for _ in range(40)]
-        draws.append(measure([row for i in picked for row in rows[4 * i : 4 * i + 4]]))
-    for name, value in expected.items():
+    results = summarise([row for group in groups for row in group], 4, [2])
+    draws = [measure(random.choices(groups, k=40)) for _ in range(2000)]
+    for name, value in measure(groups).items():
         found, bounds = results[name], results[f"{name}_interval"]
         if name == "pass":
             found, bounds = found["2"], bounds["2"]
         assert found == pytest.approx(value)
         ordered = sorted(draw[name] for draw in draws)
-        width = ordered[1949] - ordered[50]
-        assert bounds == pytest.approx([ordered[50], ordered[1949]], abs=0.12 * width), name
+        low, high = ordered[50], ordered[1949]
+        assert bounds == pytest.approx([low, high], abs=0.12 * (high - low)), name
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Whole evaluations, tables, figures
+SMALL = "--engine hf --dtype float32 --max_response_tokens 6".split()
+
+
+def call(*words):
+    evaluate.main(evaluate.get_args([str(word) for word in words]))
 
 
 def run(world, out, *more):
-    given = [
-        "--model",
-        world / "student_init",
-        "--data",
-        world / "test.jsonl",
-        "--out",
-        out,
-        *"--n 2 --engine hf --dtype float32 --max_response_tokens 6".split(),
-        *more,
-    ]
-    evaluate.main(evaluate.get_args([str(word) for word in given]))
+    model, data = world / "student_init", world / "test.jsonl"
+    call("--model", model, "--data", data, "--out", out, "--n", 2, *SMALL, *more)
+
+
+def run_benchmarks(world, out, *more):
+    data = world / "test.jsonl", world / "heldout.jsonl"
+    more = ["--n", 2, "--sample_batch", 4, *more]
+    call("--model", world / "student_init", "--benchmarks", *data, "--out", out, *SMALL, *more)
+
+
+def cells_of(printed):
+    """The cells of a printed Markdown table, row after row, without the row of dashes."""
+    header, dashes, *rows = printed.strip().splitlines()
+    assert set(dashes) == {"|", " ", "-"} and len({len(line) for line in (header, dashes, *rows)}) == 1
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *rows)]
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def trained(world, rollouts, out, *more):
-    given = [
-        *"--prefix teacher --kl forward --vocab sampled --steps 2 --batch_size 2".split(),
-        "--rollouts",
-        rollouts,
-        *"--engine hf --dtype float32 --max_response_tokens 8".split(),
-        "--student",
-        world / "student_init",
-        "--out",
-        out,
-        *more,
-    ]
-    train.main(train.get_args([str(word) for word in given]))
+    how = "--prefix teacher --kl forward --vocab sampled --steps 2 --batch_size 2 --max_response_tokens 8"
+    how += " --engine hf --dtype float32"
+    paths = ["--rollouts", rollouts, "--student", world / "student_init", "--out", out]
+    train.main(train.get_args([str(word) for word in (*how.split(), *paths, *more)]))
 
 
 @pytest.fixture(scope="module")
@@ -217,36 +239,53 @@ def test_results_are_those_of_the_samples(world, tmp_path, capsys):
     run(world, tmp_path / "eval", "--k", 1, 2)
     read_artifact(str(tmp_path / "eval"), "--", "evaluate")
     results = json.loads((tmp_path / "eval/results.json").read_text())
-    rows = [json.loads(line) for line in open(tmp_path / "eval/samples.jsonl")]
-    problems, tokenizer = load_problems(str(world / "test.jsonl")), make_tokenizer()
-    assert [row["id"] for row in rows] == [p["id"] for p in problems for _ in range(2)]
+    rows = lines_of(tmp_path / "eval/samples.jsonl")
+    problems = [problem for problem in load_problems(str(world / "test.jsonl")) for _ in range(2)]
+    tokenizer = make_tokenizer()
     assert results["length"] == sum(len(row["response_ids"]) for row in rows) / 8
-    for row, problem in zip(rows, [p for p in problems for _ in range(2)]):
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+    for i, (row, problem) in enumerate(zip(rows, problems, strict=True)):
+        assert row["id"] == problem["id"] and row["answer"] == problem["answer"] and row["sample"] == i % 2
+        assert row["prompt_ids"] == render_prompt(tokenizer, problem["problem"])
         assert row["response"] == tokenizer.decode(row["response_ids"], skip_special_tokens=True)
+        assert row["finish_reason"] == ("stop" if row["response_ids"][-1] in (0, 2) else "length")
+        assert row["tokens"] == len(row["response_ids"])
         assert row["extracted"] == extract_answer(row["response"])
         assert row["correct"] == is_correct(row["response"], problem["answer"])
     model = load_model(str(world / "student_init"), "-", "float32")
-    entropies = predictive_entropy(
-        model, [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows], 29, 10
-    )
+    responses = [Response(row["prompt_ids"], row["response_ids"], False) for row in rows]
+    entropies = predictive_entropy(model, responses, 29, 10)
     assert [row["entropy"] for row in rows] == pytest.approx(entropies, rel=1e-5)
     assert set(results["pass"]) == {"1", "2"} and results["tflops"] is None
     assert "Avg@2" in capsys.readouterr().out
 
 
+def test_a_float32_model_is_evaluated_in_the_dtype_of_its_training(world, tmp_path):
+    words = ["--model", world / "student_init", "--data", world / "test.jsonl", "--out", tmp_path / "out"]
+    task = evaluate.prepare(evaluate.get_args([str(word) for word in (*words, *SMALL, "--n", 2)]))
+    model = load_model(task.directory, "-", "float32")
+    entropies = {}
+    for dtype in (None, "float32", "bfloat16"):
+        _, rows = evaluation.evaluate(model, model, *task[1:], 1, [2], 40, dtype)
+        responses = [Response(row["prompt_ids"], row["response_ids"], False) for row in rows]
+        entropies[dtype] = [row["entropy"] for row in rows]
+        assert entropies[dtype] == predictive_entropy(model, responses, 29, 40, dtype)
+    assert entropies[None] == entropies["float32"] != entropies["bfloat16"]
+
+
 def test_right_responses_count(world, tmp_path, monkeypatch):
     """The sampler is replaced by one that boxes the right answer in the first of each two responses."""
     tokenizer = make_tokenizer()
-    answers = iter([p["answer"] for p in load_problems(str(world / "test.jsonl"))])
+    answers = iter([problem["answer"] for problem in load_problems(str(world / "test.jsonl"))])
 
     def solve(engine, prompts, sampling, seed, places):
-        ids = [
-            tokenizer(f"\\boxed{{{answer}}}<|im_end|>").input_ids
-            for answer in itertools.islice(answers, len(prompts))
-        ]
-        return [{i: [(good, "stop"), (good[:2], "length")] for i, good in enumerate(ids)}]
+        groups = {}
+        for i, prompt in enumerate(prompts):
+            ids = tokenizer(f"\\boxed{{{next(answers)}}}<|im_end|>").input_ids
+            groups[i] = [Response(prompt, ids, False), Response(prompt, ids[:2], True)]
+        return [groups]
 
-    monkeypatch.setattr(evaluation, "sample_as_finished", solve)
+    monkeypatch.setattr(evaluation, "sample_stream", solve)
     run(world, tmp_path / "eval", "--k", 1, 2, "--sample_batch", 2)
     results = json.loads((tmp_path / "eval/results.json").read_text())
     assert results["avg"] == 0.5 and results["pass"] == {"1": 0.5, "2": 1.0} and results["truncated"] == 0.5
@@ -256,9 +295,8 @@ def test_table_shows_the_results(world, trained_run, tmp_path, capsys):
     run(world, tmp_path / "base")
     run(world, tmp_path / "sft", "--model", trained_run / "final")
     capsys.readouterr()
-    evaluate.main(evaluate.get_args(["--table", str(tmp_path / "base"), str(tmp_path / "sft")]))
-    lines = capsys.readouterr().out.strip().splitlines()
-    header, _, base, sft = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    call("--table", tmp_path / "base", tmp_path / "sft")
+    header, base, sft = cells_of(capsys.readouterr().out)
     results = json.loads((tmp_path / "sft/results.json").read_text())
     low, high = results["avg_interval"]
     assert dict(zip(header, sft)) == {
@@ -276,22 +314,32 @@ def test_table_shows_the_results(world, trained_run, tmp_path, capsys):
     assert base[:3] == [str(world / "student_init"), "-", "-"] and base[-1] == "-"
 
 
-def test_evaluations_that_differ_are_not_put_in_one_table(world, tmp_path, refused):
+def test_a_table_of_several_data_sets_and_n(world, tmp_path, capsys):
+    """Rows are grouped by data set, in the order of their first; a k that an evaluation lacks is a dash."""
+    heldout = ["--data", world / "heldout.jsonl"]
+    run(world, tmp_path / "a", "--k", 1, 2)
+    run(world, tmp_path / "b", *heldout, "--n", 3, "--k", 3)
+    run(world, tmp_path / "c", "--k", 1, 2, "--seed", 1)
+    capsys.readouterr()
+    call("--table", tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    header, *rows = cells_of(capsys.readouterr().out)
+    assert header[3:10] == ["data", "n", "Avg@n [95%]", "Pass@1", "Pass@2", "Pass@3", "Maj@2"]
+    assert [row[3:5] for row in rows] == [["test", "2"], ["test", "2"], ["heldout", "3"]]
+    assert [cell == "-" for cell in rows[0][6:9]] == [False, False, True]
+    assert [cell == "-" for cell in rows[2][6:9]] == [True, True, False]
+
+
+@pytest.mark.parametrize("more", [["--n", 3, "--k", 2], ["--k", 1], ["--limit", 2]])
+def test_evaluations_that_differ_are_not_put_in_one_table(more, world, tmp_path, refused):
     run(world, tmp_path / "a")
-    changes = {"n": ["--n", 3, "--k", 2], "k": ["--k", 1], "limit": ["--limit", 2]}
-    for name, more in changes.items():
-        run(world, tmp_path / name, *more)
-        refused(
-            lambda: evaluate.main(evaluate.get_args(["--table", str(tmp_path / "a"), str(tmp_path / name)])),
-            "--table",
-        )
+    run(world, tmp_path / "b", *more)
+    refused(lambda: call("--table", tmp_path / "a", tmp_path / "b"), "--table", "cannot be compared")
     (tmp_path / "a/results.json").write_text("{}")
-    refused(
-        lambda: evaluate.main(evaluate.get_args(["--table", str(tmp_path / "a")])), "--table", "results.json"
-    )
+    refused(lambda: call("--table", tmp_path / "a"), "--table", "results.json")
 
 
-def test_figure_is_a_png_with_a_line_for_each_run(trained_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("x, label", [("step", "step"), ("tflops", "TFLOPs")])
+def test_figure_is_a_png_with_a_line_for_each_run(x, label, trained_run, tmp_path, monkeypatch):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -299,33 +347,15 @@ def test_figure_is_a_png_with_a_line_for_each_run(trained_run, tmp_path, monkeyp
 
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
-    evaluate.main(evaluate.get_args(["--figure", str(tmp_path / "cells.png"), "--runs", str(trained_run)]))
+    call("--figure", tmp_path / "cells.png", "--runs", trained_run, "--x", x)
     image = plt.imread(tmp_path / "cells.png")
     assert image.shape[0] > 300 and image.shape[1] > 1000 and image.std() > 0.05
-    rows = [json.loads(line) for line in open(trained_run / "evals.jsonl")]
-    assert [row["step"] for row in rows] == [0, 1, 2]
-    for axis, key in zip(figures[0].axes, ("avg", "entropy", "length")):
+    rows = lines_of(trained_run / "evals.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2] and len({row["tflops"] for row in rows}) == 3
+    for axis, key in zip(figures[0].axes, ("avg", "entropy", "length"), strict=True):
         [line] = axis.get_lines()
-        assert line.get_xdata().tolist() == [0, 1, 2] and line.get_ydata().tolist() == [
-            row[key] for row in rows
-        ]
-
-
-def test_figure_against_tflops(trained_run, tmp_path, monkeypatch):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figures = []
-    monkeypatch.setattr(plt, "close", figures.append)
-    evaluate.main(
-        evaluate.get_args(["--figure", str(tmp_path / "a.png"), "--runs", str(trained_run), "--x", "tflops"])
-    )
-    rows = [json.loads(line) for line in open(trained_run / "evals.jsonl")]
-    spent = [row["tflops"] for row in rows]
-    assert spent == sorted(set(spent)) and figures[0].axes[0].get_lines()[0].get_xdata().tolist() == spent
-    assert figures[0].axes[0].get_xlabel() == "TFLOPs"
+        assert line.get_xdata().tolist() == [row[x] for row in rows] and axis.get_xlabel() == label
+        assert line.get_ydata().tolist() == [row[key] for row in rows]
 
 
 class Killed(Exception):
@@ -334,14 +364,14 @@ class Killed(Exception):
 
 def kill_at(monkeypatch, call):
     """The call-th sampling of a chunk never comes back."""
-    real, calls = sampling.sample_as_finished, itertools.count(1)
+    real, calls = sampling.sample_stream, itertools.count(1)
 
     def sample(*args):
         if next(calls) == call:
             raise Killed
         return real(*args)
 
-    monkeypatch.setattr(evaluation, "sample_as_finished", sample)
+    monkeypatch.setattr(evaluation, "sample_stream", sample)
 
 
 def files_of(path):
@@ -367,9 +397,9 @@ def test_a_killed_evaluation_goes_on_where_it_was(world, tmp_path, monkeypatch, 
 
 
 def test_an_evaluation_with_vllm_goes_on_at_the_problem(world, tmp_path, monkeypatch, capsys):
-    """vLLM finishes one problem after the other, in an order of its own: each is kept at once, and those alone are not made again."""
+    """vLLM finishes problems one by one, in any order: each is kept at once and is not sampled again."""
     run(world, tmp_path / "whole")
-    real, asked = sampling.sample_as_finished, []
+    real, asked = sampling.sample_stream, []
 
     def one_by_one(stop, engine, prompts, sampling, seed, places):
         asked.append(list(places))
@@ -379,127 +409,103 @@ def test_an_evaluation_with_vllm_goes_on_at_the_problem(world, tmp_path, monkeyp
         if stop:
             raise Killed
 
-    monkeypatch.setattr(evaluation, "sample_as_finished", lambda *args: one_by_one(3, *args))
+    monkeypatch.setattr(evaluation, "sample_stream", lambda *args: one_by_one(3, *args))
     with pytest.raises(Killed):
         run(world, tmp_path / "killed")
-    monkeypatch.setattr(evaluation, "sample_as_finished", lambda *args: one_by_one(None, *args))
+    monkeypatch.setattr(evaluation, "sample_stream", lambda *args: one_by_one(None, *args))
     run(world, tmp_path / "killed", "--resume")
     assert asked == [[0, 1, 2, 3], [0]] and "goes on after 3 problems" in capsys.readouterr().out
-    rows = [
-        [json.loads(line) for line in open(tmp_path / name / "samples.jsonl")] for name in ("killed", "whole")
-    ]
+    rows = [lines_of(tmp_path / name / "samples.jsonl") for name in ("killed", "whole")]
     for found, expected in zip(*rows, strict=True):
         assert found.pop("entropy") == pytest.approx(expected.pop("entropy"), rel=1e-5) and found == expected
     assert sorted(os.listdir(tmp_path / "killed")) == ["meta.json", "results.json", "samples.jsonl"]
 
 
-def run_benchmarks(world, out, *more):
-    given = [
-        "--model",
-        world / "student_init",
-        "--benchmarks",
-        world / "test.jsonl",
-        world / "heldout.jsonl",
-        "--out",
-        out,
-        *"--engine hf --dtype float32 --max_response_tokens 6 --sample_batch 4".split(),
-        *more,
-    ]
-    evaluate.main(evaluate.get_args([str(word) for word in given]))
-
-
 def test_benchmarks_are_the_single_evaluations_with_one_model_load(world, tmp_path, monkeypatch, capsys):
-    run_benchmarks(world, tmp_path / "whole", "--n", 2)
+    run_benchmarks(world, tmp_path / "whole")
     run(world, tmp_path / "test", "--sample_batch", 4)
     assert files_of(tmp_path / "whole/test") == files_of(tmp_path / "test")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 4)  # the second chunk of the second data set
-        run_benchmarks(world, tmp_path / "killed", "--n", 2)
+        run_benchmarks(world, tmp_path / "killed")
     loads, real = [], models.load_model
     monkeypatch.setattr(evaluate, "load_model", lambda *args: loads.append(args) or real(*args))
-    run_benchmarks(world, tmp_path / "killed", "--n", 2, "--resume")
+    run_benchmarks(world, tmp_path / "killed", "--resume")
     for name in ("test", "heldout"):
         assert files_of(tmp_path / "killed" / name) == files_of(tmp_path / "whole" / name)
-    run_benchmarks(world, tmp_path / "again", "--n", 2)
+    run_benchmarks(world, tmp_path / "again")
     assert len(loads) == 2
     capsys.readouterr()
-    evaluate.main(evaluate.get_args(["--table", str(tmp_path / "whole")]))
-    lines = capsys.readouterr().out.strip().splitlines()
-    assert [[cell.strip() for cell in line.strip("|").split("|")][3] for line in lines] == [
-        "data",
-        "---",
-        "heldout",
-        "test",
-    ]
+    call("--table", tmp_path / "whole")
+    assert [row[3] for row in cells_of(capsys.readouterr().out)] == ["data", "heldout", "test"]
 
 
-def test_benchmarks_have_the_papers_n(refused):
-    args = evaluate.get_args(
-        "--model m --out o --benchmarks aime24 amc23 data/math500.jsonl gsm8k mine.jsonl".split()
-    )
-    assert [(part.n, part.k, part.out) for part in evaluate.parts(args)] == [
+def test_benchmarks_do_not_go_into_an_artifact(world, tmp_path, refused):
+    run(world, tmp_path / "eval")
+    before = files_of(tmp_path / "eval")
+    refused(lambda: run_benchmarks(world, tmp_path / "eval", "--overwrite"), "--out", "--benchmarks")
+    assert files_of(tmp_path / "eval") == before
+
+
+def test_benchmarks_have_the_papers_n():
+    def settings(words):
+        args = evaluate.get_args(["--model", "m", "--out", "o", *words.split()])
+        return [(one.n, one.k, one.out) for one in evaluate.evaluations_of(args)]
+
+    assert settings("--benchmarks aime24 amc23 data/math500.jsonl gsm8k other.jsonl") == [
         (5, [5], "o/aime24"),
         (5, [5], "o/amc23"),
         (3, [3], "o/math500"),
         (3, [3], "o/gsm8k"),
-        (4, [4], "o/mine"),
+        (4, [4], "o/other"),
     ]
-    args = evaluate.get_args("--model m --out o --data aime24 --n 8 --k 1 8".split())
-    assert [(part.n, part.k, part.out) for part in evaluate.parts(args)] == [(8, [1, 8], "o")]
+    assert settings("--data aime24 --n 8 --k 1 8") == [(8, [1, 8], "o")]
 
 
 def test_compare_pairs_the_problems(tmp_path, monkeypatch, capsys):
-    """The second evaluation is better on each problem by a little: certain when paired, lost in the noise when not."""
+    """The second evaluation is better on a third of the problems: certain when paired, else lost in noise."""
     random.seed(3)
     sides = [[], []]
     for problem in range(60):
         chance = random.choice([0, 1, 2])
         for side, more in zip(sides, (0, problem % 3 == 0)):
-            side += [
-                graded(problem, sample < chance + more, 10 + problem % 7, 1.0) | {"answer": "1"}
-                for sample in range(4)
-            ]
+            for sample in range(4):
+                row = graded(problem, sample < chance + more, 10 + problem % 7, 1.0)
+                side.append(row | {"answer": "1"})
     paths = [str(tmp_path / name) for name in "ab"]
     for path, rows in zip(paths, sides):
-        (tmp_path / path[-1]).mkdir()
-        (tmp_path / path[-1] / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.mkdir(path)
+        with open(f"{path}/samples.jsonl", "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
     results = {path: summarise(rows, 4, [1, 2]) | {"run": path[-1]} for path, rows in zip(paths, sides)}
     monkeypatch.setattr(report, "read_results", lambda path, flag: results[path])
-    evaluate.main(evaluate.get_args(["--compare", *paths]))
-    lines = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in capsys.readouterr().out.strip().splitlines()
-    ]
-    cells = {line[0]: line[1:] for line in lines[2:]}
-    first, second = (mean_of(*by_problem(rows, 4, [1])["avg"]) for rows in sides)
-    assert second - first == pytest.approx(20 / 240)
+    call("--compare", *paths)
+    cells = {line[0]: line[1:] for line in cells_of(capsys.readouterr().out)}
+    assert cells["metric"] == ["a (n = 4)", "b (n = 4)", "difference [95%]"]
+    first, second = (mean_of(*values_by_problem(rows, 4, [1])["avg"]) for rows in sides)
+    assert cells["avg"][:2] == [f"{first:.3f}", f"{second:.3f}"] and second - first == pytest.approx(20 / 240)
     difference, low, high = (float(word.strip("[],")) for word in cells["avg"][2].split())
     assert difference == pytest.approx(20 / 240, abs=1e-3)
-    share, deviation = 1 / 3, (1 / 3 * 2 / 3 / 60) ** 0.5 / 4  # a third of the problems gain a quarter
-    assert (low, high) == pytest.approx(
-        (share / 4 - 1.96 * deviation, share / 4 + 1.96 * deviation), abs=0.006
-    ) and low > 0
+    deviation = (1 / 3 * 2 / 3 / 60) ** 0.5 / 4  # a third of the problems gain a quarter
+    expected = (1 / 12 - 1.96 * deviation, 1 / 12 + 1.96 * deviation)
+    assert (low, high) == pytest.approx(expected, abs=0.006) and low > 0
     assert cells["entropy"][2] == "+0.000 [+0.000, +0.000]"
-    a, b = (interval(by_problem(rows, 4, [1])["avg"][0]) for rows in sides)
+    a, b = (interval(values_by_problem(rows, 4, [1])["avg"][0]) for rows in sides)
     assert a[1] > b[0]  # the two intervals overlap
 
 
 def test_only_evaluations_of_the_same_problems_are_compared(world, tmp_path, refused):
     run(world, tmp_path / "a")
     run(world, tmp_path / "b", "--limit", 3)
-    for other, word in ((tmp_path / "b", "same problems"), (world, "toy_world")):
-        refused(
-            lambda: evaluate.main(evaluate.get_args(["--compare", str(tmp_path / "a"), str(other)])),
-            "--compare",
-            word,
-        )
+    refused(lambda: call("--compare", tmp_path / "a", tmp_path / "b"), "--compare", "same problems")
+    refused(lambda: call("--compare", tmp_path / "a", world), "--compare", "toy_world")
 
 
 def test_a_run_without_evaluations_cannot_be_drawn(world, rollouts, tmp_path, refused):
     trained(world, rollouts, tmp_path / "run")
-    args = evaluate.get_args(["--figure", str(tmp_path / "a.png"), "--runs", str(tmp_path / "run")])
-    refused(lambda: evaluate.main(args), "--runs", "--eval_every")
-    assert not (tmp_path / "a.png").exists()
+    figure = tmp_path / "a.png"
+    refused(lambda: call("--figure", figure, "--runs", tmp_path / "run"), "--runs", "--eval_every")
+    assert not figure.exists()
 
 
 @pytest.mark.parametrize(
@@ -531,11 +537,11 @@ def test_bad_input_is_refused_and_leaves_no_directory(world, tmp_path, refused):
     is_refused(["--n", 0, "--k", 0], "--k")
 
 
-def test_overwrite_never_deletes_the_checkpoint_under_evaluation(world, trained_run, tmp_path, refused):
+def test_overwrite_never_deletes_the_checkpoint_under_evaluation(
+    world, trained_run, tmp_path, refused, monkeypatch
+):
     shutil.copytree(trained_run, tmp_path / "run")
-    refused(
-        lambda: run(world, tmp_path / "run", "--model", tmp_path / "run/final", "--overwrite"),
-        "--out",
-        "--model",
-    )
+    monkeypatch.setattr(evaluate, "load_model", None)  # refused before a model is loaded
+    more = ["--model", tmp_path / "run/final", "--overwrite"]
+    refused(lambda: run(world, tmp_path / "run", *more), "--out", "--model")
     read_artifact(str(tmp_path / "run"), "--", "train")

@@ -1,6 +1,5 @@
-"""The cold start's filters: the repetition rules at their edges, sampling again, counting, dropping, resuming."""
+"""The filters of a cold start: repetition at the edges of its rules, resampling, counts, drops, resuming."""
 
-import argparse
 import json
 import random
 from collections import Counter
@@ -9,8 +8,9 @@ import pytest
 
 import rollout
 from distil.artifacts import read_artifact
-from distil.sampling import Sample, Sampling
-from rollout import fault, is_degenerate, sample_kept
+from distil.models import Response
+from distil.sampling import SamplingConfig
+from rollout import fault, is_degenerate, sample_with_retries
 
 LETTERS = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=9000)
 
@@ -47,11 +47,11 @@ def test_the_rule_of_three_blocks_needs_a_long_response_and_any_offset():
 
 def test_the_first_fault_that_is_asked_for_is_the_reason():
     drop = ["unboxed", "truncated", "degenerate"]
-    assert fault(r"\boxed{1}", "stop", drop) is None
-    assert fault("1", "length", drop) == "unboxed"
-    assert fault(r"\boxed{1}", "length", drop) == "truncated"
-    assert fault(r"\boxed{12}" + text(100) * 3, "stop", drop) == "degenerate"
-    assert fault("1", "length", []) is None and fault("1", "stop", ["truncated"]) is None
+    assert fault(r"\boxed{1}", False, drop) is None
+    assert fault("1", True, drop) == "unboxed"
+    assert fault(r"\boxed{1}", True, drop) == "truncated"
+    assert fault(r"\boxed{12}" + text(100) * 3, False, drop) == "degenerate"
+    assert fault("1", True, []) is None and fault("1", False, ["truncated"]) is None
 
 
 class Words:
@@ -64,65 +64,34 @@ class Words:
 def test_faulty_slots_are_sampled_again_and_dropped_at_last(monkeypatch):
     calls = []
     answers = [
-        [[0, 1], [0, 0]],
-        [[1], [0], [0]],
-        [[0], [1]],
-    ]  # slots (0,0), (1,0), (1,1) fail first; then (1,0), (1,1); then (1,0)
+        [[0, 1], [0, 0]],  # faulty: slots (0, 0), (1, 0) and (1, 1)
+        [[1], [0], [0]],  # (1, 0) and (1, 1)
+        [[0], [1]],  # (1, 0)
+    ]
 
-    def sample(engine, prompts, sampling, seed, places):
-        calls.append((prompts, sampling.n, seed, list(places)))
-        return [[Sample([word], "stop") for word in group] for group in answers[len(calls) - 1]]
+    def sample(engine, prompts, config, seed, places):
+        calls.append((prompts, config.n, seed, list(places)))
+        groups = zip(prompts, answers[len(calls) - 1])
+        return [[Response(prompt, [word], False) for word in words] for prompt, words in groups]
 
     monkeypatch.setattr(rollout, "sample", sample)
-    counts = Counter()
-    groups = sample_kept(
-        argparse.Namespace(drop=["unboxed"], attempts=3),
-        None,
-        Words(),
-        [[7], [8]],
-        Sampling(2, 1.0, 1.0, 0, 9, [2], 9),
-        5,
-        counts,
-        first=4,
+    counts, config = Counter(), SamplingConfig(2, 1.0, 1.0, 0, 9, [2], 9)
+    groups = sample_with_retries(
+        None, Words(), [[7], [8]], config, 5, drop=["unboxed"], attempts=3, fault_counts=counts, first=4
     )
-    assert [[one and one.response_ids[0] for one in group] for group in groups] == [[1, 1], [None, 1]]
-    assert [(prompts, n) for prompts, n, *_ in calls] == [
-        ([[7], [8]], 2),
-        ([[7], [8], [8]], 1),
-        ([[8], [8]], 1),
-    ]
+    found = [[response and response.response_ids for response in group] for group in groups]
+    assert found == [[[1], [1]], [None, [1]]]
+    assert [prompts for prompts, *_ in calls] == [[[7], [8]], [[7], [8], [8]], [[8], [8]]]
+    assert [n for _, n, *_ in calls] == [2, 1, 1]
     assert len({seed for *_, seed, _ in calls}) == 3
     assert [places for *_, places in calls] == [[4, 5], [(4, 0), (5, 0), (5, 1)], [(5, 0), (5, 1)]]
     assert counts == {"unboxed": 3 + 2 + 1, "dropped": 1}
 
 
 def roll(world, out, *flags):
-    rollout.main(
-        rollout.get_args(
-            [
-                str(x)
-                for x in [
-                    "--model",
-                    world / "teacher_init",
-                    "--data",
-                    world / "train.jsonl",
-                    "--n",
-                    2,
-                    "--engine",
-                    "hf",
-                    "--dtype",
-                    "float32",
-                    "--max_response_tokens",
-                    12,
-                    "--sample_batch",
-                    8,
-                    "--out",
-                    out,
-                    *flags,
-                ]
-            ]
-        )
-    )
+    words = ["--model", world / "teacher_init", "--data", world / "train.jsonl", "--out", out]
+    words += "--n 2 --engine hf --dtype float32 --max_response_tokens 12 --sample_batch 8".split()
+    rollout.main(rollout.get_args([str(word) for word in [*words, *flags]]))
     return [json.loads(line) for line in open(out / "rollouts.jsonl")]
 
 
@@ -143,16 +112,16 @@ def test_main_keeps_the_good_ones_and_counts_the_rest(world, tmp_path):
 
 def test_a_killed_run_with_drops_continues_to_the_same_file(world, tmp_path, monkeypatch):
     whole = roll(world, tmp_path / "whole", "--drop", "truncated")
-    calls, sample_kept = [], rollout.sample_kept
+    calls, real = [], rollout.sample_with_retries
 
     def killed(*given):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return sample_kept(*given)
+        return real(*given)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(rollout, "sample_kept", killed)
+        patch.setattr(rollout, "sample_with_retries", killed)
         roll(world, tmp_path / "again", "--drop", "truncated")
     with open(tmp_path / "again/rollouts.jsonl.tmp", "a") as file:
         file.write('{"id": "half a li')  # what a kill in the middle of a write leaves
@@ -164,13 +133,5 @@ def test_a_killed_run_with_drops_continues_to_the_same_file(world, tmp_path, mon
 
 
 def test_a_run_that_drops_everything_fails(world, tmp_path, refused):
-    flags = [
-        "--drop",
-        "unboxed",
-        "truncated",
-        "--attempts",
-        2,
-        "--max_response_tokens",
-        1,
-    ]  # one token is no boxed answer
+    flags = "--drop unboxed truncated --attempts 2 --max_response_tokens 1".split()  # no box in one token
     refused(lambda: roll(world, tmp_path / "none", *flags), "every response was dropped", code=1)

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from distil import grading
-from distil.grading import extract_answer, grade, is_correct
-from distil.equality import quick_verdict
 from conftest import ROOT
+from distil import grading
+from distil.equality import quick_verdict
+from distil.grading import extract_answer, grade, is_correct
 
 
 @pytest.mark.parametrize("response, found", [
@@ -173,7 +173,7 @@ REJECTED = [
     (r"(A) \text{ or } (B)", "A"), ("0.000002", r"\frac{1}{649740}"), (r"1.234567\times10^{-6}", "1/700000"), (r"2 \text{ million}", "2"),
     ("A", "A_4"), (r"\sqrt{(x+3)^2}", "x+3"), ("y=3, x=2", "(3,2)"), ("or", "(1,2)"), (r"\cup", "(1,2)"), ("1", "5" * 5000),
     (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"), (r"5\text{ cents}", r"5\text{ dollars}"),
-    ("4 < x < 8", "[4,8]"), ("4 < x > 8", "(4,8)"), ("x < 5", "y < 5"), ("x > 5", r"(-\infty,5)"), 
+    ("4 < x < 8", "[4,8]"), ("4 < x > 8", "(4,8)"), ("x < 5", "y < 5"), ("x > 5", r"(-\infty,5)"),
     (r"1 \pm \sqrt{19}", r"1 \pm \sqrt{15}"), ("x = 15, y = -29", "(-29,15)"), ("[1, 2, 4]", "(1,2,3)"),
     ("10x - 14y - 8 = 0", "5x - 7y + 4 = 0"), ("2, 3", "2"),
     (r"I(0)e^{-RCt}", r"I(0) e^{-\frac{t}{R C}}"), ("2^{2009} - 1", "2^{2009}"), (r"1 - \frac{1}{2^{99}}", r"1-\frac{1}{2^{100}}"),

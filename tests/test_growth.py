@@ -1,4 +1,4 @@
-"""Memory does not grow with the number of responses where it should not: what rollout.py and score_teacher.py hold at their peak.
+"""The peak memory of rollout.py and score_teacher.py does not grow with the number of responses.
 
 The models are replaced by functions; what Python and numpy allocate is counted by tracemalloc.
 """
@@ -12,8 +12,8 @@ import torch
 
 import rollout
 import score_teacher
-from distil import artifacts, rollouts, sampling
-from distil.sampling import Sample
+from distil import artifacts, models, rollouts, sampling
+from distil.models import Response
 
 LENGTH = 500  # tokens of a response: 4 KB as a list
 FEW, MANY = 20, 120  # responses
@@ -31,14 +31,15 @@ def problems(tmp_path):
 @pytest.fixture(autouse=True)
 def no_models(monkeypatch):
     def sample(engine, prompts, sampling, seed, places):
-        return [[Sample([4 + (place + i) % 20 for i in range(LENGTH)], "length")] for place in places]
+        ids = [[4 + (place + i) % 20 for i in range(LENGTH)] for place in places]
+        return [[Response(prompt, response, True)] for prompt, response in zip(prompts, ids)]
 
-    for stage in (rollout, score_teacher):
-        monkeypatch.setattr(stage, "load_model", lambda *args: torch.nn.Linear(1, 1))
+    for module in (rollout, models):
+        monkeypatch.setattr(module, "load_model", lambda *args: torch.nn.Linear(1, 1))
     monkeypatch.setattr(artifacts, "provenance", dict)
     monkeypatch.setattr(rollout, "sample", sample)
     monkeypatch.setattr(sampling, "context_of", lambda directory: 10**6)
-    monkeypatch.setattr(score_teacher, "output_head", lambda *args: torch.eye(29, 4))
+    monkeypatch.setattr(models, "output_head", lambda *args: torch.eye(29, 4))
 
 
 def run(stage, words):
@@ -55,23 +56,9 @@ def peak_of(stage, words):
 
 
 def roll(world, problems, out, count, run=peak_of):
-    return run(
-        rollout,
-        [
-            "--model",
-            world / "student_init",
-            "--data",
-            problems,
-            "--limit",
-            count,
-            "--out",
-            out,
-            "--overwrite",
-            *"--engine hf --dtype float32 --sample_batch 20".split(),
-            "--max_response_tokens",
-            LENGTH,
-        ],
-    )
+    words = ["--model", world / "student_init", "--data", problems, "--limit", count, "--out", out]
+    words += "--overwrite --engine hf --dtype float32 --sample_batch 20 --max_response_tokens".split()
+    return run(rollout, [*words, LENGTH])
 
 
 def test_rollout_holds_a_chunk_of_responses(world, problems, tmp_path, monkeypatch):
@@ -80,35 +67,23 @@ def test_rollout_holds_a_chunk_of_responses(world, problems, tmp_path, monkeypat
     assert many - few < 2000 * (MANY - FEW)  # bytes; problem and prompt are held
     kept, write = [], rollouts.write_rollouts
     monkeypatch.setattr(rollout, "write_rollouts", lambda *args: (kept.append(args[-1]), write(*args)))
-    assert roll(world, problems, tmp_path / "kept", MANY) - few > 4000 * (
-        MANY - FEW
-    )  # what it would be if it held them all
+    everything = roll(world, problems, tmp_path / "kept", MANY)
+    assert everything - few > 4000 * (MANY - FEW)  # what it would be if it held them all
 
 
 def test_scoring_holds_a_shard_of_responses(world, problems, tmp_path, monkeypatch):
-    def score(args, model, head, prompts, responses):
+    def score(model, responses, *options):
         scored = [
-            {"hidden": torch.from_numpy(numpy.ones((len(response), 4), numpy.float32))}
+            {"hidden": torch.from_numpy(numpy.ones((len(response.response_ids), 4), numpy.float32))}
             for response in responses
         ]
         kept.extend(scored * keep)
         return scored
 
     def peak(count):
-        return peak_of(
-            score_teacher,
-            [
-                "--teacher",
-                world / "teacher_init",
-                "--rollouts",
-                tmp_path / str(count),
-                "--overwrite",
-                "--out",
-                tmp_path / "scores",
-                "--shard_tokens",
-                20 * LENGTH,
-            ],
-        )
+        words = ["--teacher", world / "teacher_init", "--rollouts", tmp_path / str(count), "--overwrite"]
+        words += ["--out", tmp_path / "scores", "--shard_tokens", 20 * LENGTH]
+        return peak_of(score_teacher, words)
 
     monkeypatch.setattr(score_teacher, "score", score)
     keep, kept = False, []

@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -11,18 +12,10 @@ import torch
 import grpo
 from distil import training
 from distil.artifacts import read_artifact
-from distil.sampling import Sample, Sampling, sample
+from distil.models import Response
+from distil.sampling import SamplingConfig, sample
 from distil.training import tflops
-from grpo import (
-    Response,
-    accumulate_gradients,
-    add_old_logps,
-    advantages_of,
-    policy_loss,
-    rewards_of,
-    train_step,
-    training_tflops,
-)
+from grpo import accumulate_gradients, add_old_logps, advantages_of, policy_loss, rewards_of, train_step
 from recipes.toy_world import make_model, make_tokenizer
 
 DEFAULTS = {
@@ -34,6 +27,7 @@ DEFAULTS = {
     "updates": 1,
     "kl_weight": 0.0,
     "importance_cap": 2.0,
+    "reward": "correct",
 }
 
 
@@ -53,10 +47,30 @@ def test_advantages_by_hand():
 def test_rewards_are_correct_answers():
     tokenizer = make_tokenizer()
     groups = [
-        [Sample(tokenizer(text).input_ids, "stop") for text in texts]
+        [Response([1], tokenizer(text).input_ids, False) for text in texts]
         for texts in (["\\boxed{4}<|im_end|>", "4<|im_end|>"], ["\\boxed{4}", "\\boxed{7}<|im_end|>"])
     ]
-    assert rewards_of(tokenizer, [{"answer": "4"}, {"answer": "7"}], groups).tolist() == [[1, 0], [0, 1]]
+    problems = [{"answer": "4"}, {"answer": "7"}]
+    rewards, verdicts = rewards_of(settings(), tokenizer, problems, groups)
+    assert rewards.tolist() == verdicts.tolist() == [[1, 0], [0, 1]]
+
+
+def test_a_reward_of_ones_own(monkeypatch):
+    """It sees flags, problem, response with text, and verdict; the share of correct answers is kept beside it."""
+    tokenizer, seen = make_tokenizer(), []
+
+    def short(args, problem, response, verdict):
+        seen.append((args.n, problem["id"], response.text, verdict.extracted))
+        return verdict.correct - len(response.response_ids) / 10
+
+    monkeypatch.setitem(grpo.REWARDS, "short", short)
+    args = grpo.get_args("--model m --data d --out o --reward short --n 2".split())
+    group = [
+        Response([1], tokenizer(text).input_ids, False) for text in ("\\boxed{4}<|im_end|>", "4<|im_end|>")
+    ]
+    rewards, verdicts = rewards_of(args, tokenizer, [{"id": "a", "answer": "4"}], [group])
+    assert rewards.tolist() == [pytest.approx([1 - 0.4, -0.2])] and verdicts.tolist() == [[1, 0]]
+    assert seen == [(2, "a", "\\boxed{4}", "4"), (2, "a", "4", None)]
 
 
 # ratio, advantage -> the term that is maximised, whether it is clipped; by hand, for bounds of 0.9 and 1.3
@@ -103,18 +117,18 @@ def others(model):
 
 
 BATCH = [
-    Response("a", [1, 3, 20], [5, 6, 2], 0.7),
-    Response("a", [1, 3, 20], [9, 0], -0.7),
-    Response("b", [1, 9], [7, 8, 9, 10, 11], 0.0),
-    Response("c", [1], [2], 1.2),
+    Response([1, 3, 20], [5, 6, 2], False, "a", advantage=0.7),
+    Response([1, 3, 20], [9, 0], False, "a", advantage=-0.7),
+    Response([1, 9], [7, 8, 9, 10, 11], True, "b", advantage=0.0),
+    Response([1], [2], False, "c", advantage=1.2),
 ]
 SAMPLER = [[-2.0, -5.0, -3.5], [-9.0, -2.5], [-3.0, -3.1, -3.2, -3.3, -3.4], [-6.0]]
 
 
 def log_softmax(model, response):
     """(T, V) of a response's positions, float64."""
-    logits = model(input_ids=torch.tensor([response.prompt + response.tokens])).logits[0].double()
-    return logits.log_softmax(-1)[len(response.prompt) - 1 : -1]
+    logits = model(input_ids=torch.tensor([response.prompt_ids + response.response_ids])).logits[0].double()
+    return logits.log_softmax(-1)[len(response.prompt_ids) - 1 : -1]
 
 
 def truth(args, model, batch, sampler_model=None, reference=None):
@@ -124,10 +138,10 @@ def truth(args, model, batch, sampler_model=None, reference=None):
         full, row = log_softmax(model, response), []
         old = log_softmax(sampler_model or model, response).detach()
         ref = log_softmax(reference, response).detach() if reference else full.detach()
-        for t, token in enumerate(response.tokens):
+        for t, token in enumerate(response.response_ids):
             ratio, weight = torch.exp(full[t, token] - old[t, token]), 1.0
-            if response.sampler:
-                log_ratio = (old[t, token] - response.sampler[t]).item()
+            if response.sampler_logps:
+                log_ratio = (old[t, token] - response.sampler_logps[t]).item()
                 metrics["mismatch"] += abs(log_ratio)
                 weight = min(math.exp(log_ratio), args.importance_cap) if args.importance_cap else 1.0
             plain, bounded = (
@@ -169,11 +183,12 @@ def test_loss_gradient_and_metrics_are_those_of_full_logits(model, others, budge
     )
     batch, reference = BATCH, others[1] if args.kl_weight else None
     if "sampler" in changes:
-        batch = [response._replace(sampler=logps) for response, logps in zip(batch, SAMPLER)]
+        batch = [response._replace(sampler_logps=logps) for response, logps in zip(batch, SAMPLER)]
     sampler_model = others[0] if "old" in changes else None
     model.zero_grad(set_to_none=True)
-    marked = add_old_logps(args, sampler_model, batch, 29) if sampler_model else batch
-    value, metrics = accumulate_gradients(args, model, reference, marked, 29)
+    marked = add_old_logps(args, sampler_model, 29, batch) if sampler_model else batch
+    metrics = accumulate_gradients(args, model, reference, 29, marked)
+    value = metrics.pop("loss")
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     loss, expected = truth(args, model, batch, sampler_model, reference)
@@ -191,10 +206,9 @@ def test_loss_gradient_and_metrics_are_those_of_full_logits(model, others, budge
 
 def test_equal_groups_have_no_gradient(model):
     model.zero_grad(set_to_none=True)
-    loss, metrics = accumulate_gradients(
-        settings(), model, None, [r._replace(advantage=0.0) for r in BATCH], 29
-    )
-    assert loss == 0.0 and metrics["entropy"] > 0
+    batch = [r._replace(advantage=0.0) for r in BATCH]
+    metrics = accumulate_gradients(settings(), model, None, 29, batch)
+    assert metrics["loss"] == 0.0 and metrics["entropy"] > 0
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -203,8 +217,8 @@ def test_updates_go_through_the_batch_against_the_policy_that_sampled(model):
     groups = [[BATCH[0], BATCH[1]], [BATCH[2]._replace(advantage=-1.0), BATCH[3]]]
     args = settings(updates=2, lr=0.5, warmup=0.0, steps=1, max_grad_norm=1e9, clip_low=0.05, clip_high=0.05)
     ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
-    run = argparse.Namespace(model=ours, optimizer=torch.optim.SGD(ours.parameters()))
-    metrics = train_step(args, run, None, groups, 29, 0)
+    run = argparse.Namespace(model=ours, optimizer=torch.optim.SGD(ours.parameters()), tokenizer=range(29))
+    metrics = train_step(args, run, None, groups, 0)
     optimizer, losses, clipped = torch.optim.SGD(theirs.parameters(), lr=0.5), [], 0
     for group in groups:
         loss, found = truth(args, theirs, group, sampler_model=model)
@@ -221,11 +235,13 @@ def test_updates_go_through_the_batch_against_the_policy_that_sampled(model):
 
 def test_cost_of_an_update(model):
     """In forward passes: 3 with a gradient, 1 without, 1 more to score it before several updates, 1 of the reference."""
-    run = argparse.Namespace(config=model.config.to_dict())
-    one = tflops(run.config, 3, 3, forwards=1)
+    one = tflops(model.config.to_dict(), 3, 3, forwards=1)
 
     def passes(response, reference=None, **changes):
-        return training_tflops(settings(**changes), run, reference, response) / one
+        run = argparse.Namespace(config=model.config.to_dict(), spent=Counter())
+        grpo.add_costs(settings(**changes), run, reference, [], [response])
+        assert run.spent["tflops"] == run.spent["tflops_uncached"]
+        return run.spent["tflops"] / one
 
     idle = BATCH[0]._replace(advantage=0.0)
     found = [passes(BATCH[0]), passes(idle), passes(idle, updates=4), passes(idle, model, kl_weight=0.1)]
@@ -239,7 +255,7 @@ def test_a_bandit_learns():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     odd, prompt = [i + 11 for i in (1, 3, 5, 7, 9)], [1, 3, 20]
     assert make_tokenizer().convert_ids_to_tokens(odd) == list("13579")
-    sampling = Sampling(
+    sampling = SamplingConfig(
         n=32, temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=1, stop_ids=[0, 2], vocab_size=29
     )
 
@@ -253,10 +269,8 @@ def test_a_bandit_learns():
         advantages = advantages_of(torch.tensor([[float(one.response_ids[0] in odd) for one in group]]))[
             0
         ].tolist()
-        batch = [
-            Response("", prompt, one.response_ids, advantage) for one, advantage in zip(group, advantages)
-        ]
-        accumulate_gradients(settings(), model, None, batch, 29)
+        batch = [one._replace(advantage=advantage) for one, advantage in zip(group, advantages)]
+        accumulate_gradients(settings(), model, None, 29, batch)
         optimizer.step()
         optimizer.zero_grad()
     assert chance() > 0.9
@@ -284,15 +298,21 @@ def read_rows(path):
     return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
-def reward_short_responses(tokenizer, problems, groups):
-    """Rewards that an untrained model gets often, and never all of a group alike: 1 for the first of each group."""
-    return torch.tensor([[1.0] + [0.0] * (len(group) - 1) for group in groups])
+def reward_the_first(args, tokenizer, problems, groups):
+    """Rewards that an untrained model gets, never all of a group alike: 1 for the first of each group."""
+    rewards = torch.tensor([[1.0] + [0.0] * (len(group) - 1) for group in groups])
+    return rewards, rewards
+
+
+def reward_nothing(args, tokenizer, problems, groups):
+    rewards = torch.zeros(len(groups), len(groups[0]))
+    return rewards, rewards
 
 
 def test_a_run_keeps_the_cell_it_started_from(world, tmp_path, monkeypatch):
     import shutil
 
-    monkeypatch.setattr(grpo, "rewards_of", reward_short_responses)
+    monkeypatch.setattr(grpo, "rewards_of", reward_the_first)
     shutil.copytree(world / "student_init", tmp_path / "start")
     cell = {"name": "student prefix, mix 0.8 KL", "prefix": "student", "kl": "mix 0.8"}
     (tmp_path / "start/checkpoint.json").write_text(
@@ -312,9 +332,7 @@ def test_a_run_keeps_the_cell_it_started_from(world, tmp_path, monkeypatch):
 
 def test_untrained_checkpoints_and_equal_groups(world, tmp_path, monkeypatch):
     """All rewards 0: counted, no gradient, weights as they were; and such a run can be resumed."""
-    monkeypatch.setattr(
-        grpo, "rewards_of", lambda tokenizer, problems, groups: torch.zeros(len(groups), len(groups[0]))
-    )
+    monkeypatch.setattr(grpo, "rewards_of", reward_nothing)
     run(world, tmp_path / "run", "--save_every", 1)
     assert read_artifact(str(tmp_path / "run"), "--", "grpo")["cell"]["prefix"] == "-"
     for row in read_rows(tmp_path / "run/metrics.jsonl"):
@@ -328,9 +346,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize(
-    "rewards", [reward_short_responses, lambda t, p, groups: torch.zeros(len(groups), len(groups[0]))]
-)
+@pytest.mark.parametrize("rewards", [reward_the_first, reward_nothing])
 def test_a_killed_run_continues_to_the_same_end(world, tmp_path, monkeypatch, rewards):
     monkeypatch.setattr(grpo, "rewards_of", rewards)
     more = ["--steps", 3, "--save_every", 1]
@@ -344,7 +360,7 @@ def test_a_killed_run_continues_to_the_same_end(world, tmp_path, monkeypatch, re
         return step_of(args, model, optimizer, step, ids)
 
     with monkeypatch.context() as patch:
-        patch.setattr(grpo, "optimizer_step", killed_in_step_3)
+        patch.setattr(training, "optimizer_step", killed_in_step_3)
         with pytest.raises(Killed):
             run(world, out, *more)
     run(world, out, *more, "--resume")
@@ -362,15 +378,9 @@ def test_a_killed_run_continues_to_the_same_end(world, tmp_path, monkeypatch, re
 
 def test_a_run_with_every_choice_resumes_to_the_same_end(world, tmp_path, monkeypatch):
     """Two updates a batch, a reference, responses that are cut off masked, means over responses, nothing divided."""
-    monkeypatch.setattr(grpo, "rewards_of", reward_short_responses)
+    monkeypatch.setattr(grpo, "rewards_of", reward_the_first)
     more = [
-        *"--updates 2 --kl_weight 0.1 --overlong mask --normalize sequence --scale_advantages none --steps 2".split(),
-        "--save_every",
-        1,
-        "--lr",
-        1e-3,
-        "--max_response_tokens",
-        12,
+        *"--updates 2 --kl_weight 0.1 --overlong mask --normalize sequence --scale_advantages none --steps 2 --save_every 1 --lr 0.001 --max_response_tokens 12".split()
     ]
     run(world, tmp_path / "whole", *more)
     first, second = read_rows(tmp_path / "whole/metrics.jsonl")
@@ -389,29 +399,28 @@ def test_a_run_with_every_choice_resumes_to_the_same_end(world, tmp_path, monkey
 
 
 def kill_in_step(number, train_step):
-    def killed(args, run, reference, groups, vocab_size, step):
+    def killed(args, run, reference, groups, step):
         if step + 1 == number:
             raise Killed
-        return train_step(args, run, reference, groups, vocab_size, step)
+        return train_step(args, run, reference, groups, step)
 
     return killed
 
 
 def test_masked_responses_carry_no_loss_but_their_rewards_count(world, tmp_path, monkeypatch):
     """One response of each group ends; it has the reward, so its advantage is 0.75 with or without the others."""
-    monkeypatch.setattr(grpo, "rewards_of", reward_short_responses)
+    monkeypatch.setattr(grpo, "rewards_of", reward_the_first)
 
     def with_logps(self, prompts, sampling, seed):
         assert sampling.logprobs  # vLLM is asked for them
-        return [
-            [Sample([5, 2], "stop", [-1.0, -2.0]), *[Sample([6, 7, 8], "length", [-3.0] * 3)] * 3]
-            for _ in prompts
-        ]
+        ends = Response([1], [5, 2], False, sampler_logps=[-1.0, -2.0])
+        goes_on = Response([1], [6, 7, 8], True, sampler_logps=[-3.0] * 3)
+        return [[ends, *[goes_on] * 3] for _ in prompts]
 
     monkeypatch.setattr(training.Run, "sample", with_logps)
     steps = []
     monkeypatch.setattr(
-        grpo, "train_step", lambda args, run, reference, groups, vocab_size, step: steps.append(groups) or {}
+        grpo, "train_step", lambda args, run, reference, groups, step: steps.append(groups) or {}
     )
     for word in ("keep", "mask"):
         run(
@@ -432,14 +441,14 @@ def test_masked_responses_carry_no_loss_but_their_rewards_count(world, tmp_path,
         [[0.75, -0.25, -0.25, -0.25]] * 2,
         [[0.75]] * 2,
     ]
-    assert all(group[0].sampler == [-1.0, -2.0] for groups in steps for group in groups)
+    assert all(group[0].sampler_logps == [-1.0, -2.0] for groups in steps for group in groups)
 
 
 def test_a_batch_of_which_nothing_is_left_changes_nothing(model):
-    run = argparse.Namespace(model=model, optimizer=torch.optim.SGD(model.parameters()))
+    run = argparse.Namespace(model=model, optimizer=torch.optim.SGD(model.parameters()), tokenizer=range(29))
     before = copy.deepcopy(model.state_dict())
     args = settings(lr=0.5, warmup=0.0, steps=1, max_grad_norm=1.0)
-    assert train_step(args, run, None, [[], []], 29, 0) == {"loss": 0.0, "grad_norm": 0.0, "lr": 0.5}
+    assert train_step(args, run, None, [[], []], 0) == {"loss": 0.0, "grad_norm": 0.0, "lr": 0.5}
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 

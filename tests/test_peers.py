@@ -5,7 +5,8 @@ import argparse
 import pytest
 import torch
 
-from grpo import Response, accumulate_gradients
+from distil.models import Response
+from grpo import accumulate_gradients
 from recipes.toy_world import make_model, make_tokenizer
 from streaming_kl import streaming_kl
 
@@ -93,12 +94,12 @@ def test_grpo_loss_and_gradient_are_trls(normalize, moved, sampler, tmp_path, re
         kl_weight=0.0,
         importance_cap=2.0,
     )
-    batch = [
-        Response("", *row, SAMPLER[i] if sampler else None, old[i] if moved else None)
-        for i, row in enumerate(zip(PROMPTS, TOKENS, ADVANTAGES))
-    ]
-    loss, sums = accumulate_gradients(args, model, None, batch, len(tokenizer))
-    assert loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
+    batch = []
+    for i, (prompt, tokens) in enumerate(zip(PROMPTS, TOKENS)):
+        known = {"sampler_logps": SAMPLER[i] if sampler else None, "old_logps": old[i] if moved else None}
+        batch.append(Response(prompt, tokens, False, advantage=ADVANTAGES[i], **known))
+    sums = accumulate_gradients(args, model, None, len(tokenizer), batch)
+    assert sums["loss"] == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, gradients[name], rtol=2e-5, atol=2e-6)
     assert sums["entropy"] / 11 == pytest.approx(metrics["entropy"], rel=1e-5)

@@ -62,26 +62,13 @@ def test_base_student_and_chat_teacher_that_end_differently(world, tmp_path, cap
     out = capsys.readouterr().out
     assert "student ['<|endoftext|>'], teacher ['<|im_end|>']" in out and "--stop_ids both" in out
     given = [
-        "--prefix",
-        "student",
-        "--kl",
-        "reverse",
-        "--student",
+        *"--prefix student --kl reverse --student".split(),
         student,
         "--teacher",
         teacher,
         "--data",
         world / "train.jsonl",
-        "--dtype",
-        "float32",
-        "--engine",
-        "hf",
-        "--steps",
-        1,
-        "--batch_size",
-        2,
-        "--max_response_tokens",
-        4,
+        *"--dtype float32 --engine hf --steps 1 --batch_size 2 --max_response_tokens 4".split(),
     ]
     for choice, ids in {"both": [0, 2], "student": [0], "teacher": [2]}.items():
         train.main(
@@ -161,27 +148,13 @@ def test_padded_heads_of_different_sizes_train_together(world, tmp_path, capsys)
             [
                 str(x)
                 for x in [
-                    "--prefix",
-                    "student",
-                    "--kl",
-                    "forward",
-                    "--student",
+                    *"--prefix student --kl forward --student".split(),
                     student,
                     "--teacher",
                     teacher,
                     "--data",
                     world / "train.jsonl",
-                    "--dtype",
-                    "float32",
-                    "--engine",
-                    "hf",
-                    "--steps",
-                    1,
-                    "--batch_size",
-                    4,
-                    "--max_response_tokens",
-                    8,
-                    "--out",
+                    *"--dtype float32 --engine hf --steps 1 --batch_size 4 --max_response_tokens 8 --out".split(),
                     tmp_path / "run",
                 ]
             ]
@@ -207,15 +180,9 @@ def signals(world, rollouts):
                         world / "teacher_init",
                         "--rollouts",
                         rollouts,
-                        "--dtype",
-                        "float32",
-                        "--signal",
+                        *"--dtype float32 --signal".split(),
                         signal,
-                        "--k",
-                        6,
-                        "--shard_tokens",
-                        30,
-                        "--out",
+                        *"--k 6 --shard_tokens 30 --out".split(),
                         paths[signal],
                     ]
                 ]
@@ -226,23 +193,13 @@ def signals(world, rollouts):
 
 def train_on(world, rollouts, scores, out, *flags):
     given = [
-        "--prefix",
-        "teacher",
-        "--student",
+        *"--prefix teacher --student".split(),
         world / "student_init",
         "--rollouts",
         rollouts,
         "--scores",
         scores,
-        "--dtype",
-        "float32",
-        "--steps",
-        2,
-        "--batch_size",
-        4,
-        "--lr",
-        1e-3,
-        "--out",
+        *"--dtype float32 --steps 2 --batch_size 4 --lr 0.001 --out".split(),
         out,
         *flags,
     ]
@@ -311,31 +268,18 @@ def test_sampler_kl_is_that_of_the_distribution_transformers_samples_from(temper
 
 def test_truncated_sampling_is_announced_and_measured(world, tmp_path, capsys):
     given = [
-        "--prefix",
-        "student",
-        "--kl",
-        "reverse",
-        "--student",
+        *"--prefix student --kl reverse --student".split(),
         world / "student_init",
         "--teacher",
         world / "teacher_init",
         "--data",
         world / "train.jsonl",
-        "--dtype",
-        "float32",
-        "--engine",
-        "hf",
-        "--steps",
-        2,
-        "--batch_size",
-        2,
-        "--max_response_tokens",
-        4,
+        *"--dtype float32 --engine hf --steps 2 --batch_size 2 --max_response_tokens 4".split(),
     ]
     for name, more in {"honest": [], "truncated": ["--top_p", 0.5, "--refresh_every", 2]}.items():
         train.main(train.get_args([str(x) for x in [*given, *more, "--out", tmp_path / name]]))
         rows = [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
-        assert ("are not samples of the student" in capsys.readouterr().out) == (name == "truncated")
+        assert ("not plain samples of the student" in capsys.readouterr().out) == (name == "truncated")
         assert all(("sampler_kl" in row) == (name == "truncated") for row in rows)
     assert rows[0]["sampler_kl"] > 0.3 and [row["staleness"] for row in rows] == [0, 1]
 
@@ -402,18 +346,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_names_the_problems(
         return loss * (float("nan") if len(calls) > 2 else 1), metrics
 
     monkeypatch.setattr(train, "objective", spoilt)
-    flags = [
-        "--kl",
-        "forward",
-        "--micro_batch_tokens",
-        9999,
-        "--save_every",
-        1,
-        "--steps",
-        4,
-        "--batch_size",
-        1,
-    ]
+    flags = [*"--kl forward --micro_batch_tokens 9999 --save_every 1 --steps 4 --batch_size 1".split()]
     refused(
         lambda: train_on(world, rollouts, signals["hidden"], tmp_path / "run", *flags),
         "step 3",

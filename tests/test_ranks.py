@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 import grpo
 import train
 from conftest import ROOT
-from distil import models, ranks
-from distil.artifacts import refuse
+from distil import models, ranks, training
 from distil.prompts import load_tokenizer
 from recipes.toy_world import make_model
 
@@ -78,9 +77,7 @@ def untied(world):
 def flags_of(case, world, rollouts, scores, student):
     teacher_prefix = ["--prefix", "teacher", "--rollouts", rollouts, "--scores", scores, "--student", student]
     student_prefix = [
-        "--prefix",
-        "student",
-        "--teacher",
+        *"--prefix student --teacher".split(),
         world / "teacher_init",
         "--data",
         world / "train.jsonl",
@@ -100,34 +97,15 @@ def flags_of(case, world, rollouts, scores, student):
         "teacher forward": [
             train,
             *teacher_prefix,
-            "--kl",
-            "forward",
-            "--batch_size",
-            5,
-            "--micro_batch_tokens",
-            60,
+            *"--kl forward --batch_size 5 --micro_batch_tokens 60".split(),
             *evaluation,
         ],
-        "teacher reverse": [
-            train,
-            *teacher_prefix,
-            "--kl",
-            "reverse",
-            "--batch_size",
-            3,
-            "--normalize",
-            "token",
-        ],
+        "teacher reverse": [train, *teacher_prefix, *"--kl reverse --batch_size 3 --normalize token".split()],
         "student forward": [train, *student_prefix, "--kl", "forward", "--batch_size", 4],
         "student reverse": [
             train,
             *student_prefix,
-            "--kl",
-            "reverse",
-            "--batch_size",
-            3,
-            "--n",
-            2,
+            *"--kl reverse --batch_size 3 --n 2".split(),
             *evaluation,
         ],
         "one response": [train, *student_prefix, "--kl", "reverse", "--batch_size", 1, "--vocab", "sampled"],
@@ -164,13 +142,10 @@ def flags_of(case, world, rollouts, scores, student):
 def test_two_ranks_end_as_one_process_does(
     world, rollouts, scores, untied, tmp_path, monkeypatch, case, tied
 ):
-    monkeypatch.setattr(
-        grpo,
-        "rewards_of",
-        lambda tokenizer, problems, groups: torch.tensor(  # untrained models are never right
-            [[float(sum(one.response_ids) % 2) for one in group] for group in groups]
-        ),
-    )
+    def parity(args, problem, response, verdict):  # untrained models are never right
+        return sum(response.response_ids) % 2
+
+    monkeypatch.setitem(grpo.REWARDS, "correct", parity)
     stage, *flags = flags_of(case, world, rollouts, scores, world / "student_init" if tied else untied)
     run_stage(stage, [*flags, "--out", tmp_path / "one"])
     on_ranks(run_stage, stage, [*flags, "--out", tmp_path / "two"])
@@ -221,7 +196,7 @@ def cut_short(stage, words):
             raise RuntimeError("cut short")
         return whole_step(args, model, optimizer, step, ids)
 
-    whole_step, stage.optimizer_step = stage.optimizer_step, step
+    whole_step, training.optimizer_step = training.optimizer_step, step
     run_stage(stage, words)
 
 
@@ -266,17 +241,19 @@ def test_shares_and_sums(tmp_path):
 
     on_ranks(check, tmp_path, count=3)
     assert len(list(tmp_path.iterdir())) == 3
-    assert ranks.split_micro_batches([[0, 1], [2]]) == [([0, 1], True), ([2], True)] and ranks.rank_slice(5) == slice(0, 5)
+    assert ranks.split_micro_batches([[0, 1], [2]]) == [([0, 1], True), ([2], True)] and ranks.rank_slice(
+        5
+    ) == slice(0, 5)
 
 
 FAILS = """
 import sys, train
-from distil import ranks
+from distil import ranks, training
 def optimizer_step(args, model, optimizer, step, ids):
     if step == 1 and ranks.rank() == 1:
         raise RuntimeError("this rank has lost its GPU")
     return whole_step(args, model, optimizer, step, ids)
-whole_step, train.optimizer_step = train.optimizer_step, optimizer_step
+whole_step, training.optimizer_step = training.optimizer_step, optimizer_step
 ranks.start()
 train.main(train.get_args(sys.argv[1:]))
 """
@@ -286,12 +263,7 @@ def torchrun(*words):
     return subprocess.run(
         [
             sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            "--",
+            *"-m torch.distributed.run --standalone --nproc_per_node 2 --".split(),
             *map(str, words),
         ],
         cwd=ROOT,

@@ -118,6 +118,28 @@ def test_the_kernel_stands_alone(file):
     assert packages(file) <= {"streaming_kl", "torch", "triton", *sys.stdlib_module_names}
 
 
+def flags_read(tree):
+    """Names X of every args.X and getattr(args, "X") in a syntax tree."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
+            yield node.attr
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: file.stem)
+def test_distil_reads_a_flag_only_where_it_is_added(file):
+    """Functions take the values they use. Only artifacts, which records all flags, and Run keep them."""
+    text = file.read_text(encoding="utf-8")
+    added = set(re.findall(r"add_argument\(\s*\"--(\w+)\"", text))
+    tree = ast.parse(text)
+    keep = {"artifacts": [], "training": ["Run", "optimizer_step"], "rollouts": ["finish_rollouts"]}.get(
+        file.stem
+    )
+    for node in tree.body:
+        if file.stem == "artifacts" or keep and getattr(node, "name", None) in keep:
+            continue
+        assert set(flags_read(node)) <= added, f"{file.stem}.py, line {node.lineno}"
+
+
 def test_nothing_heavy_is_imported_at_the_top():
     heavy = {"vllm", "datasets", "transformers", "matplotlib", "math_verify", "wandb", "triton"}
     for file in [*MODULES, *(ROOT / f"{stage}.py" for stage in STAGES)]:

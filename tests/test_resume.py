@@ -1,13 +1,12 @@
-"""rollout.py, score_teacher.py and evaluate.py killed at every change they make to the disk, and by signals: --resume ends the same.
+"""Three stages killed at every change to the disk, or stopped by signals, and then resumed.
 
-A stage runs in a fork of this process, so that nothing is imported again. In most tests cheap functions stand for the model: what is
-sampled or scored is a function of the prompt, as it is for the real ones.
+A stage runs in a fork of this process, so that nothing is imported again. In most tests cheap functions stand
+for the model: what they sample or score depends only on the prompt, as with the real ones.
 """
 
 import builtins
 import contextlib
 import io
-import json
 import os
 import random
 import shutil
@@ -22,9 +21,9 @@ import torch
 import evaluate
 import rollout
 import score_teacher
-from distil import artifacts, evaluation, prompts, sampling
+from distil import artifacts, evaluation, models, prompts, sampling
 from distil.grading import Grade
-from distil.sampling import Sample
+from distil.models import Response
 
 STAGES = {"rollout": rollout, "score_teacher": score_teacher, "evaluate": evaluate}
 RESULTS = {
@@ -35,7 +34,7 @@ RESULTS = {
 
 
 def in_fork(body, wait=True):
-    """Exit code of body() in a fork of this process, or minus the signal that killed it; without `wait`, its process id."""
+    """Exit code of body() in a fork, or minus the signal that killed it. Without `wait`: its process id."""
     pid, code = os.fork(), 99
     if not pid:
         try:
@@ -54,7 +53,7 @@ def in_fork(body, wait=True):
 
 
 class Disk:
-    """Counts what this process changes on the disk, and kills it at one of the changes: before it, or in the middle of a write."""
+    """Counts this process's changes to the disk, and kills it before one or in the middle of a write."""
 
     def __init__(self, kill_at):
         self.changes, self.kill_at = 0, kill_at
@@ -100,79 +99,78 @@ class Disk:
         io.FileIO(path, "w").write(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
 
 
-@pytest.fixture
-def cheap(monkeypatch, world, tmp_path):
-    """Models that cost nothing. Every chunk that is sampled or scored is a byte in the file returned here."""
-    log, tokenizer = tmp_path / "chunks", prompts.load_tokenizer(str(world / "student_init"), "-")
-    log.touch()
+class Work:
+    """What the cheap models are asked for, also by forks of this process. before_*: called first."""
 
-    def work():
-        with real_open(log, "ab", buffering=0) as file:
+    def __init__(self, log):
+        self.log = log
+        self.before_chunk = self.before_load = lambda: None
+        self.reset()
+
+    def chunk(self, real_open=builtins.open):
+        self.before_chunk()
+        with real_open(self.log, "ab", buffering=0) as file:
             file.write(b".")
 
+    def load(self, *args):
+        self.before_load()
+        return torch.nn.Linear(1, 1)
+
+    def reset(self):
+        self.log.write_bytes(b"")
+
+    def chunks(self):
+        """How many chunks were sampled or scored since reset()."""
+        return self.log.stat().st_size
+
+
+@pytest.fixture(name="cheap")
+def cheap_models(monkeypatch, world, tmp_path):
+    """Models that cost nothing: a Work. All patches of the stages' functions are here."""
+    work, tokenizer = Work(tmp_path / "chunks"), prompts.load_tokenizer(str(world / "student_init"), "-")
+
     def sample(engine, prompts, sampling, seed, places):
-        work()
+        work.chunk()
         rng = random.Random(repr((seed, list(places))))
-        return [[Sample([3, 9 + rng.randrange(10), 2], "stop") for _ in range(sampling.n)] for _ in prompts]
+        groups = []
+        for prompt in prompts:
+            ids = [[3, 9 + rng.randrange(10), 2] for _ in range(sampling.n)]
+            groups.append([Response(prompt, response_ids, False) for response_ids in ids])
+        return groups
 
-    def score(args, model, head, prompts, responses):
-        work()
-        return [
-            {"hidden": torch.tensor([[float(len(prompt) + i)] * 4 for i in range(len(response))])}
-            for prompt, response in zip(prompts, responses)
-        ]
+    def score(model, responses, *options):
+        work.chunk()
+        rows = [(len(r.prompt_ids), len(r.response_ids)) for r in responses]
+        return [{"hidden": torch.tensor([[float(p + i)] * 4 for i in range(n)])} for p, n in rows]
 
-    real_open, model = open, torch.nn.Linear(1, 1)
     monkeypatch.setattr(sampling, "load_tokenizer", lambda *args: tokenizer)
     monkeypatch.setattr(score_teacher, "load_tokenizer", lambda *args: tokenizer)
     monkeypatch.setattr(sampling, "context_of", lambda directory: 512)
     monkeypatch.setattr(artifacts, "provenance", dict)
     monkeypatch.setattr(artifacts, "writing", False)  # as in a process that has just started
     monkeypatch.setattr(score_teacher, "score", score)
-    monkeypatch.setattr(score_teacher, "output_head", lambda *args: torch.eye(29, 4))
+    monkeypatch.setattr(models, "output_head", lambda *args: torch.eye(29, 4))
     monkeypatch.setattr(
         evaluation, "grade", lambda responses, answers: [Grade("1", False, False) for _ in responses]
     )
     monkeypatch.setattr(evaluation, "predictive_entropy", lambda model, prompts, *more: [1.0] * len(prompts))
     monkeypatch.setattr(evaluation, "interval", lambda values, weights=None: [0.0, 1.0])
-    for stage in STAGES.values():
-        monkeypatch.setattr(stage, "load_model", lambda *args: model)
+    for module in (rollout, evaluate, models):
+        monkeypatch.setattr(module, "load_model", work.load)
     monkeypatch.setattr(rollout, "sample", sample)
-    monkeypatch.setattr(evaluation, "sample_as_finished", lambda *args: [dict(enumerate(sample(*args)))])
-    return log
+    monkeypatch.setattr(evaluation, "sample_stream", lambda *args: [dict(enumerate(sample(*args)))])
+    return work
 
 
 def args_of(stage, world, rollouts, out, *more):
+    sampled = f"--model {world}/student_init --n 2 --sample_batch 4 --engine hf --max_response_tokens 6"
     given = {
-        "rollout": [
-            "--model",
-            world / "student_init",
-            "--data",
-            world / "train.jsonl",
-            "--limit",
-            5,
-            "--n",
-            2,
-            *"--sample_batch 4 --engine hf --dtype float32 --max_response_tokens 6".split(),
-        ],
-        "score_teacher": [
-            "--teacher",
-            world / "teacher_init",
-            "--rollouts",
-            rollouts,
-            *"--shard_tokens 60 --dtype float32".split(),
-        ],
-        "evaluate": [
-            "--model",
-            world / "student_init",
-            "--data",
-            world / "test.jsonl",
-            "--n",
-            2,
-            *"--sample_batch 4 --engine hf --dtype float32 --max_response_tokens 6".split(),
-        ],
+        "rollout": f"{sampled} --data {world}/train.jsonl --limit 5",
+        "score_teacher": f"--teacher {world}/teacher_init --rollouts {rollouts} --shard_tokens 60",
+        "evaluate": f"{sampled} --data {world}/test.jsonl",
     }
-    return STAGES[stage].get_args([str(word) for word in (*given[stage], "--out", out, *more)])
+    words = [*given[stage].split(), "--dtype", "float32", "--out", out, *more]
+    return STAGES[stage].get_args([str(word) for word in words])
 
 
 def results(stage, out):
@@ -204,10 +202,10 @@ def test_killed_at_any_change_to_the_disk_it_resumes_to_the_same_files(
 
     assert run(tmp_path / "whole", 0) == 0
     whole, names = results(stage, tmp_path / "whole"), set(os.listdir(tmp_path / "whole"))
-    chunks, changes = cheap.stat().st_size, int((tmp_path / "changes").read_text())
+    chunks, changes = cheap.chunks(), int((tmp_path / "changes").read_text())
     assert not names & {*artifacts.WORKING} and chunks >= 2 and changes > 20
     for kill_at in range(1, changes + 1):
-        cheap.write_bytes(b"")
+        cheap.reset()
         out = tmp_path / "killed"
         assert run(out, kill_at) == -signal.SIGKILL
         if kill_at % 3 == 0:  # 0: it was finished
@@ -215,7 +213,7 @@ def test_killed_at_any_change_to_the_disk_it_resumes_to_the_same_files(
         assert run(out, 0, "--resume") == 0
         assert results(stage, out) == whole
         assert set(os.listdir(out)) == names
-        assert cheap.stat().st_size <= chunks + 2  # a kill costs at most the chunk it falls into
+        assert cheap.chunks() <= chunks + 2  # a kill costs at most the chunk it falls into
         shutil.rmtree(out)
 
 
@@ -225,34 +223,30 @@ def test_killed_while_it_replaces_a_run_nothing_of_that_is_taken_over(world, rol
     assert in_fork(lambda: (Disk(20), rollout.main(args_of_old))) == -signal.SIGKILL
     assert {"rollouts.jsonl.tmp", "progress.jsonl", "meta.partial.json"} <= set(os.listdir(tmp_path / "old"))
     rollout.main(args_of("rollout", world, rollouts, tmp_path / "whole"))
+    old, out = tmp_path / "old", tmp_path / "out"
+
+    def run(kill_at, *more):
+        return in_fork(lambda: (Disk(kill_at), rollout.main(args_of("rollout", world, rollouts, out, *more))))
+
     for kill_at in range(1, 16):
-        shutil.copytree(tmp_path / "old", tmp_path / "out")
-        args = args_of("rollout", world, rollouts, tmp_path / "out", "--overwrite")
-        assert in_fork(lambda: (Disk(kill_at), rollout.main(args))) == -signal.SIGKILL
-        there, mark = set(os.listdir(tmp_path / "out")), tmp_path / "out/meta.partial.json"
-        if mark.exists() and mark.read_bytes() == (tmp_path / "old/meta.partial.json").read_bytes():
-            assert there >= set(os.listdir(tmp_path / "old"))  # what is half deleted is no run to resume
+        shutil.copytree(old, out)
+        assert run(kill_at, "--overwrite") == -signal.SIGKILL
+        mark = out / "meta.partial.json"
+        if mark.exists() and mark.read_bytes() == (old / "meta.partial.json").read_bytes():
+            assert set(os.listdir(out)) >= set(os.listdir(old))  # half deleted, it is no run to resume
         with pytest.raises(SystemExit):
-            artifacts.read_artifact(str(tmp_path / "out"), "-", "rollout")
-        in_fork(
-            lambda: rollout.main(args_of("rollout", world, rollouts, tmp_path / "out", "--resume"))
-        )  # if it says how, refused
-        code = in_fork(
-            lambda: rollout.main(
-                args_of("rollout", world, rollouts, tmp_path / "out", "--resume", "--overwrite")
-            )
-        )
-        if code == 2:  # the old run is still there, whole: its flags are others
-            code = in_fork(
-                lambda: rollout.main(args_of("rollout", world, rollouts, tmp_path / "out", "--overwrite"))
-            )
-        assert code == 0 and results("rollout", tmp_path / "out") == results("rollout", tmp_path / "whole")
-        shutil.rmtree(tmp_path / "out")
+            artifacts.read_artifact(str(out), "-", "rollout")
+        run(0, "--resume")  # finishes the new run, or is refused
+        code = run(0, "--resume", "--overwrite")
+        if code == 2:  # the old run is still there, whole, and has other flags
+            code = run(0, "--overwrite")
+        assert code == 0 and results("rollout", out) == results("rollout", tmp_path / "whole")
+        shutil.rmtree(out)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_real_stages_killed_at_random_moments(stage, world, rollouts, tmp_path):
-    """The models are real and the moments are the clock's."""
+    """With real models, at moments of the clock."""
 
     def run(out, *more):
         return lambda: STAGES[stage].main(args_of(stage, world, rollouts, out, *more))
@@ -271,60 +265,47 @@ def test_real_stages_killed_at_random_moments(stage, world, rollouts, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_signal_ends_a_stage_after_its_chunk(
-    stage, number, code, world, rollouts, tmp_path, cheap, monkeypatch, capfd
-):
+def test_a_signal_ends_a_stage_after_its_chunk(stage, number, code, world, rollouts, tmp_path, cheap, capfd):
     """The chunk under way is kept, one message says how to go on, and nothing is a traceback."""
-    name = {"rollout": "sample", "score_teacher": "score", "evaluate": "sample_as_finished"}[stage]
-    real = getattr(evaluation if stage == "evaluate" else STAGES[stage], name)
 
     def run(out, *more):
         args = args_of(stage, world, rollouts, out, *more)
         return lambda: artifacts.run_stage(STAGES[stage].main, args)
 
     assert in_fork(run(tmp_path / "whole")) == 0
-    chunks = cheap.stat().st_size
+    chunks = cheap.chunks()
     capfd.readouterr()
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            evaluation if stage == "evaluate" else STAGES[stage],
-            name,
-            lambda *args: os.kill(os.getpid(), number) or real(*args),
-        )
-        assert in_fork(run(tmp_path / "out")) == code
+    cheap.before_chunk = lambda: os.kill(os.getpid(), number)
+    assert in_fork(run(tmp_path / "out")) == code
+    cheap.before_chunk = lambda: None
     out, err = capfd.readouterr()
     assert (
         err.count("with --resume continues") == 1 and f"stopped by {number.name}: {tmp_path}/out keeps" in err
     )
-    assert "Traceback" not in out + err and cheap.stat().st_size == chunks + 1
+    assert "Traceback" not in out + err and cheap.chunks() == chunks + 1
     assert in_fork(run(tmp_path / "out", "--resume")) == 0
-    assert cheap.stat().st_size == 2 * chunks and results(stage, tmp_path / "out") == results(
+    assert cheap.chunks() == 2 * chunks and results(stage, tmp_path / "out") == results(
         stage, tmp_path / "whole"
     )
 
 
 def test_a_second_signal_and_one_before_anything_was_written_end_at_once(
-    world, rollouts, tmp_path, cheap, monkeypatch, capfd
+    world, rollouts, tmp_path, cheap, capfd
 ):
-    def twice(*args):
+    def twice():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("it went on")
 
-    args = args_of("rollout", world, rollouts, tmp_path / "out")
-    for name, words in (
-        (
-            "sample",
-            "a second signal stops at once\n\nSIGTERM: stopped; the same command with --resume continues\n",
-        ),
-        ("load_model", "SIGTERM: stopped\n"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(rollout, name, twice)
-            assert in_fork(lambda: artifacts.run_stage(rollout.main, args)) == 143
-        assert words in capfd.readouterr().err
-        args = args_of("rollout", world, rollouts, tmp_path / "other")
-    assert not (tmp_path / "other").exists()
-    assert (
-        in_fork(lambda: rollout.main(args_of("rollout", world, rollouts, tmp_path / "out", "--resume"))) == 0
-    )
+    def run(out, *more):
+        args = args_of("rollout", world, rollouts, tmp_path / out, *more)
+        return in_fork(lambda: artifacts.run_stage(rollout.main, args)), capfd.readouterr().err
+
+    cheap.before_chunk = twice
+    code, said = run("out")
+    assert code == 143 and "SIGTERM: stopped; the same command with --resume continues\n" in said
+    cheap.before_chunk, cheap.before_load = lambda: None, twice
+    code, said = run("other")
+    assert code == 143 and "SIGTERM: stopped\n" in said and not (tmp_path / "other").exists()
+    cheap.before_load = lambda: None
+    assert run("out", "--resume")[0] == 0

@@ -7,13 +7,11 @@ import shutil
 import signal
 
 import pytest
-import torch
 from test_resume import Disk, in_fork
 
 import grpo
 import train
-from distil import artifacts
-from distil import training as run_file
+from distil import artifacts, training
 from distil.models import model_dir
 
 
@@ -27,13 +25,9 @@ def start(stage, world, rollouts, scores, out, *more):
     """A function that makes a run of six steps, small but real."""
     given = {
         train: [
-            "--prefix",
-            "student",
-            "--teacher",
+            *"--prefix student --teacher".split(),
             world / "teacher_init",
-            "--kl",
-            "reverse",
-            "--student",
+            *"--kl reverse --student".split(),
             world / "student_init",
             *"--curriculum entropy --horizons 3,6 --entropy_floor 0.5 --gate_every 4 --refresh_every 2".split(),
         ],
@@ -45,8 +39,7 @@ def start(stage, world, rollouts, scores, out, *more):
         world / "train.jsonl",
         "--eval_data",
         world / "heldout.jsonl",
-        *"--eval_every 3 --eval_n 2".split(),
-        *"--engine hf --dtype float32 --steps 6 --batch_size 2 --lr 1e-2 --save_every 2 --keep_checkpoints 2".split(),
+        *"--eval_every 3 --eval_n 2 --engine hf --dtype float32 --steps 6 --batch_size 2 --lr 1e-2 --save_every 2 --keep_checkpoints 2".split(),
         *more,
     ]
     args = stage.get_args([str(word) for word in (*words, "--out", out)])
@@ -63,7 +56,7 @@ def results(out):
         ]
 
     files = artifacts.read_artifact(str(out), "-", "train", "grpo")["files"]
-    logs = {name: rows(name) for name in run_file.LOGS}
+    logs = {name: rows(name) for name in training.LOGS}
     return logs, {
         name: digest for name, digest in files.items() if not name.endswith((".jsonl", "checkpoint.json"))
     }
@@ -109,7 +102,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
     whole, number, code, world, rollouts, scores, tmp_path, monkeypatch, capfd
 ):
     stage, expected, _ = whole
-    real = stage.optimizer_step
+    real = training.optimizer_step
 
     def step(args, model, optimizer, step, ids):
         if step == 2:
@@ -118,7 +111,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
 
     capfd.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "optimizer_step", step)
+        patch.setattr(training, "optimizer_step", step)
         assert in_fork(start(stage, world, rollouts, scores, tmp_path / "run")) == code
     out, err = capfd.readouterr()
     assert f"stopped by {number.name}" in err and "--resume continues" in err and "Traceback" not in out + err
@@ -168,11 +161,11 @@ def test_a_checkpoint_that_was_half_saved_when_the_run_was_killed_is_cleared_awa
     def save(tensors, path):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    real_step = stage.optimizer_step
+    real_step = training.optimizer_step
     more = ["--save_every", 6] + (["--refresh_every", 1] if stage is train else [])
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "optimizer_step", step)
-        patch.setattr(run_file, "save_file", save)
+        patch.setattr(training, "optimizer_step", step)
+        patch.setattr(training, "save_file", save)
         assert in_fork(start(stage, world, rollouts, scores, tmp_path / "run", *more)) == -signal.SIGKILL
     assert (tmp_path / "run/step_000003.tmp").exists()
     assert in_fork(start(stage, world, rollouts, scores, tmp_path / "run", *more, "--resume")) == 0
@@ -213,7 +206,7 @@ def test_old_checkpoints_go_only_when_the_new_one_is_complete(world, rollouts, s
     def body():
         class Watch(Disk):
             def change(self, half=None):
-                there = run_file.checkpoints(tmp_path / "run")
+                there = training.checkpoints(tmp_path / "run")
                 for path in there:
                     if os.path.isfile(os.path.join(path, "checkpoint.json")) and path == there[-1]:
                         artifacts.read_checkpoint(path, "--resume")
@@ -224,7 +217,7 @@ def test_old_checkpoints_go_only_when_the_new_one_is_complete(world, rollouts, s
         start(train, world, rollouts, scores, tmp_path / "run", "--steps", 9)()
 
     assert in_fork(body) == 0
-    assert [os.path.basename(path) for path in run_file.checkpoints(tmp_path / "run")] == [
+    assert [os.path.basename(path) for path in training.checkpoints(tmp_path / "run")] == [
         "step_000006",
         "step_000008",
     ]

@@ -3,23 +3,18 @@
 import collections
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import score_teacher
-from distil import models
 from distil.artifacts import read_artifact
-from distil.models import batches_by_tokens, load_model, output_head, response_hidden, token_logps
+from distil.models import Response, load_model, response_hidden
 from distil.prompts import load_tokenizer
 from distil.rollouts import read_rollouts
 from distil.teacher import Scores
 from recipes.toy_world import make_model, make_tokenizer
-from score_teacher import score, shards_of
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches, hidden states, log-probabilities
+from score_teacher import score, split_into_shards
 
 
 @pytest.fixture(scope="module")
@@ -28,75 +23,20 @@ def model():
     return make_model(make_tokenizer(), 32, 2, 1).eval()
 
 
-def test_batches_hold_each_index_once_within_the_budget():
-    g = torch.Generator().manual_seed(0)
-    for budget in (1, 30, 64, 1000):
-        lengths = torch.randint(1, 40, (50,), generator=g).tolist()
-        batches = batches_by_tokens(lengths, budget)
-        assert sorted(i for batch in batches for i in batch) == list(range(50))
-        assert all(
-            len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget for batch in batches
-        )
-        for batch in batches:  # a tenth may be padding, or more of what is less than a 32nd of the budget
-            rows = sorted(lengths[i] for i in batch)
-            assert sum(rows) >= 0.9 * len(rows) * rows[-1] or sum(rows[:-1]) < budget / 32 or len(rows) == 1
-    assert len(batches) < 15  # not one row a batch where the budget has room
-    assert batches_by_tokens([60, 90, 62, 2], 1024) == [[3, 0], [2], [1]]
-    assert batches_by_tokens([], 9) == []
-
-
-def test_shards_are_consecutive_and_bounded():
-    assert shards_of([5, 5, 5, 11, 1, 2], 10) == [[0, 1], [2], [3], [4, 5]]
-
-
 PROMPTS, RESPONSES = [[1, 3, 20], [1], [1, 9, 12, 13]], [[21, 0, 2], [5, 6, 7, 8, 9, 2], [2]]
 
 
-def test_response_hidden_is_that_of_each_sequence_alone(model):
-    """The state at position t is the one whose logits predict token t + 1: from the prompt's last token to the last but one."""
-    with torch.no_grad():
-        states = response_hidden(model, PROMPTS, RESPONSES).split([3, 6, 1])
-        for prompt, response, found in zip(PROMPTS, RESPONSES, states):
-            alone = model(input_ids=torch.tensor([prompt + response]), output_hidden_states=True)
-            first = len(prompt) - 1
-            torch.testing.assert_close(found, alone.hidden_states[-1][0, first:-1])
-            torch.testing.assert_close(found @ output_head(model, "-").T, alone.logits[0, first:-1])
-            for place, token in enumerate(response):  # a prefix ends where its logits predict the token
-                prefix = model(input_ids=torch.tensor([prompt + response[:place]])).logits[0, -1]
-                logp = token_logps(found, output_head(model, "-")[:29], torch.tensor(response))[place]
-                assert logp.item() == pytest.approx(prefix.log_softmax(-1)[token].item(), abs=1e-5)
+def test_shards_are_consecutive_and_bounded():
+    assert split_into_shards([5, 5, 5, 11, 1, 2], 10) == [[0, 1], [2], [3], [4, 5]]
 
 
 def test_score_keeps_the_order_whatever_the_batches(model):
+    responses = [Response(*ids, False) for ids in zip(PROMPTS, RESPONSES)]
     for budget in (1, 9, 1000):
-        args = SimpleNamespace(micro_batch_tokens=budget, signal="hidden")
-        for prompt, response, found in zip(
-            PROMPTS, RESPONSES, score(args, model, None, PROMPTS, RESPONSES), strict=True
-        ):
+        scored = score(model, responses, 29, "hidden", 4, budget)
+        for prompt, response, found in zip(PROMPTS, RESPONSES, scored, strict=True):
             with torch.no_grad():
                 torch.testing.assert_close(found["hidden"], response_hidden(model, [prompt], [response]))
-
-
-@pytest.mark.parametrize("chunk", [2, 4096])
-def test_token_logps_and_their_gradient(chunk, monkeypatch):
-    monkeypatch.setattr(models, "chunk_of", lambda head: chunk)
-    g = torch.Generator().manual_seed(0)
-    hidden, head = (
-        torch.randn(7, 5, generator=g, requires_grad=True),
-        torch.randn(12, 5, generator=g, requires_grad=True),
-    )
-    tokens, upstream = torch.randint(9, (7,), generator=g), torch.randn(7, generator=g)
-    found = token_logps(hidden, head[:9], tokens)
-    (found * upstream).sum().backward()
-    hidden64, head64 = (x.detach().double().requires_grad_() for x in (hidden, head))
-    truth = (hidden64 @ head64[:9].T).log_softmax(-1)[torch.arange(7), tokens]
-    (truth * upstream.double()).sum().backward()
-    for a, b in [(found, truth), (hidden.grad, hidden64.grad), (head.grad, head64.grad)]:
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
-
-
-def test_token_logps_of_no_tokens():
-    assert token_logps(torch.randn(0, 5), torch.randn(9, 5), torch.zeros(0, dtype=torch.long)).shape == (0,)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,7 +67,7 @@ def test_stored_states_give_the_live_teachers_logits(world, rollouts, scores):
         load_model(str(world / "teacher_init"), "-", "float32"),
     )
     rows = list(read_rollouts(rollouts))
-    assert len(reader.shards) > 2 and len(reader.rows) == len(rows) == 12
+    assert len(reader.shards) > 2 and len(reader.places) == len(rows) == 12
     for i, row in enumerate(rows):
         with torch.no_grad():
             logits = teacher(input_ids=torch.tensor([row["prompt_ids"] + row["response_ids"]])).logits[0]
@@ -251,29 +191,6 @@ def test_bad_input_is_refused_and_leaves_no_directory(world, rollouts, tmp_path,
 
 def test_scores_of_other_rollouts_are_refused(world, scores, refused):
     refused(lambda: Scores(str(scores), str(world / "gold")), "--scores", "other rollouts", "gold")
-
-
-def test_heads_that_do_more_than_a_product_are_refused(model, refused):
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    tiny = dict(
-        vocab_size=9,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    refused(
-        lambda: output_head(Gemma2ForCausalLM(Gemma2Config(**tiny)), "--teacher"),
-        "--teacher",
-        "final_logit_softcapping",
-    )
-    plain = make_model(make_tokenizer(), 32, 1, 1)
-    plain.lm_head = torch.nn.Linear(32, 29, bias=True)
-    refused(lambda: output_head(plain, "--student"), "--student", "bias")
-    assert output_head(model, "--student").shape == (29, 32)
 
 
 def test_a_teacher_whose_head_is_refused_leaves_no_directory(world, rollouts, tmp_path, refused):

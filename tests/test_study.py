@@ -4,15 +4,12 @@ import functools
 import json
 import os
 import random
-import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import evaluate
-import train
 from conftest import ROOT
 from distil import artifacts, evaluation, training
 from recipes import toy_grid, toy_world
@@ -53,7 +50,7 @@ def finished(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(artifacts, "provenance", functools.cache(artifacts.provenance))
-        patch.setattr(train, "optimizer_step", interrupted)
+        patch.setattr(training, "optimizer_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             toy_grid.study(MINI, out, [1], 1)
         assert not os.path.exists(f"{out}/curriculum_1/meta.json") and not os.path.exists(
@@ -67,7 +64,7 @@ def finished(tmp_path_factory):
         assert {"world", "teacher", "rollouts", "scores", "student_reverse_long_1", "mix_0.8_1"} <= set(
             before
         )
-        patch.setattr(train, "optimizer_step", real)
+        patch.setattr(training, "optimizer_step", real)
         toy_grid.study(MINI, out, [1], 1)
     for name, time in before.items():  # what was finished is kept
         assert os.stat(f"{out}/{name}/meta.json").st_mtime_ns == time
@@ -307,7 +304,7 @@ def cells_of(text, count):
     ]
 
 
-def test_the_readme_says_what_the_committed_results_say(tmp_path, monkeypatch):
+def test_the_page_says_what_the_committed_results_say(tmp_path, monkeypatch):
     path = shutil.copy(f"{ROOT}/results/toy_grid.json", tmp_path)
     monkeypatch.setattr(toy_grid, "figures", lambda *args: None)
     monkeypatch.setattr(evaluation, "DRAWS", 1000)
@@ -315,6 +312,5 @@ def test_the_readme_says_what_the_committed_results_say(tmp_path, monkeypatch):
     toy_grid.report(path)
     text = (tmp_path / "toy_grid.md").read_text()
     assert text == open(f"{ROOT}/results/toy_grid.md").read()
-    readme = open(f"{ROOT}/README.md", encoding="utf-8").read()
-    study = re.search(r"^## The study.*?^## ", readme, re.MULTILINE | re.DOTALL)[0]
+    study = open(f"{ROOT}/docs/study.md", encoding="utf-8").read()
     assert cells_of(study, 4) == [row[:4] + row[5:] for row in cells_of(text, 5)]

@@ -5,8 +5,8 @@ import argparse
 import pytest
 import torch
 
-from distil.diagnostics import diagnostics
-from distil.models import top_tokens
+from distil.diagnostics import measure
+from distil.models import batches_by_tokens, top_tokens
 from distil.teacher import Signal
 from streaming_kl import linear_streaming_kl
 from train import objective
@@ -100,7 +100,7 @@ def test_the_cached_top_tokens_give_the_live_loss_and_metrics(case):
     )
     torch.testing.assert_close(*losses)
     live, stored = (
-        diagnostics(flags(), dict(m), hidden.detach(), head.detach(), signal)
+        m | measure(hidden.detach(), head.detach(), signal, K, known=m)
         for m, signal in zip(metrics, (teacher, cached))
     )
     assert live.keys() - stored.keys() == {"fkl", "rkl", "student_entropy", "teacher_entropy", "entropy_gap"}
@@ -112,7 +112,7 @@ def test_the_cached_top_tokens_give_the_live_loss_and_metrics(case):
 def test_the_diagnostics_of_both_papers(case, vocab):
     hidden, head, teacher, weight = case
     _, metrics = objective(flags(vocab=vocab), hidden, head, teacher, None, weight)
-    found = diagnostics(flags(), metrics, hidden.detach(), head.detach(), teacher)
+    found = metrics | measure(hidden.detach(), head.detach(), teacher, K, known=metrics)
     log_q, log_p = (
         (h.double() @ e.double().T).log_softmax(-1)
         for h, e in ((hidden.detach(), head.detach()), teacher[:2])
@@ -161,8 +161,6 @@ def test_the_diagnostics_of_both_papers(case, vocab):
 def test_micro_batches_waste_little_on_lengths_like_real_ones():
     """Log-normal lengths of 100 to 4200 tokens, batches of 32: under a tenth is padding, in few micro-batches."""
     import random
-
-    from score_teacher import batches_by_tokens
 
     rng, waste, count = random.Random(0), [], []
     for _ in range(100):

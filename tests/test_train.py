@@ -1,11 +1,13 @@
 """train.py: objectives against float64 truth, which positions carry loss, the cost ledger, whole runs, exact resume."""
 
 import argparse
+import functools
 import json
 import math
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -13,13 +15,14 @@ from safetensors.torch import load_file
 
 import train
 from conftest import ROOT
+from distil import training
 from distil.artifacts import read_artifact
-from distil.models import load_model, output_head, response_hidden
-from distil.rollouts import read_rollouts
-from distil.teacher import Signal, teacher_signal
+from distil.models import Response, forward, load_model
+from distil.rollouts import read_rollouts, stored_responses
+from distil.teacher import Signal, Teacher, live_teacher, stored_teacher
 from distil.training import optimizer_step, tflops, token_weights
 from recipes.toy_world import make_model, make_tokenizer
-from train import Response, accumulate_gradients, objective
+from train import micro_batch_loss, objective
 
 CELL = {"forward": ("full", 1.0), "reverse": ("full", 0.0), "mix": ("full", 0.3)}
 
@@ -156,18 +159,18 @@ BATCH = [
 
 def live(teacher):
     @torch.no_grad()
-    def states(batch):
-        return Signal(
-            response_hidden(teacher, [r.prompt for r in batch], [r.tokens for r in batch]),
-            output_head(teacher, "-").detach(),
-        )
+    def signal(responses):
+        return Signal(*forward(teacher, responses, teacher.config.vocab_size))
 
-    return states
+    return Teacher(signal)
 
 
 def gradients_of(model, args, teacher, batch):
+    """Sums of the metrics over tokens and gradients {name: tensor} of a batch's loss."""
     model.zero_grad(set_to_none=True)
-    sums, _ = accumulate_gradients(args, model, teacher, batch, model.config.vocab_size)
+    loss_of = functools.partial(micro_batch_loss, args, model, teacher, model.config.vocab_size, Counter())
+    weights = token_weights(batch, args.normalize)
+    sums = training.accumulate_gradients("cpu", batch, weights, args.micro_batch_tokens, loss_of)
     return sums, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -176,11 +179,11 @@ def truth_one_by_one(student, teacher, batch, weights, loss_of):
     student.zero_grad(set_to_none=True)
     total = 0.0
     for response, weight in zip(batch, weights):
-        ids = torch.tensor([response.prompt + response.tokens])
+        ids = torch.tensor([response.prompt_ids + response.response_ids])
         with torch.no_grad():
             p_log = teacher(input_ids=ids).logits[0].double().log_softmax(-1)
         q_log = student(input_ids=ids).logits[0].double().log_softmax(-1)
-        for place, token in enumerate(response.tokens, start=len(response.prompt) - 1):
+        for place, token in enumerate(response.response_ids, start=len(response.prompt_ids) - 1):
             loss = weight * loss_of(p_log[place], q_log[place], token)
             total += loss.item()
             loss.backward(retain_graph=True)
@@ -218,7 +221,7 @@ def test_micro_batches_change_nothing(pair, name):
     whole, expected = gradients_of(student, args, live(teacher), BATCH)
     args.micro_batch_tokens = 1
     parts, found = gradients_of(student, args, live(teacher), BATCH)
-    assert parts.pop("padding") == 0 < whole.pop("padding")
+    assert parts.pop("positions") == 11 + 10 < whole.pop("positions")
     assert parts == pytest.approx(whole, rel=1e-4)
     for key in expected:
         close(found[key], expected[key])
@@ -243,26 +246,16 @@ def test_token_weights():
 def test_cached_and_live_teacher_give_equal_gradients(world, rollouts, scores, horizon):
     """Also where training cuts the responses: the cache then gives the first hidden states of each."""
     student = load_model(str(world / "student_init"), "-", "float32")
-    items = [
-        Response(row["prompt_ids"], row["response_ids"][:horizon], False, row["id"], i)
-        for i, row in enumerate(read_rollouts(rollouts))
-    ]
-    where = {
-        "scores": str(scores),
-        "rollouts": str(rollouts),
-        "teacher": str(world / "teacher_init"),
-        "dtype": "float32",
-        "vocab": "full",
-    }
-    cached, cached_config = teacher_signal(argparse.Namespace(**where), items)
-    direct, config = teacher_signal(argparse.Namespace(**(where | {"scores": None})), items)
+    items = stored_responses(str(rollouts), horizon, 512, 29)
+    cached = stored_teacher(str(scores), str(rollouts), items, "full", 16, "student")
+    direct = live_teacher(str(world / "teacher_init"), "float32", 29)
     order = [7, 0, 11, 3]
     sums, expected = gradients_of(student, flags("forward"), direct, [items[i] for i in order])
     found_sums, found = gradients_of(student, flags("forward"), cached, [items[i] for i in order])
     assert found_sums == pytest.approx(sums, rel=1e-5)
     for key in expected:
         close(found[key], expected[key])
-    assert tflops(cached_config, 3, 5, forwards=1) == tflops(config, 3, 5, forwards=1) > 0
+    assert tflops(cached.config, 3, 5, forwards=1) == tflops(direct.config, 3, 5, forwards=1) > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,9 +270,7 @@ def command(world, out, *more, steps=2):
         out,
         "--steps",
         steps,
-        "--normalize",
-        "token",
-        *"--batch_size 3 --lr 1e-3 --max_response_tokens 8 --engine hf --dtype float32".split(),
+        *"--normalize token --batch_size 3 --lr 1e-3 --max_response_tokens 8 --engine hf --dtype float32".split(),
         *more,
     ]
     return [str(word) for word in given]
@@ -421,8 +412,7 @@ def test_a_killed_run_continues_to_the_same_end_bit_for_bit(
     )
     source = [
         *source,
-        *"--kl reverse --save_every 2 --eval_every 3 --eval_n 2".split(),
-        "--eval_data",
+        *"--kl reverse --save_every 2 --eval_every 3 --eval_n 2 --eval_data".split(),
         world / "heldout.jsonl",
     ]
     run(world, tmp_path / "whole", *source, steps=6)
@@ -435,7 +425,7 @@ def test_a_killed_run_continues_to_the_same_end_bit_for_bit(
         return optimizer_step(args, model, optimizer, step, ids)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "optimizer_step", killed_in_step_6)
+        patch.setattr(training, "optimizer_step", killed_in_step_6)
         with pytest.raises(Killed):
             run(world, out, *source, steps=6)
     assert not (out / "meta.json").exists() and len(read_rows(out / "metrics.jsonl")) == 5
@@ -456,7 +446,7 @@ def test_a_run_killed_while_it_was_finishing_can_be_resumed(world, rollouts, sco
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("distil.training.finish_artifact", killed)
+        patch.setattr("distil.artifacts.finish_artifact", killed)
         with pytest.raises(Killed):
             run(world, tmp_path / "run", *teacher_prefix(rollouts, scores), "--kl", "forward")
     run(world, tmp_path / "run", *teacher_prefix(rollouts, scores), "--kl", "forward", "--resume")
@@ -469,10 +459,10 @@ def test_a_process_that_is_killed_for_real_can_be_resumed(world, rollouts, score
     run(world, tmp_path / "whole", *source, steps=4)
     out = tmp_path / "again/whole"
     code = (
-        "import os, signal, sys, train\nstep_of = train.optimizer_step\n"
+        "import os, signal, sys, train\nfrom distil import training\nstep_of = training.optimizer_step\n"
         "def killed(args, model, optimizer, step, ids):\n"
         "    return os.kill(os.getpid(), signal.SIGKILL) if step == 2 else step_of(args, model, optimizer, step, ids)\n"
-        "train.optimizer_step = killed\ntrain.main(train.get_args(sys.argv[1:]))"
+        "training.optimizer_step = killed\ntrain.main(train.get_args(sys.argv[1:]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *command(world, out, *source, steps=4)], cwd=ROOT, capture_output=True
@@ -555,8 +545,7 @@ def other_template(world, path):
 def test_bad_input_is_refused_and_leaves_no_directory(world, rollouts, scores, tmp_path, refused, prefix):
     source = [
         *(teacher_prefix(rollouts, scores) if prefix == "teacher" else student_prefix(world)),
-        "--kl",
-        "forward",
+        *"--kl forward".split(),
     ]
     out = tmp_path / "run"
 
@@ -610,8 +599,7 @@ def test_scores_that_are_too_short_and_responses_that_are_too_long(
     score_teacher.main(
         score_teacher.get_args(
             [
-                *"--dtype float32 --max_tokens 4".split(),
-                "--teacher",
+                *"--dtype float32 --max_tokens 4 --teacher".split(),
                 str(world / "teacher_init"),
                 "--rollouts",
                 str(rollouts),

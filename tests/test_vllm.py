@@ -1,4 +1,4 @@
-"""Both engines behind one sample(): vLLM (on a CPU its CPU build) gives what transformers gives, from the weights it got last."""
+"""vLLM (on a CPU, its CPU build) samples what transformers samples, from the weights that it got last."""
 
 import argparse
 import importlib.util
@@ -16,8 +16,8 @@ import rollout
 import train
 from conftest import ROOT
 from distil.artifacts import read_artifact
-from distil.models import load_model, response_hidden, token_logps
-from distil.sampling import Sampling, push_weights, sample, sample_as_finished
+from distil.models import forward, load_model, token_logps
+from distil.sampling import SamplingConfig, sample, sample_stream, update_engine
 from distil.vllm_engine import load_vllm
 from recipes.toy_world import make_model, make_tokenizer
 
@@ -34,11 +34,11 @@ PROMPTS = [
 ]
 
 
-def sampling(**changes):
-    default = dict(
+def make_config(**changes):
+    default = SamplingConfig(
         n=1, temperature=0.0, top_p=1.0, top_k=0, max_response_tokens=16, stop_ids=[0, 2], vocab_size=29
     )
-    return Sampling(**(default | changes))
+    return default._replace(**changes)
 
 
 def padded_model(seed):
@@ -61,47 +61,42 @@ def engine(model, tmp_path_factory):
     path = str(tmp_path_factory.mktemp("vllm"))
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
-    return load_vllm(argparse.Namespace(dtype="float32", gpu_memory_utilization=0.3, tensor_parallel=1), path)
+    return load_vllm(path, "float32", tensor_parallel=1, gpu_memory_utilization=0.3)
 
 
 @pytest.mark.parametrize("stops", [[0, 2], [5, 6, 7, 8, 9, 10], list(range(0, 29, 3)), [28]])
 def test_greedy_samples_are_equal(engine, model, stops):
-    """Five prompt lengths; the stop ids decide where responses end, so both reasons occur over the cases."""
-    found = sample(engine, PROMPTS, sampling(stop_ids=stops), seed=0)
-    assert found == sample(model, PROMPTS, sampling(stop_ids=stops), seed=0)
-    for [one] in found:
-        assert one.finish_reason == ("stop" if one.response_ids[-1] in stops else "length")
+    """Five prompt lengths; the stop ids decide where responses end."""
+    config = make_config(stop_ids=stops)
+    found = sample(engine, PROMPTS, config, seed=0)
+    assert found == sample(model, PROMPTS, config, seed=0)
+    for [response] in found:
+        assert response.truncated == (response.response_ids[-1] not in stops)
 
 
-def test_both_finish_reasons_occur(engine, model):
-    found = {
-        one.finish_reason
-        for group in sample(engine, PROMPTS, sampling(temperature=1.0, n=20), seed=0)
-        for one in group
-    }
-    assert found == {"stop", "length"}
+def test_some_responses_stop_and_some_are_truncated(engine):
+    groups = sample(engine, PROMPTS, make_config(temperature=1.0, n=20), seed=0)
+    assert {response.truncated for group in groups for response in group} == {True, False}
 
 
 def test_padded_vocabulary_rows_are_never_sampled(engine, model):
     with torch.no_grad():
         assert model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].argmax() >= 29
     for temperature in (0.0, 1.0, 2.0):
-        for group in sample(engine, PROMPTS, sampling(n=10, temperature=temperature), seed=0):
+        for group in sample(engine, PROMPTS, make_config(n=10, temperature=temperature), seed=0):
             assert all(token < 29 for one in group for token in one.response_ids)
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8)])
 def test_the_samplers_log_probabilities_are_the_trainers(engine, model, temperature, top_p):
-    """Whatever the temperature, those of the model itself; of its whole output, padding rows included."""
-    settings = sampling(n=4, temperature=temperature, top_p=top_p, logprobs=True)
-    for prompt, group in zip(PROMPTS, sample(engine, PROMPTS, settings, seed=3)):
-        for one in group:
+    """At any temperature those of the model itself, over its whole output with the padding rows."""
+    config = make_config(n=4, temperature=temperature, top_p=top_p, logprobs=True)
+    for group in sample(engine, PROMPTS, config, seed=3):
+        for response in group:
             with torch.no_grad():
-                hidden = response_hidden(model, [prompt], [one.response_ids])
-                right = token_logps(
-                    hidden, model.get_output_embeddings().weight, torch.tensor(one.response_ids)
-                )
-            torch.testing.assert_close(torch.tensor(one.logps), right, rtol=0, atol=2e-5)
+                hidden, head = forward(model, [response], vocab_size=40)
+                right = token_logps(hidden, head, torch.tensor(response.response_ids))
+            torch.testing.assert_close(torch.tensor(response.sampler_logps), right, rtol=0, atol=2e-5)
 
 
 def test_an_engine_that_fails_ends_the_stage_with_a_message(engine, refused, monkeypatch):
@@ -111,7 +106,7 @@ def test_an_engine_that_fails_ends_the_stage_with_a_message(engine, refused, mon
         raise EngineDeadError()
 
     monkeypatch.setattr(engine.llm_engine, "step", dies)
-    refused(lambda: sample(engine, PROMPTS, sampling(), seed=0), "--engine vllm", "EngineCore", code=1)
+    refused(lambda: sample(engine, PROMPTS, make_config(), seed=0), "--engine vllm", "EngineCore", code=1)
     monkeypatch.undo()
     while engine.llm_engine.has_unfinished_requests():
         engine.llm_engine.step()
@@ -121,11 +116,9 @@ class FakeEngine:
     """An LLM, and its LLMEngine, whose requests never end, or whose steps do not."""
 
     def __init__(self, step):
-        self.step, self.llm_engine, self.model_config = (
-            step,
-            self,
-            argparse.Namespace(get_vocab_size=lambda: 29),
-        )
+        self.step = step
+        self.llm_engine = self
+        self.model_config = argparse.Namespace(get_vocab_size=lambda: 29)
 
     def enqueue(self, prompts, params, use_tqdm):
         return [f"{i}-mark" for i in range(len(prompts))]
@@ -137,25 +130,21 @@ class FakeEngine:
 def test_a_request_that_never_ends_is_an_error(refused):
     steps = []
     engine = FakeEngine(lambda: steps.append(1) or [])
-    refused(
-        lambda: sample(engine, PROMPTS, sampling(), seed=0),
-        "--engine vllm",
-        "5 of 5 requests do not end",
-        code=1,
-    )
+    run = lambda: sample(engine, PROMPTS, make_config(), seed=0)
+    refused(run, "--engine vllm", "5 of 5 requests do not end", code=1)
     assert len(steps) > 5 * 16
 
 
 def test_a_step_that_never_returns_ends_the_process():
     """A hang in C, a collective that waits for a dead rank: no exception can be raised there."""
     code = (
-        "import time, rollout, test_vllm; rollout.STALLED_SECONDS = 0.5\n"
-        "next(rollout.run_vllm(test_vllm.FakeEngine(lambda: time.sleep(100)), [], []))"
+        "import time, test_vllm; from distil import vllm_engine; vllm_engine.STALLED_SECONDS = 0.5\n"
+        "next(vllm_engine.run_vllm(test_vllm.FakeEngine(lambda: time.sleep(100)), [], []))"
     )
+    path = os.pathsep.join([os.path.join(ROOT, "tests"), ROOT, os.path.join(ROOT, "kernels")])
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.path.join(ROOT, "tests")},
+        env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=60,
@@ -164,28 +153,27 @@ def test_a_step_that_never_returns_ends_the_process():
 
 
 def test_prompts_are_handed_over_when_they_are_finished(engine):
-    """So that an evaluation that is killed keeps them."""
-    settings = sampling(n=3, temperature=1.0)
-    found = list(sample_as_finished(engine, PROMPTS, settings, 7, range(5)))
-    assert len(found) > 1 and sorted(i for groups in found for i in groups) == list(range(5))
-    assert [group for _, group in sorted(item for groups in found for item in groups.items())] == sample(
-        engine, PROMPTS, settings, 7
-    )
+    """So an evaluation that is killed keeps them."""
+    config = make_config(n=3, temperature=1.0)
+    found = list(sample_stream(engine, PROMPTS, config, 7, range(5)))
+    groups = {i: group for some in found for i, group in some.items()}
+    assert len(found) > 1 and sum(map(len, found)) == 5
+    assert [groups[i] for i in range(5)] == sample(engine, PROMPTS, config, 7)
 
 
 def test_more_prompts_than_a_step_holds(engine, model):
-    """12,000 tokens: a step takes 4096. vLLM would begin one of them in two pieces, which its CPU build cannot seed."""
+    """12,000 tokens; a step takes 4096. None is read in two pieces, which the CPU build cannot seed."""
     generator = random.Random(3)
     prompts = [[generator.randrange(3, 29) for _ in range(200)] for _ in range(60)]
-    settings = sampling(temperature=1.0, max_response_tokens=2)
+    settings = make_config(temperature=1.0, max_response_tokens=2)
     found = sample(engine, prompts, settings, seed=3)
     assert len(found) == 60 and sample(engine, prompts[40:], settings, 3, range(40, 60)) == found[40:]
 
 
 def test_seed_decides_the_samples(engine):
-    first = sample(engine, PROMPTS, sampling(n=3, temperature=1.0), seed=7)
-    assert sample(engine, PROMPTS, sampling(n=3, temperature=1.0), seed=7) == first
-    assert sample(engine, PROMPTS, sampling(n=3, temperature=1.0), seed=8) != first
+    first = sample(engine, PROMPTS, make_config(n=3, temperature=1.0), seed=7)
+    assert sample(engine, PROMPTS, make_config(n=3, temperature=1.0), seed=7) == first
+    assert sample(engine, PROMPTS, make_config(n=3, temperature=1.0), seed=8) != first
     assert len({tuple(one.response_ids) for one in first[0]}) == 3
 
 
@@ -193,12 +181,11 @@ def test_seed_decides_the_samples(engine):
     "settings", [dict(temperature=0.7), dict(temperature=1.5, top_k=5), dict(temperature=1.0, top_p=0.6)]
 )
 def test_both_engines_sample_from_one_distribution(engine, model, settings):
-    """First tokens of 2000 responses each: a chi-square test of two samples, bound at 6 deviations; the padding is out of both."""
+    """First tokens of 2000 responses each: chi-square of two samples, at most 6 deviations above its mean."""
     counts = []
     for one in (engine, model):
-        [group] = sample(
-            one, [PROMPTS[1]], sampling(n=2000, sample_batch=2000, max_response_tokens=1, **settings), seed=3
-        )
+        config = make_config(n=2000, sample_batch=2000, max_response_tokens=1, **settings)
+        [group] = sample(one, [PROMPTS[1]], config, seed=3)
         counts.append(torch.bincount(torch.tensor([s.response_ids[0] for s in group]), minlength=29).double())
     both = counts[0] + counts[1] > 0
     chi_square = ((counts[0] - counts[1])[both] ** 2 / (counts[0] + counts[1])[both]).sum()
@@ -207,7 +194,7 @@ def test_both_engines_sample_from_one_distribution(engine, model, settings):
 
 
 def test_after_a_push_the_engine_samples_from_the_new_weights(engine, model):
-    old = sample(engine, PROMPTS, sampling(), seed=0)
+    old = sample(engine, PROMPTS, make_config(), seed=0)
     trained = padded_model(seed=1).train()
     optimizer, ids = (
         torch.optim.AdamW(trained.parameters(), lr=3e-2),
@@ -217,12 +204,12 @@ def test_after_a_push_the_engine_samples_from_the_new_weights(engine, model):
         trained(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    new = sample(trained, PROMPTS, sampling(), seed=0)
-    assert new != old and sample(engine, PROMPTS, sampling(), seed=0) == old
-    push_weights(engine, trained)
-    assert sample(engine, PROMPTS, sampling(), seed=0) == new
-    push_weights(engine, model)
-    assert sample(engine, PROMPTS, sampling(), seed=0) == old
+    new = sample(trained, PROMPTS, make_config(), seed=0)
+    assert new != old and sample(engine, PROMPTS, make_config(), seed=0) == old
+    update_engine(engine, trained)
+    assert sample(engine, PROMPTS, make_config(), seed=0) == new
+    update_engine(engine, model)
+    assert sample(engine, PROMPTS, make_config(), seed=0) == old
 
 
 def test_a_push_forgets_what_was_cached_with_the_old_weights(engine, model):
@@ -232,87 +219,56 @@ def test_a_push_forgets_what_was_cached_with_the_old_weights(engine, model):
 
     cached()
     assert cached() > 0
-    push_weights(engine, model)
+    update_engine(engine, model)
     assert cached() == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Stages
 
 
+def words_of(text, **flags):
+    return [*text.split(), *(str(word) for flag, value in flags.items() for word in (f"--{flag}", value))]
+
+
 def test_rollouts_are_equal_on_both_engines(world, tmp_path):
+    text = "--temperature 0 --dtype float32 --max_response_tokens 12"
     for name in ("hf", "vllm"):
-        rollout.main(
-            rollout.get_args(
-                [
-                    "--model",
-                    str(world / "student_init"),
-                    "--data",
-                    str(world / "train.jsonl"),
-                    "--engine",
-                    name,
-                    *"--temperature 0 --dtype float32 --max_response_tokens 12".split(),
-                    "--out",
-                    str(tmp_path / name),
-                ]
-            )
-        )
+        given = {"model": world / "student_init", "data": world / "train.jsonl", "engine": name}
+        rollout.main(rollout.get_args(words_of(text, out=tmp_path / name, **given)))
         assert read_artifact(str(tmp_path / name), "-", "rollout")["args"]["engine"] == name
     assert (tmp_path / "vllm/rollouts.jsonl").read_bytes() == (tmp_path / "hf/rollouts.jsonl").read_bytes()
 
 
 def test_on_policy_training_is_equal_on_both_engines(world, tmp_path):
-    """Greedy: the responses of the second step and the third show that the engine got the weights of the step before."""
-    rows = {}
+    """Greedy: the responses of steps 2 and 3 show that the engine got the weights of the step before."""
+    text = (
+        "--prefix student --kl reverse --temperature 0 --steps 3 --batch_size 4 --lr 3e-2 --warmup 0 "
+        "--max_response_tokens 12 --dtype float32"
+    )
+    models = {"student": world / "student_init", "teacher": world / "teacher_init"}
+    rows, weights = {}, {}
     for name in ("hf", "vllm"):
-        train.main(
-            train.get_args(
-                [
-                    "--student",
-                    str(world / "student_init"),
-                    "--teacher",
-                    str(world / "teacher_init"),
-                    "--data",
-                    str(world / "train.jsonl"),
-                    "--out",
-                    str(tmp_path / name),
-                    "--engine",
-                    name,
-                    *"--prefix student --kl reverse --temperature 0 --steps 3 --batch_size 4 --lr 3e-2".split(),
-                    *"--warmup 0 --max_response_tokens 12 --dtype float32".split(),
-                ]
-            )
-        )
+        given = {"data": world / "train.jsonl", "engine": name, "out": tmp_path / name}
+        train.main(train.get_args(words_of(text, **models, **given)))
         lines = [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
         rows[name] = [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+        weights[name] = load_model(str(tmp_path / name / "final"), "-", "float32").state_dict()
     for found, expected in zip(rows["vllm"], rows["hf"], strict=True):
         assert found == pytest.approx(expected, rel=1e-3)
-    a, b = (
-        load_model(str(tmp_path / name / "final"), "-", "float32").state_dict() for name in ("hf", "vllm")
-    )
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=1e-3)
+    for key in weights["hf"]:
+        torch.testing.assert_close(weights["hf"][key], weights["vllm"][key], rtol=1e-2, atol=1e-3)
 
 
 def test_grpo_with_vllm_measures_a_mismatch_of_rounding_alone(world, tmp_path, monkeypatch):
-    """After an update too: the engine's log-probabilities are those of the weights that are trained."""
-    monkeypatch.setattr(
-        grpo, "rewards_of", lambda tokenizer, problems, groups: torch.tensor([[0.0, 1.0]] * len(groups))
+    """After an update too, the engine's log-probabilities are those of the weights that are trained."""
+    rewards = lambda tokenizer, problems, groups: torch.tensor([[0.0, 1.0]] * len(groups))
+    monkeypatch.setattr(grpo, "rewards_of", rewards)
+    text = (
+        "--n 2 --batch_size 4 --steps 2 --lr 3e-2 --warmup 0 --max_response_tokens 12 --dtype float32 "
+        "--kl_weight 0.1 --engine vllm"
     )
-    grpo.main(
-        grpo.get_args(
-            [
-                "--model",
-                str(world / "student_init"),
-                "--data",
-                str(world / "train.jsonl"),
-                "--engine",
-                "vllm",
-                *"--n 2 --batch_size 4 --steps 2 --lr 3e-2 --warmup 0 --max_response_tokens 12 --dtype float32".split(),
-                *"--kl_weight 0.1 --out".split(),
-                str(tmp_path / "run"),
-            ]
-        )
-    )
+    given = {"model": world / "student_init", "data": world / "train.jsonl", "out": tmp_path / "run"}
+    grpo.main(grpo.get_args(words_of(text, **given)))
     rows = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
     assert [0 < row["mismatch"] < 1e-4 for row in rows] == [True, True] and rows[1]["reference_kl"] > 1e-3

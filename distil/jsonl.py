@@ -1,0 +1,99 @@
+"""Files with a JSON object per line: reading, and writing so that a kill loses at most one chunk."""
+
+import hashlib
+import json
+import os
+
+from distil.artifacts import DAMAGE, digest_with, refuse
+
+
+class GrowingFile:
+    """A .jsonl file that grows in chunks, and recovers from a kill at any byte.
+
+    progress.jsonl beside it gets a line per finished chunk: what mark() was given, "bytes" (length of the
+    file) and "sha256" (of the file up to there and of the line's other fields). Opening cuts both files
+    behind the last chunk whose line is right; `done` is that line, or `start` if there is none."""
+
+    def __init__(self, path, **start):
+        self.path = path
+        self.done = start | {"bytes": 0}
+        self.sha256 = hashlib.sha256()  # of the file up to done["bytes"], then of what is written
+        self.file = open(path, "a+b")
+        self.progress = open(os.path.join(os.path.dirname(path), "progress.jsonl"), "a+b")
+        self.file.seek(0)
+        self.progress.seek(0)
+        lines = self.progress.readlines()
+        good = 0
+        while good < len(lines) and self.is_good(lines[good]):
+            good += 1
+        if good < len(lines):
+            print(f"{path}: {len(lines) - good} chunks were cut or damaged and are made again", flush=True)
+        self.file.truncate(self.done["bytes"])
+        self.progress.truncate(sum(len(line) for line in lines[:good]))
+
+    def is_good(self, line):
+        """Read the next chunk. If it is as this line of progress.jsonl says, move `done` to it."""
+        sha256 = self.sha256.copy()
+        try:
+            mark = json.loads(line)
+            digest = mark.pop("sha256")
+            sha256.update(self.file.read(max(0, mark["bytes"] - self.done["bytes"])))
+        except DAMAGE:
+            return False
+        if not line.endswith(b"\n") or digest != digest_with(mark, sha256):
+            return False
+        self.done = mark
+        self.sha256 = sha256
+        return True
+
+    def write(self, text):
+        self.file.write(text.encode())
+        self.sha256.update(text.encode())
+
+    def mark(self, **facts):
+        """Finish a chunk: everything written so far is kept from now on."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.done = facts | {"bytes": self.file.tell()}
+        line = self.done | {"sha256": digest_with(self.done, self.sha256)}
+        self.progress.write(json.dumps(line).encode() + b"\n")
+        self.progress.flush()
+
+
+def rewind_log(path, step):
+    """Cut a .jsonl log behind its rows up to `step`: later ones are made again. A missing log is created."""
+    good = 0
+    with open(path, "a+b") as file:
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            try:
+                if not line.endswith(b"\n") or int(json.loads(line)["step"]) > step:
+                    break  # a row cut by a kill, or a later one
+            except DAMAGE as error:
+                refuse(f"--resume: {path} line {number} is damaged ({error!r})")
+            good += len(line)
+        file.truncate(good)
+
+
+def read_jsonl(path):
+    """Yield ("FILE line N", object) for each line of a .jsonl file. Other lines are refused."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    place = f"{path} line {number}"
+                    yield place, parse_row(line, place)
+    except (OSError, UnicodeDecodeError) as error:
+        refuse(f"cannot read {path}: {error}")
+
+
+def parse_row(line, place):
+    try:
+        row = json.loads(line)
+        if "\\ud" in line or "\\uD" in line:  # half of a surrogate pair is no character
+            json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        refuse(f"{place}: not JSON ({error})")
+    if not isinstance(row, dict):
+        refuse(f"{place}: not a JSON object")
+    return row

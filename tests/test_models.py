@@ -1,0 +1,150 @@
+"""distil/models.py: batches, hidden states, log-probabilities, output heads, against single sequences in float64."""
+
+import pytest
+import torch
+
+from distil import models
+from distil.models import (
+    Response,
+    batches_by_tokens,
+    forward,
+    output_head,
+    response_hidden,
+    token_logps,
+    top_tokens,
+)
+from recipes.toy_world import make_model, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(5)
+    return make_model(make_tokenizer(), 32, 2, 1).eval()
+
+
+def test_batches_hold_each_index_once_within_the_budget():
+    g = torch.Generator().manual_seed(0)
+    for budget in (1, 30, 64, 1000):
+        lengths = torch.randint(1, 40, (50,), generator=g).tolist()
+        batches = batches_by_tokens(lengths, budget)
+        assert sorted(i for batch in batches for i in batch) == list(range(50))
+        assert all(
+            len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget for batch in batches
+        )
+        for batch in batches:  # a tenth may be padding, or more of what is less than a 32nd of the budget
+            rows = sorted(lengths[i] for i in batch)
+            assert sum(rows) >= 0.9 * len(rows) * rows[-1] or sum(rows[:-1]) < budget / 32 or len(rows) == 1
+    assert len(batches) < 15  # not one row a batch where the budget has room
+    assert batches_by_tokens([60, 90, 62, 2], 1024) == [[3, 0], [2], [1]]
+    assert batches_by_tokens([], 9) == []
+
+
+PROMPTS, RESPONSES = [[1, 3, 20], [1], [1, 9, 12, 13]], [[21, 0, 2], [5, 6, 7, 8, 9, 2], [2]]
+
+
+def test_response_hidden_is_that_of_each_sequence_alone(model):
+    """The state at position t is the one whose logits predict token t + 1: from the prompt's last token to the last but one."""
+    with torch.no_grad():
+        states = response_hidden(model, PROMPTS, RESPONSES).split([3, 6, 1])
+        for prompt, response, found in zip(PROMPTS, RESPONSES, states):
+            alone = model(input_ids=torch.tensor([prompt + response]), output_hidden_states=True)
+            first = len(prompt) - 1
+            torch.testing.assert_close(found, alone.hidden_states[-1][0, first:-1])
+            torch.testing.assert_close(found @ output_head(model, "-").T, alone.logits[0, first:-1])
+            for place, token in enumerate(response):  # a prefix ends where its logits predict the token
+                prefix = model(input_ids=torch.tensor([prompt + response[:place]])).logits[0, -1]
+                logp = token_logps(found, output_head(model, "-")[:29], torch.tensor(response))[place]
+                assert logp.item() == pytest.approx(prefix.log_softmax(-1)[token].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [2, 4096])
+def test_token_logps_and_their_gradient(chunk, monkeypatch):
+    monkeypatch.setattr(models, "chunk_of", lambda head: chunk)
+    g = torch.Generator().manual_seed(0)
+    hidden, head = (
+        torch.randn(7, 5, generator=g, requires_grad=True),
+        torch.randn(12, 5, generator=g, requires_grad=True),
+    )
+    tokens, upstream = torch.randint(9, (7,), generator=g), torch.randn(7, generator=g)
+    found = token_logps(hidden, head[:9], tokens)
+    (found * upstream).sum().backward()
+    hidden64, head64 = (x.detach().double().requires_grad_() for x in (hidden, head))
+    truth = (hidden64 @ head64[:9].T).log_softmax(-1)[torch.arange(7), tokens]
+    (truth * upstream.double()).sum().backward()
+    for a, b in [(found, truth), (hidden.grad, hidden64.grad), (head.grad, head64.grad)]:
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_token_logps_of_no_tokens():
+    assert token_logps(torch.randn(0, 5), torch.randn(9, 5), torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+def bfloat16_case():
+    """Hidden states and a head in bfloat16 whose logits are far from what bfloat16 can hold."""
+    g = torch.Generator().manual_seed(3)
+    hidden, head = torch.randn(6, 64, generator=g), torch.randn(50, 64, generator=g)
+    return hidden.bfloat16(), head.bfloat16()
+
+
+def test_log_probabilities_of_bfloat16_states_come_from_float32_logits():
+    """Rounded to bfloat16, logits of size 20 would be off by up to 0.06."""
+    hidden, head = bfloat16_case()
+    truth = (hidden.double() @ head.double().T).log_softmax(-1)
+    tokens = torch.arange(6)
+    found = token_logps(hidden, head, tokens)
+    torch.testing.assert_close(found.double(), truth[tokens, tokens], rtol=1e-5, atol=1e-4)
+    logps, ids = top_tokens(hidden, head, 5)
+    assert ids.tolist() == truth.topk(5).indices.tolist()
+    torch.testing.assert_close(logps.double(), truth.topk(5).values, rtol=1e-5, atol=1e-4)
+    rounded = (hidden @ head.T).float().log_softmax(-1)[tokens, tokens]
+    assert (rounded - truth[tokens, tokens]).abs().max() > 1e-2  # what the rule is for
+
+
+def test_gradients_of_bfloat16_states_are_rounded_once():
+    hidden, head = (x.requires_grad_() for x in bfloat16_case())
+    tokens, upstream = torch.arange(6), torch.linspace(-1, 1, 6)
+    (token_logps(hidden, head, tokens) * upstream).sum().backward()
+    hidden64, head64 = (x.detach().double().requires_grad_() for x in (hidden, head))
+    truth = (hidden64 @ head64.T).log_softmax(-1)[tokens, tokens]
+    (truth * upstream.double()).sum().backward()
+    for found, right in ((hidden.grad, hidden64.grad), (head.grad, head64.grad)):
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - right).norm() < 0.01 * right.norm()
+
+
+def test_forward_leaves_out_padded_rows_and_gradients_that_nobody_wants(model):
+    responses = [Response(*ids, False) for ids in zip(PROMPTS, RESPONSES)]
+    hidden, head = forward(model, responses, 20)
+    assert hidden.shape == (10, 32) and head.shape == (20, 32) and head.requires_grad
+    with torch.no_grad():
+        hidden, head = forward(model, responses, 29, "bfloat16")
+    assert hidden.dtype == head.dtype == torch.bfloat16 and not head.requires_grad
+
+
+def test_the_first_tokens_of_a_response():
+    response = Response([1], [5, 6, 2], False)
+    assert response.first(3) == response
+    assert response.first(2) == Response([1], [5, 6], True)
+
+
+def test_heads_that_do_more_than_a_product_are_refused(model, refused):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    tiny = dict(
+        vocab_size=9,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    refused(
+        lambda: output_head(Gemma2ForCausalLM(Gemma2Config(**tiny)), "--teacher"),
+        "--teacher",
+        "final_logit_softcapping",
+    )
+    plain = make_model(make_tokenizer(), 32, 1, 1)
+    plain.lm_head = torch.nn.Linear(32, 29, bias=True)
+    refused(lambda: output_head(plain, "--student"), "--student", "bias")
+    assert output_head(model, "--student").shape == (29, 32)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import streaming_kl as kernels
+from streaming_kl import chunks
 from benchmarks import kernel_speed as bench
 from streaming_kl import KLOutput, linear_divergence, linear_streaming_kl, reference, streaming_kl
 
@@ -699,13 +699,13 @@ def test_11_no_tensor_of_tokens_by_vocabulary(impl, reduction, monkeypatch):
 def test_11_few_large_chunks(monkeypatch):
     """Chunks follow a budget of bytes: one for a toy, 4096 tokens for Qwen3 in bfloat16 on a GPU."""
     gpu_device, cpu_device = torch.device("cuda"), torch.device("cpu")
-    assert kernels._default_chunk(64, (torch.float32, torch.float32), None, cpu_device) > 100_000
-    assert kernels._default_chunk(151936, (torch.bfloat16, torch.bfloat16), None, gpu_device) == 4096
+    assert chunks.default_chunk(64, *[torch.float32] * 4, cpu_device) > 100_000
+    assert chunks.default_chunk(151936, *[torch.bfloat16] * 4, gpu_device) == 4096
     for dtypes, logits_dtype in (((torch.bfloat16,) * 2, torch.float32), ((torch.float32,) * 2, None), ((torch.float16,) * 2, None)):
-        tokens = kernels._default_chunk(151936, dtypes, logits_dtype, gpu_device)
+        tokens = chunks.default_chunk(151936, *dtypes, *[logits_dtype or dtypes[0]] * 2, gpu_device)
         assert tokens % 128 == 0 and 1024 <= tokens <= 4096
-    assert kernels._default_chunk(10**9, (torch.float32,) * 2, None, cpu_device) == 1
-    monkeypatch.setattr(kernels, "LOGITS_BYTES", {"cpu": 2 * 50 * 8, "cuda": 1})  # two tokens
+    assert chunks.default_chunk(10**9, *[torch.float32] * 4, cpu_device) == 1
+    monkeypatch.setattr(chunks, "LOGITS_BYTES", {"cpu": 2 * 50 * 8, "cuda": 1})  # two tokens
     tensors = heads(n=500)
     with LargestAllocation(*tensors) as run:
         linear_streaming_kl(*tensors, fkl_weight=0.3, impl="torch")
@@ -954,10 +954,10 @@ def test_8_float32_products_on_gpu():
     a, b = randn(96, 64, dtype=torch.bfloat16), randn(64, 48, seed=1, dtype=torch.bfloat16)
     total = randn(96, 48, seed=2)
     expected = total + a.float() @ b.float()
-    kernels._accumulate(total, a, b)
+    chunks.add_product(total, a, b)
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-4)
-    buffer = kernels._buffer(96, 48, torch.float32, torch.device("cuda"))
-    torch.testing.assert_close(kernels._matmul(a, b, buffer), a.float() @ b.float(), rtol=1e-5, atol=1e-4)
+    buffer = chunks.aligned_buffer(96, 48, torch.float32, torch.device("cuda"))
+    torch.testing.assert_close(chunks.product(a, b, buffer), a.float() @ b.float(), rtol=1e-5, atol=1e-4)
 
 
 @gpu

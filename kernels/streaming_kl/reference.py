@@ -1,20 +1,27 @@
-"""The divergences and their gradients in plain PyTorch: the readable twin of triton_kl.py, used on CPU.
+"""The divergences and their gradients in plain PyTorch: the readable twin of triton_kl.py, used on CPUs.
 
-With u = (z - m_s) / T and v = (y - m_t) / T, where z, y are a row of student and teacher logits, m their maxima, T the temperature:
+A row of student logits z and teacher logits y, with maxima m_s and m_t, at temperature T, gives
 
-    d_s = sum e^u              d_t = sum e^v              p = e^u / d_s                 q = e^v / d_t
-    a_s = sum p (u - v)        a_t = sum q (v - u)        log p - log q = (u - v) - log(d_s / d_t)
-    FKL = KL(q||p) = a_t + log(d_s / d_t)                 dFKL/dz = (p - q) / T
-    RKL = KL(p||q) = a_s - log(d_s / d_t)                 dRKL/dz = p (u - v - a_s) / T
-    H_s = log d_s - sum p u                               H_t = log d_t - sum q v
+    u = (z - m_s) / T             v = (y - m_t) / T
+    d_s = sum e^u                 d_t = sum e^v
+    q = e^u / d_s (student)       p = e^v / d_t (teacher)       log q - log p = (u - v) - log(d_s / d_t)
+    a_s = sum q (u - v)           a_t = sum p (v - u)
 
-Subtracting the maxima first removes what the logits have in common, so a KL of 1e-4 keeps its digits under any offset. A logit of
--inf is a probability of zero, and so is a probability that underflows; zero times an infinite log ratio counts as zero.
+    FKL = KL(p||q) = a_t + log(d_s / d_t)                       dFKL/dz = (q - p) / T
+    RKL = KL(q||p) = a_s - log(d_s / d_t)                       dRKL/dz = q (u - v - a_s) / T
+    H_s = log d_s - sum q u                                     H_t = log d_t - sum p v
 
-Three functions, the same three in triton_kl.py, which needs no memory beyond their outputs; here a chunk of rows is in float32 at a time.
+Subtracting the maxima first removes what the logits have in common, so a KL of 1e-4 keeps its digits under
+any offset. A logit of -inf is a probability of zero, and so is a probability that underflows; zero times an
+infinite log ratio counts as zero.
+
+Three functions, the same three as in triton_kl.py. The kernels there need no memory beyond their outputs;
+here a chunk of rows is in float32 at a time.
+
     statistics  logits -> (9, N), the rows that Stats names
-    gradient    logits, statistics and a coefficient c per token -> the gradient of sum_i c_i loss_i, written to `out`
+    gradient    logits, statistics and a coefficient c per token -> gradient of sum_i c_i loss_i, into `out`
     fused       both, the gradient written over the student logits
+
 A token whose weight or coefficient is 0 is never read: its statistics and gradient are exactly 0.
 """
 
@@ -22,7 +29,8 @@ from typing import NamedTuple
 
 import torch
 
-CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**28}  # of float32 logits at a time; six temporaries of this size, which should stay in a CPU's cache
+# Of float32 logits at a time. There are six temporaries of this size, which should stay in a CPU's cache.
+CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**28}
 
 
 class Stats(NamedTuple):
@@ -32,7 +40,8 @@ class Stats(NamedTuple):
     rkl: torch.Tensor  # KL(student||teacher), nats
     student_entropy: torch.Tensor  # nats
     teacher_entropy: torch.Tensor  # nats
-    m_s: torch.Tensor  # from here on what the gradient needs, in units of the implementation's own
+    # what the gradient needs, in units of the implementation's own
+    m_s: torch.Tensor
     d_s: torch.Tensor
     m_t: torch.Tensor
     d_t: torch.Tensor
@@ -44,7 +53,7 @@ def statistics_dtype(student_logits, teacher_logits):
 
 
 def _row_chunks(select, student_logits):
-    """Indices of the rows with a non-zero entry in `select` (N,), in chunks; slices over all N rows when it is None."""
+    """Chunks of the rows with a non-zero entry in `select` (N,); of all N rows when it is None."""
     n, v = student_logits.shape
     step = max(1, CHUNK_BYTES["cuda" if student_logits.is_cuda else "cpu"] // (4 * v))
     if select is None:
@@ -68,32 +77,32 @@ def _statistics_chunk(student_logits, teacher_logits, temperature):
     e_u, e_v, difference = u.exp(), v.exp(), u - v
     d_s, d_t = e_u.sum(-1), e_v.sum(-1)
 
-    def mean(e, x, d):  # sum_v e x / d
-        total = (e * x).sum(-1)
-        if total.isnan().any():  # a 0 * inf, which counts as 0, or a NaN in the logits, which stays
-            total = (e * x).masked_fill_(e == 0, 0).sum(-1)
-        return total / d
-
-    a_s, a_t = mean(e_u, difference, d_s), mean(e_v, -difference, d_t)
     log_ratio = torch.log(d_s / d_t)  # log d_s - log d_t would round at the size of log V
-    stats = Stats(
-        fkl=a_t + log_ratio,
-        rkl=a_s - log_ratio,
-        student_entropy=d_s.log() - mean(e_u, u, d_s),
-        teacher_entropy=d_t.log() - mean(e_v, v, d_t),
-        m_s=m_s, d_s=d_s, m_t=m_t, d_t=d_t, a_s=a_s,
-    )
+    a_s = _expectation(e_u, difference, d_s)
+    a_t = _expectation(e_v, -difference, d_t)
+    student_entropy = d_s.log() - _expectation(e_u, u, d_s)
+    teacher_entropy = d_t.log() - _expectation(e_v, v, d_t)
+    kls = a_t + log_ratio, a_s - log_ratio
+    stats = Stats(*kls, student_entropy, teacher_entropy, m_s, d_s, m_t, d_t, a_s)
     return stats, (e_u, e_v, difference)
 
 
+def _expectation(e, x, d):
+    """sum_v e x / d, where 0 * inf counts as 0."""
+    total = (e * x).sum(-1)
+    if total.isnan().any():  # from a 0 * inf, or from a NaN in the logits, which stays
+        total = (e * x).masked_fill_(e == 0, 0).sum(-1)
+    return total / d
+
+
 def _gradient_chunk(e_u, e_v, difference, stats, coefficient, fkl_weight, temperature):
-    p, q = e_u / stats.d_s.unsqueeze(-1), e_v / stats.d_t.unsqueeze(-1)
+    q, p = e_u / stats.d_s.unsqueeze(-1), e_v / stats.d_t.unsqueeze(-1)
     if fkl_weight == 1:  # not a mixture at the ends: the other direction may be infinite
-        g = p - q
+        g = q - p
     else:
-        g = (difference - stats.a_s.unsqueeze(-1)).mul_(p).masked_fill_(e_u == 0, 0)
+        g = (difference - stats.a_s.unsqueeze(-1)).mul_(q).masked_fill_(e_u == 0, 0)
         if fkl_weight != 0:
-            g = g.mul_(1 - fkl_weight).add_(p - q, alpha=fkl_weight)
+            g = g.mul_(1 - fkl_weight).add_(q - p, alpha=fkl_weight)
     return g.mul_((coefficient / temperature).unsqueeze(-1))
 
 
@@ -112,7 +121,9 @@ def gradient(student_logits, teacher_logits, statistics, coefficient, fkl_weight
         stats = Stats(*statistics[:, rows])
         u, _ = _shift(student_logits[rows], statistics.dtype, temperature, stats.m_s)
         v, _ = _shift(teacher_logits[rows], statistics.dtype, temperature, stats.m_t)
-        out[rows] = _gradient_chunk(u.exp(), v.exp(), u - v, stats, coefficient[rows], fkl_weight, temperature).to(out.dtype)
+        c = coefficient[rows]
+        g = _gradient_chunk(u.exp(), v.exp(), u - v, stats, c, fkl_weight, temperature)
+        out[rows] = g.to(out.dtype)
     out.masked_fill_((coefficient == 0).unsqueeze(-1), 0)
 
 

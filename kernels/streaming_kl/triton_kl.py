@@ -1,24 +1,30 @@
-"""The divergences of reference.py as Triton kernels: each row is streamed once, block by block, with eight running numbers.
+"""The divergences of reference.py as Triton kernels: each row is streamed once, block by block.
 
-    _statistics_kernel  reads 2 x (N, V), writes (9, N)                one program a row
-    _gradient_kernel    reads 2 x (N, V) and (9, N), writes (N, V)     one program a row and block
-    _fused_kernel       both for one row in one program, so that part of the second reading comes from the L2 cache
+    _statistics_kernel  reads 2 x (N, V), writes (9, N)              one program a row
+    _gradient_kernel    reads 2 x (N, V) and (9, N), writes (N, V)   one program a row and block
+    _fused_kernel       both for one row in one program: part of the second reading comes from the L2 cache
 
-Notation of reference.py with the maxima m of the part of the row seen so far, and u = (z - m_s) log2(e) / T, v likewise, in bits:
+Notation of reference.py: z and y are student and teacher logits, m_s and m_t the maxima of the part of the
+row seen so far, and u = (z - m_s) log2(e) / T, v likewise, in bits. Eight running numbers describe that part:
+m_s and
 
-    d_s = sum 2^u    A_s = sum 2^u (u - v)    B_s = sum 2^u u          (d_t, A_t, B_t the same with teacher and student exchanged)
+    d_s = sum 2^u    A_s = sum 2^u (u - v)    B_s = sum 2^u u
 
-When a block raises the maxima, u shrinks by r_s = (new m_s - old m_s) log2(e) / T and v by r_t, and the sums over the old part become
+and m_t, d_t, A_t, B_t with teacher and student exchanged. When a block raises the maxima, u shrinks by
+r_s = (new m_s - old m_s) log2(e) / T and v by r_t, and the sums over the old part become
 
     d_s <- 2^-r_s d_s    A_s <- 2^-r_s (A_s + d_s (r_t - r_s))    B_s <- 2^-r_s (B_s - d_s r_s)
 
-after which the block's own sums are added. Sums of u - v rather than of u and v apart, shifted by the running maxima: what the two rows
-have in common never enters, so nothing cancels at the end. At the end, with everything times ln 2 to go from bits to nats:
+after which the block's own sums are added. Because the sums are of u - v, shifted by the running maxima, and
+not of u and v apart, what the two rows have in common never enters and nothing cancels at the end:
 
     FKL = A_t / d_t + log2(d_s / d_t)    RKL = A_s / d_s - log2(d_s / d_t)    H_s = log2(d_s) - B_s / d_s
 
-All arithmetic is float32: logits are converted right after each load (Triton's interpreter has no bfloat16 arithmetic), and only the
-gradient is rounded, once, when it is stored. Offsets are 64 bit: N * V passes 2^31 at 14,134 rows of 151,936.
+times ln 2, to go from bits to nats.
+
+All arithmetic is float32: logits are converted right after each load (Triton's interpreter has no bfloat16
+arithmetic), and only the gradient is rounded, once, when it is stored. Offsets are 64 bit: N * V passes 2^31
+at 14,134 rows of 151,936.
 """
 
 import math
@@ -29,7 +35,8 @@ import triton.language as tl
 
 from .reference import Stats
 
-# Logits per step and warps per program. 32 logits a thread and tensor: with 16, a quarter more instructions, for the reductions.
+# Logits per step and warps per program: 32 logits a thread and tensor. With 16, the reductions would take a
+# quarter more instructions.
 BLOCK = 4096
 WARPS = 4
 STAGES = 2  # depth of the pipeline of loads
@@ -41,13 +48,14 @@ def _load(pointer, columns, V, MASKED: tl.constexpr):
     """float32 logits; -inf, a probability of 0, beyond the vocabulary."""
     if MASKED:
         inside = columns < V
-        return tl.where(inside, tl.load(pointer + columns, mask=inside, other=0.0).to(tl.float32), float("-inf"))
+        logits = tl.load(pointer + columns, mask=inside, other=0.0).to(tl.float32)
+        return tl.where(inside, logits, float("-inf"))
     return tl.load(pointer + columns).to(tl.float32)
 
 
 @triton.jit
 def _origin(m, scale):
-    """m_s in bits, to subtract from scaled logits. While a row has shown only -inf, 0: -inf - -inf would be NaN."""
+    """m_s in bits, to subtract from scaled logits; 0 while a row has shown only -inf (-inf - -inf is NaN)."""
     return tl.where(m == float("-inf"), 0.0, m) * scale
 
 
@@ -55,13 +63,15 @@ def _origin(m, scale):
 def _step(z, y, scale, m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t, SAFE: tl.constexpr):
     """The running numbers after one more block of logits z (student) and y (teacher).
 
-    With SAFE, entries of probability 0 add 0 whatever the logits. Without, 0 * inf gives NaN, for the caller to notice.
+    With SAFE, entries of probability 0 add 0 whatever the logits. Without, 0 * inf gives NaN: the caller must
+    notice.
     """
     old_s, old_t = _origin(m_s, scale), _origin(m_t, scale)
     m_s, m_t = tl.maximum(m_s, tl.max(z, 0)), tl.maximum(m_t, tl.max(y, 0))
     new_s, new_t = _origin(m_s, scale), _origin(m_t, scale)
     r_s, r_t = new_s - old_s, new_t - old_t
-    c_s, c_t = tl.exp2(-tl.maximum(r_s, 0.0)), tl.exp2(-tl.maximum(r_t, 0.0))  # r < 0 only while the sums are 0
+    c_s = tl.exp2(-tl.maximum(r_s, 0.0))  # r_s < 0 only while the sums are 0
+    c_t = tl.exp2(-tl.maximum(r_t, 0.0))
     # an infinite A whose logits turn out to underflow is dropped, where 0 * inf would make it NaN
     a_s = tl.where(c_s == 0.0, 0.0, c_s * (a_s + d_s * (r_t - r_s)))
     a_t = tl.where(c_t == 0.0, 0.0, c_t * (a_t + d_t * (r_s - r_t)))
@@ -91,11 +101,15 @@ def _stream(student, teacher, V, scale, SAFE: tl.constexpr, BLOCK: tl.constexpr,
     for start in tl.range(0, V if SAFE else whole, BLOCK, num_stages=STAGES):
         z = _load(student, start + columns, V, MASKED=SAFE)
         y = _load(teacher, start + columns, V, MASKED=SAFE)
-        m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t = _step(z, y, scale, m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t, SAFE)
+        m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t = _step(
+            z, y, scale, m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t, SAFE
+        )
     if not SAFE and whole < V:
         z = _load(student, whole + columns, V, MASKED=True)
         y = _load(teacher, whole + columns, V, MASKED=True)
-        m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t = _step(z, y, scale, m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t, True)
+        m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t = _step(
+            z, y, scale, m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t, True
+        )
     return m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t
 
 
@@ -103,8 +117,9 @@ def _stream(student, teacher, V, scale, SAFE: tl.constexpr, BLOCK: tl.constexpr,
 def _row_statistics(student, teacher, out, N, V, scale, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """Stores one row's column of the (9, N) statistics at `out`, and returns what its gradient needs."""
     m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t = _stream(student, teacher, V, scale, False, BLOCK, STAGES)
-    test = a_s + b_s + a_t + b_t
-    if test != test:  # a logit of -inf, or NaN: the rare row that is read twice, so that the others do without selections
+    total = a_s + b_s + a_t + b_t
+    if total != total:  # noqa: PLR0124  NaN
+        # There was a -inf or a NaN. Only such a rare row is read again, with SAFE.
         m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t = _stream(student, teacher, V, scale, True, BLOCK, STAGES)
     a_s /= d_s
     log_ratio = tl.log2(d_s / d_t)  # log2(d_s) - log2(d_t) would round at the size of log2(V)
@@ -136,7 +151,10 @@ def _block_gradient(z, y, scale, m_s, m_t, c_u, c_v, c_r, FKL: tl.constexpr, RKL
 
 @triton.jit
 def _coefficients(c, fkl_weight, scale, d_s, d_t, a_s, FKL: tl.constexpr, RKL: tl.constexpr):
-    """c dloss/dz = c / T (fkl_weight (p - q) + (1 - fkl_weight) p (u - v - a_s)) collected into c_u e^u - c_v e^v + c_r e^u (u - v)"""
+    """The factors of c_u e^u - c_v e^v + c_r e^u (u - v), which is
+
+    c dloss/dz = c / T (fkl_weight (q - p) + (1 - fkl_weight) q (u - v - a_s))
+    """
     c = c * scale * LN2  # scale ln 2 = 1 / T
     c_u, c_v, c_r = 0.0, 0.0, 0.0
     if FKL:
@@ -148,21 +166,50 @@ def _coefficients(c, fkl_weight, scale, d_s, d_t, a_s, FKL: tl.constexpr, RKL: t
 
 
 @triton.jit(do_not_specialize=["N"])
-def _statistics_kernel(student, teacher, weight, out, student_stride, teacher_stride, N, V, scale,
-                       WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def _statistics_kernel(
+    student,
+    teacher,
+    weight,
+    out,
+    student_stride,
+    teacher_stride,
+    N,
+    V,
+    scale,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     out += row
-    if WEIGHTED:
+    if WEIGHTED:  # noqa: SIM102  otherwise there is no weight to load
         if tl.load(weight + row) == 0.0:
             for i in tl.static_range(9):  # the rows of reference.Stats
                 tl.store(out + i * N, 0.0)
             return
-    _row_statistics(student + row * student_stride, teacher + row * teacher_stride, out, N, V, scale, BLOCK, STAGES)
+    student += row * student_stride
+    teacher += row * teacher_stride
+    _row_statistics(student, teacher, out, N, V, scale, BLOCK, STAGES)
 
 
 @triton.jit(do_not_specialize=["N"])
-def _gradient_kernel(student, teacher, statistics, coefficient, out, student_stride, teacher_stride, out_stride, N, V, scale, fkl_weight,
-                     FKL: tl.constexpr, RKL: tl.constexpr, BLOCK: tl.constexpr):
+def _gradient_kernel(
+    student,
+    teacher,
+    statistics,
+    coefficient,
+    out,
+    student_stride,
+    teacher_stride,
+    out_stride,
+    N,
+    V,
+    scale,
+    fkl_weight,
+    FKL: tl.constexpr,
+    RKL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V
@@ -172,25 +219,44 @@ def _gradient_kernel(student, teacher, statistics, coefficient, out, student_str
         tl.store(out + columns, tl.zeros((BLOCK,), out.dtype.element_ty), mask=inside)
         return
     statistics += row
-    m_s, d_s, m_t, d_t, a_s = (tl.load(statistics + 4 * N), tl.load(statistics + 5 * N), tl.load(statistics + 6 * N),
-                               tl.load(statistics + 7 * N), tl.load(statistics + 8 * N))
+    m_s = tl.load(statistics + 4 * N)
+    d_s = tl.load(statistics + 5 * N)
+    m_t = tl.load(statistics + 6 * N)
+    d_t = tl.load(statistics + 7 * N)
+    a_s = tl.load(statistics + 8 * N)
     c_u, c_v, c_r = _coefficients(c, fkl_weight, scale, d_s, d_t, a_s, FKL, RKL)
     z = _load(student + row * student_stride, columns, V, MASKED=True)
     y = _load(teacher + row * teacher_stride, columns, V, MASKED=True)
     g = _block_gradient(z, y, scale, m_s, m_t, c_u, c_v, c_r, FKL, RKL)
-    tl.store(out + columns, g.to(out.dtype.element_ty), mask=inside)  # after the loads of the same columns: out may be student
+    # after the loads of the same columns: out may be student
+    tl.store(out + columns, g.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N"])
-def _fused_kernel(student, teacher, coefficient, out, student_stride, teacher_stride, N, V, scale, fkl_weight,
-                  FKL: tl.constexpr, RKL: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def _fused_kernel(
+    student,
+    teacher,
+    coefficient,
+    out,
+    student_stride,
+    teacher_stride,
+    N,
+    V,
+    scale,
+    fkl_weight,
+    FKL: tl.constexpr,
+    RKL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
     m_s, d_s, m_t, d_t, a_s = _row_statistics(student, teacher, out + row, N, V, scale, BLOCK, STAGES)
     c_u, c_v, c_r = _coefficients(tl.load(coefficient + row), fkl_weight, scale, d_s, d_t, a_s, FKL, RKL)
     last = (V - 1) // BLOCK * BLOCK
-    for step in tl.range(0, V, BLOCK):  # from the end: the blocks read last are the likeliest to be in the cache still
+    # from the end: the blocks read last are the likeliest to be in the cache still
+    for step in tl.range(0, V, BLOCK):
         columns = last - step + tl.arange(0, BLOCK)
         z = _load(student, columns, V, MASKED=True)
         y = _load(teacher, columns, V, MASKED=True)
@@ -200,41 +266,44 @@ def _fused_kernel(student, teacher, coefficient, out, student_stride, teacher_st
 
 def statistics(student_logits, teacher_logits, weight, temperature):
     student, teacher = _rows(student_logits), _rows(teacher_logits)
-    n, v = student.shape
-    out = torch.empty(len(Stats._fields), n, dtype=torch.float32, device=student.device)
-    _launch(
-        _statistics_kernel, (n,), student, teacher, weight, out, student.stride(0), teacher.stride(0), n, v, _scale(temperature),
-        WEIGHTED=weight is not None, STAGES=STAGES,
-    )
+    out = _empty_statistics(student)
+    sizes = student.stride(0), teacher.stride(0), *student.shape, _scale(temperature)
+    constants = {"WEIGHTED": weight is not None, "STAGES": STAGES}
+    _launch(_statistics_kernel, (len(student),), student, teacher, weight, out, *sizes, **constants)
     return out
 
 
 def gradient(student_logits, teacher_logits, statistics, coefficient, fkl_weight, temperature, out):
     student, teacher = _rows(student_logits), _rows(teacher_logits)
-    n, v = student.shape
     target = out if out.stride(1) == 1 else torch.empty_like(student)
-    _launch(
-        _gradient_kernel, (n, triton.cdiv(v, _block(v))), student, teacher, statistics, coefficient, target,
-        student.stride(0), teacher.stride(0), target.stride(0), n, v, _scale(temperature), fkl_weight,
-        FKL=fkl_weight != 0, RKL=fkl_weight != 1,
-    )
+    n, v = student.shape
+    grid = n, triton.cdiv(v, _block(v))
+    sizes = student.stride(0), teacher.stride(0), target.stride(0), n, v, _scale(temperature), fkl_weight
+    constants = {"FKL": fkl_weight != 0, "RKL": fkl_weight != 1}
+    _launch(_gradient_kernel, grid, student, teacher, statistics, coefficient, target, *sizes, **constants)
     if target is not out:
         out.copy_(target)
 
 
 def fused(student_logits, teacher_logits, coefficient, fkl_weight, temperature):
-    n, v = student_logits.shape
-    out = torch.empty(len(Stats._fields), n, dtype=torch.float32, device=student_logits.device)
-    _launch(
-        _fused_kernel, (n,), student_logits, teacher_logits, coefficient, out, student_logits.stride(0), teacher_logits.stride(0),
-        n, v, _scale(temperature), fkl_weight, FKL=fkl_weight != 0, RKL=fkl_weight != 1, STAGES=STAGES,
-    )
+    student, teacher = student_logits, teacher_logits
+    out = _empty_statistics(student)
+    sizes = student.stride(0), teacher.stride(0), *student.shape, _scale(temperature), fkl_weight
+    constants = {"FKL": fkl_weight != 0, "RKL": fkl_weight != 1, "STAGES": STAGES}
+    _launch(_fused_kernel, (len(student),), student, teacher, coefficient, out, *sizes, **constants)
     return out
+
+
+def _empty_statistics(student):
+    return torch.empty(len(Stats._fields), len(student), dtype=torch.float32, device=student.device)
 
 
 def _launch(kernel, grid, student, *arguments, **constants):
     if not student.is_cuda and isinstance(kernel, triton.runtime.JITFunction):
-        raise ValueError('impl="triton" needs CUDA tensors (or TRITON_INTERPRET=1, set before the first use of triton); use impl="torch"')
+        raise ValueError(
+            'impl="triton" needs CUDA tensors (or TRITON_INTERPRET=1, set before the first use of triton); '
+            'use impl="torch"'
+        )
     if student.shape[0] == 0:
         return
     block = _block(student.shape[1])
@@ -256,6 +325,4 @@ def _scale(temperature):
 
 def _rows(logits):
     """The kernels take any row stride, but the entries of a row side by side."""
-    if logits.dtype == torch.float64:
-        raise ValueError('float64 is for the torch path: use impl="torch"')
     return logits if logits.stride(1) == 1 else logits.contiguous()

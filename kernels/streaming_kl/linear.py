@@ -1,0 +1,227 @@
+"""linear_streaming_kl and linear_divergence: losses of two models' logits from hidden states and heads."""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import (
+    check_chunking,
+    check_linear,
+    check_options,
+    check_reduction,
+    choose_impl,
+    common_vocabulary,
+    weight_per_token,
+)
+from .chunks import Plan, make_plan, over_chunks
+from .common import KLOutput, implementation, mixed_kl, opaque_operator, weight_total, weighted
+
+
+def linear_streaming_kl(
+    student_hidden,
+    student_head,
+    teacher_hidden,
+    teacher_head,
+    *,
+    fkl_weight,
+    temperature=1.0,
+    weight=None,
+    reduction="sum",
+    vocab_size=None,
+    logits_dtype=None,
+    chunk_tokens=None,
+    impl="auto",
+):
+    """KL between the logits hidden @ head.T of two models, with gradients for the student's hidden and head.
+
+    hidden is (N, H) and head (V, H), as in nn.Linear; H may differ between the models. Returns a KLOutput.
+    temperature, weight, reduction, vocab_size and impl as in streaming_kl; tokens of weight 0 cost nothing
+    (finding them makes the host wait for the device once).
+
+    logits_dtype   what logits are rounded to: by default the hidden states' dtype, as nn.Linear does.
+                   Rounding to bf16 can shift a KL of 1e-3 by half of it; torch.float32 does not
+    chunk_tokens   how many tokens have logits at a time; the default fills LOGITS_BYTES
+
+    Under autocast, hidden states and heads are cast to its dtype, as nn.Linear does.
+    """
+    check_options(fkl_weight, temperature)
+    impl = choose_impl(impl, student_hidden, teacher_hidden)
+    fkl_weight, temperature = float(fkl_weight), float(temperature)
+
+    def run(*tensors, plan, needs):
+        return linear_kl(*tensors, *plan, *needs, fkl_weight, temperature, impl)
+
+    tensors = student_hidden, student_head, teacher_hidden, teacher_head
+    return KLOutput(*_reduced(run, tensors, weight, reduction, vocab_size, logits_dtype, chunk_tokens))
+
+
+def linear_divergence(
+    fn,
+    student_hidden,
+    student_head,
+    teacher_hidden,
+    teacher_head,
+    *,
+    weight=None,
+    reduction="sum",
+    chunk_tokens=None,
+):
+    """Any torch function of logits, with the memory and gradients of linear_streaming_kl. Returns the loss.
+
+    fn(student_logits, teacher_logits) -> (n,) losses sees the (n, V) logits of some tokens, in the hidden
+    states' dtype, and must treat each token by itself:
+
+        def total_variation(student_logits, teacher_logits):
+            return (teacher_logits.softmax(-1) - student_logits.softmax(-1)).abs().sum(-1) / 2
+
+        loss = linear_divergence(total_variation, student_hidden, student_head, teacher_hidden, teacher_head)
+    """
+
+    def step(student_logits, teacher_logits, c):
+        if c is None:
+            return fn(student_logits, teacher_logits).unsqueeze(0), None
+        with torch.enable_grad():
+            student_logits = student_logits.detach().requires_grad_()
+            losses = fn(student_logits, teacher_logits)
+            (gradient,) = torch.autograd.grad(losses, student_logits, c.to(losses.dtype))
+        return losses.detach().unsqueeze(0), gradient
+
+    def run(*tensors, plan, needs):
+        return over_chunks(step, 1, *tensors, plan, *needs)
+
+    tensors = student_hidden, student_head, teacher_hidden, teacher_head
+    (loss,) = _reduced(run, tensors, weight, reduction, None, None, chunk_tokens)
+    return loss
+
+
+def _reduced(run, tensors, weight, reduction, vocab_size, logits_dtype, chunk_tokens):
+    """The loss and the columns after the first, (N,) each.
+
+    run(*tensors, coefficient, plan=, needs=) is over_chunks with a step.
+    """
+    check_reduction(reduction)
+    check_chunking(chunk_tokens, logits_dtype)
+    student_hidden, student_head, teacher_hidden, teacher_head = tensors
+    device = student_hidden.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    check_linear(*tensors, autocast)
+    vocab_size = common_vocabulary(vocab_size, len(student_head), len(teacher_head))
+    weight = weight_per_token(weight, student_hidden)
+    plan = make_plan(student_hidden, teacher_hidden, autocast, vocab_size, logits_dtype, chunk_tokens)
+    needs = [torch.is_grad_enabled() and x.requires_grad for x in (student_hidden, student_head)]
+    function = _TwoPasses if reduction == "none" else _OnePass
+    loss, *metrics = function.apply(*tensors, weight, run, plan, needs)
+    if reduction == "mean":
+        loss = loss / weight_total(weight, len(student_hidden))
+    return loss, *metrics
+
+
+class _OnePass(torch.autograd.Function):
+    """sum_i w_i loss_i. Its upstream gradient is one number, so forward computes the gradients unscaled."""
+
+    @staticmethod
+    def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weight, run, plan, needs):
+        tensors = student_hidden, student_head, teacher_hidden, teacher_head
+        coefficient, ctx.scale = _normalised(weight)
+        columns, d_hidden, d_head = run(*tensors, coefficient, plan=plan, needs=needs)
+        ctx.save_for_backward(d_hidden, d_head)
+        ctx.needs, ctx.dtypes = needs, (student_hidden.dtype, student_head.dtype)
+        losses, *metrics = columns.unbind()
+        ctx.mark_non_differentiable(*metrics)
+        return weighted(losses, weight).sum(), *metrics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream, *_):
+        d_hidden, d_head = _gradients(ctx.saved_tensors, upstream * ctx.scale, ctx.dtypes, ctx.needs)
+        return d_hidden, d_head, *[None] * 6
+
+
+class _TwoPasses(torch.autograd.Function):
+    """(N,) losses w_i loss_i. Their upstream gradients come with backward, which recomputes the logits."""
+
+    @staticmethod
+    def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weight, run, plan, needs):
+        tensors = student_hidden, student_head, teacher_hidden, teacher_head
+        columns, _, _ = run(*tensors, weight, plan=plan, needs=[False, False])
+        ctx.save_for_backward(*tensors, weight)
+        ctx.run, ctx.plan, ctx.needs = run, plan, needs
+        losses, *metrics = columns.unbind()
+        ctx.mark_non_differentiable(*metrics)
+        return weighted(losses, weight), *metrics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream, *_):
+        *tensors, weight = ctx.saved_tensors
+        coefficient, scale = _normalised(weighted(upstream, weight))
+        _, *unscaled = ctx.run(*tensors, coefficient, plan=ctx.plan, needs=ctx.needs)
+        d_hidden, d_head = _gradients(unscaled, scale, [x.dtype for x in tensors[:2]], ctx.needs)
+        return d_hidden, d_head, *[None] * 6
+
+
+def _normalised(weight):
+    """weight / max |weight|, and the maximum: weights of 1 / N would underflow in a float16 gradient."""
+    if weight is None:
+        return None, 1.0
+    scale = torch.cat([weight.abs(), weight.new_zeros(1)]).amax()  # also of no tokens
+    return weight / torch.where(scale == 0, 1, scale), scale
+
+
+def _gradients(unscaled, scale, dtypes, needs):
+    """Each gradient times the scale, rounded once to its dtype; None where it is not needed.
+
+    New tensors without a float32 copy: a second backward finds the saved ones as they were.
+    """
+    scale = scale.reshape(1, 1)  # a 0-dimensional factor would first be rounded to the gradient's dtype
+    results = []
+    for gradient, dtype, need in zip(unscaled, dtypes, needs):
+        out = torch.empty_like(gradient, dtype=dtype) if need else None
+        results.append(torch.mul(gradient, scale, out=out) if need else None)
+    return results
+
+
+def _linear_kl_fake(student_hidden, student_head, teacher_hidden, *options):
+    needs_hidden, needs_head = options[-5:-3]
+    exact = reference.statistics_dtype(student_hidden, teacher_hidden)
+    return (
+        student_hidden.new_empty(5, len(student_hidden), dtype=exact),
+        torch.empty_like(student_hidden) if needs_hidden else student_hidden.new_empty(0),
+        student_head.new_empty(student_head.shape if needs_head else 0, dtype=exact),
+    )
+
+
+@opaque_operator(_linear_kl_fake)
+def linear_kl(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    coefficient: Tensor | None,
+    vocab_size: int,
+    chunk_tokens: int,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    student_logits_dtype: torch.dtype,
+    teacher_logits_dtype: torch.dtype,
+    needs_hidden: bool,
+    needs_head: bool,
+    fkl_weight: float,
+    temperature: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """over_chunks with the KL as its step: columns (5, N) are the loss and the four metrics."""
+    kernels = implementation(impl)
+
+    def step(student_logits, teacher_logits, c):
+        if c is None:
+            numbers, gradient = kernels.statistics(student_logits, teacher_logits, None, temperature), None
+        else:
+            numbers = kernels.fused(student_logits, teacher_logits, c, fkl_weight, temperature)
+            gradient = student_logits  # overwritten
+        return torch.stack([mixed_kl(numbers, fkl_weight), *numbers[:4]]), gradient
+
+    logits_dtypes = student_logits_dtype, teacher_logits_dtype
+    plan = Plan(vocab_size, chunk_tokens, student_dtype, teacher_dtype, *logits_dtypes)
+    tensors = student_hidden, student_head, teacher_hidden, teacher_head
+    return over_chunks(step, 5, *tensors, coefficient, plan, needs_hidden, needs_head)

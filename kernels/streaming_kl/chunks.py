@@ -6,7 +6,8 @@ import torch
 
 from . import reference
 
-# Default size of what all tokens of a chunk take together: 4096 tokens of Qwen3 in bfloat16 on a GPU.
+# What the tokens of a chunk may take together by default. On a GPU it holds 1536 tokens of Qwen3 in bfloat16
+# with float32 logits, or 4096 with bfloat16 logits.
 LOGITS_BYTES = {"cpu": 128 * 2**20, "cuda": 2500 * 10**6}
 
 
@@ -21,24 +22,29 @@ class Plan(NamedTuple):
     teacher_logits_dtype: torch.dtype
 
 
-def make_plan(student_hidden, teacher_hidden, autocast, vocab_size, logits_dtype, chunk_tokens):
-    student_dtype, teacher_dtype = autocast or student_hidden.dtype, autocast or teacher_hidden.dtype
-    dtypes = student_dtype, teacher_dtype, logits_dtype or student_dtype, logits_dtype or teacher_dtype
+def make_plan(product_dtypes, logits_dtype, vocab_size, chunk_tokens, extra_tensors, device):
+    """product_dtypes: of the student's and of the teacher's hidden states and heads.
+
+    Logits are float32, or float64 for float64 inputs, unless logits_dtype says otherwise.
+    """
+    logits_dtypes = [logits_dtype or torch.promote_types(dtype, torch.float32) for dtype in product_dtypes]
     if chunk_tokens is None:
-        chunk_tokens = default_chunk(vocab_size, *dtypes, student_hidden.device)
-    return Plan(vocab_size, chunk_tokens, *dtypes)
+        chunk_tokens = default_chunk(product_dtypes, logits_dtypes, vocab_size, extra_tensors, device)
+    return Plan(vocab_size, chunk_tokens, *product_dtypes, *logits_dtypes)
 
 
-def default_chunk(
-    vocab_size, student_dtype, teacher_dtype, student_logits_dtype, teacher_logits_dtype, device
-):
-    """Tokens whose logits fill LOGITS_BYTES, counting a gradient's copy in the matrix product's dtype."""
-    width = student_logits_dtype.itemsize + teacher_logits_dtype.itemsize
-    if student_logits_dtype != student_dtype:
-        width += student_dtype.itemsize
+def default_chunk(product_dtypes, logits_dtypes, vocab_size, extra_tensors, device):
+    """Tokens whose logits fill LOGITS_BYTES together with copies of them and extra tensors of their size."""
+    width = sum(dtype.itemsize for dtype in logits_dtypes) + extra_tensors * logits_dtypes[0].itemsize
+    if logits_dtypes[0] != product_dtypes[0]:
+        width += product_dtypes[0].itemsize  # the gradient, for the products that follow
+    pairs = zip(product_dtypes, logits_dtypes)
+    width += max(product.itemsize if rounds(product, logits) else 0 for product, logits in pairs)
     if device.type == "cuda":
         tokens = LOGITS_BYTES["cuda"] // (vocab_size * width)
         return max(tokens // 128 * 128, 128)
+    if rounds(torch.float32, product_dtypes[0]):
+        width += torch.float32.itemsize  # the gradient again: see add_product
     return max(LOGITS_BYTES["cpu"] // (vocab_size * width), 1)
 
 
@@ -80,6 +86,9 @@ def over_chunks(
         chunk_tokens = min(plan.chunk_tokens, n_tokens)
         student_buffer = aligned_buffer(chunk_tokens, plan.vocab_size, plan.student_logits_dtype, device)
         teacher_buffer = aligned_buffer(chunk_tokens, plan.vocab_size, plan.teacher_logits_dtype, device)
+        gradient_buffer = None
+        if (needs_hidden or needs_head) and plan.student_logits_dtype != plan.student_dtype:
+            gradient_buffer = aligned_buffer(chunk_tokens, plan.vocab_size, plan.student_dtype, device)
         for start in range(0, n_tokens, plan.chunk_tokens):
             rows = slice(start, min(start + plan.chunk_tokens, n_tokens))
             if live is not None:
@@ -95,7 +104,8 @@ def over_chunks(
             columns[:, rows] = results.to(exact)
             if gradient is None:
                 continue
-            gradient = gradient.to(plan.student_dtype)  # (n, V)
+            if gradient_buffer is not None:
+                gradient = gradient_buffer[: len(hidden)].copy_(gradient)  # (n, V)
             if needs_hidden:
                 d_hidden[rows] = (gradient @ student_head).to(d_hidden.dtype)
             if needs_head:
@@ -110,11 +120,18 @@ def aligned_buffer(rows, vocab_size, dtype, device):
     return buffer[:, :vocab_size]
 
 
+def rounds(product_dtype, logits_dtype):
+    """Whether some numbers of the first have no equal in the second."""
+    return torch.promote_types(product_dtype, logits_dtype) != logits_dtype
+
+
 def product(a, b, buffer):
-    """a @ b in the first rows of the buffer; if that is float32, half-precision products are not rounded."""
+    """a @ b in the first rows of the buffer, in its dtype. Half precision is summed in float32."""
     out = buffer[: len(a)]
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
+    if rounds(a.dtype, out.dtype):
+        return out.copy_(a @ b)
     if a.is_cuda and out.dtype == torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
@@ -126,5 +143,5 @@ def add_product(total, a, b):
         total.addmm_(a, b)
     elif a.is_cuda and total.dtype == torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
+    else:  # CPUs have no products of half precision with a float32 result
         total.addmm_(a.to(total.dtype), b.to(total.dtype))

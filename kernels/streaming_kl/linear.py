@@ -16,6 +16,8 @@ from .checks import (
 from .chunks import Plan, make_plan, over_chunks
 from .common import KLOutput, implementation, mixed_kl, opaque_operator, weight_total, weighted
 
+FN_TENSORS = 8  # of the size of the logits: what the Jensen-Shannon divergence takes with its gradient
+
 
 def linear_streaming_kl(
     student_hidden,
@@ -38,9 +40,10 @@ def linear_streaming_kl(
     temperature, weight, reduction, vocab_size and impl as in streaming_kl; tokens of weight 0 cost nothing
     (finding them makes the host wait for the device once).
 
-    logits_dtype   what logits are rounded to: by default the hidden states' dtype, as nn.Linear does.
-                   Rounding to bf16 can shift a KL of 1e-3 by half of it; torch.float32 does not
-    chunk_tokens   how many tokens have logits at a time; the default fills LOGITS_BYTES
+    logits_dtype   by default float32, which is how half-precision products are summed, or float64 for float64
+                   inputs. torch.bfloat16 rounds logits as a bfloat16 nn.Linear does: half the memory, but the
+                   rounding can shift a KL of 1e-3 by half of it
+    chunk_tokens   how many tokens have logits at a time; the default fills chunks.LOGITS_BYTES
 
     Under autocast, hidden states and heads are cast to its dtype, as nn.Linear does.
     """
@@ -52,7 +55,7 @@ def linear_streaming_kl(
         return linear_kl(*tensors, *plan, *needs, fkl_weight, temperature, impl)
 
     tensors = student_hidden, student_head, teacher_hidden, teacher_head
-    return KLOutput(*_reduced(run, tensors, weight, reduction, vocab_size, logits_dtype, chunk_tokens))
+    return KLOutput(*_reduced(run, tensors, weight, reduction, logits_dtype, chunk_tokens, vocab_size))
 
 
 def linear_divergence(
@@ -64,17 +67,21 @@ def linear_divergence(
     *,
     weight=None,
     reduction="sum",
+    logits_dtype=None,
     chunk_tokens=None,
 ):
     """Any torch function of logits, with the memory and gradients of linear_streaming_kl. Returns the loss.
 
-    fn(student_logits, teacher_logits) -> (n,) losses sees the (n, V) logits of some tokens, in the hidden
-    states' dtype, and must treat each token by itself:
+    fn(student_logits, teacher_logits) -> (n,) losses sees the (n, V) logits of some tokens, in float32 (or
+    what logits_dtype says), and must treat each token by itself:
 
         def total_variation(student_logits, teacher_logits):
             return (teacher_logits.softmax(-1) - student_logits.softmax(-1)).abs().sum(-1) / 2
 
         loss = linear_divergence(total_variation, student_hidden, student_head, teacher_hidden, teacher_head)
+
+    The default chunk leaves room for FN_TENSORS tensors of n x V, among them what autograd saves for fn. If
+    fn takes more, or far less, set chunk_tokens.
     """
 
     def step(student_logits, teacher_logits, c):
@@ -90,12 +97,12 @@ def linear_divergence(
         return over_chunks(step, 1, *tensors, plan, *needs)
 
     tensors = student_hidden, student_head, teacher_hidden, teacher_head
-    (loss,) = _reduced(run, tensors, weight, reduction, None, None, chunk_tokens)
+    (loss,) = _reduced(run, tensors, weight, reduction, logits_dtype, chunk_tokens, extra_tensors=FN_TENSORS)
     return loss
 
 
-def _reduced(run, tensors, weight, reduction, vocab_size, logits_dtype, chunk_tokens):
-    """The loss and the columns after the first, (N,) each.
+def _reduced(run, tensors, weight, reduction, logits_dtype, chunk_tokens, vocab_size=None, extra_tensors=0):
+    """The loss, and the columns after the first, (N,) each.
 
     run(*tensors, coefficient, plan=, needs=) is over_chunks with a step.
     """
@@ -107,7 +114,8 @@ def _reduced(run, tensors, weight, reduction, vocab_size, logits_dtype, chunk_to
     check_linear(*tensors, autocast)
     vocab_size = common_vocabulary(vocab_size, len(student_head), len(teacher_head))
     weight = weight_per_token(weight, student_hidden)
-    plan = make_plan(student_hidden, teacher_hidden, autocast, vocab_size, logits_dtype, chunk_tokens)
+    dtypes = autocast or student_hidden.dtype, autocast or teacher_hidden.dtype
+    plan = make_plan(dtypes, logits_dtype, vocab_size, chunk_tokens, extra_tensors, student_hidden.device)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (student_hidden, student_head)]
     function = _TwoPasses if reduction == "none" else _OnePass
     loss, *metrics = function.apply(*tensors, weight, run, plan, needs)

@@ -1,13 +1,15 @@
-"""What the Triton kernels take on a GPU, found by compiling them for it. Needs no GPU. Fails if any kernel spills registers to memory.
+"""What the Triton kernels take on a GPU, found by compiling them for it. Needs no GPU.
 
     python -m benchmarks.kernel_resources [--json FILE]
 
-Kernels are built as they are launched for a vocabulary of 151,936: for sm_80, sm_90 and sm_100, every dtype, mixed directions; and once
-for rows that start at odd addresses, where loads cannot be wide. Registers and shared memory set how many programs fit on a
-multiprocessor; stack and local memory are spills.
+Kernels are built as they are launched for a vocabulary of 151,936: for sm_80, sm_90 and sm_100, every dtype,
+mixed directions; and once for rows that start at odd addresses, where loads cannot be wide. Registers and
+shared memory set how many programs fit on a multiprocessor; stack and local memory are spills. Fails if there
+are any.
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -15,14 +17,26 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 
 import triton
+from streaming_kl import triton_kl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from streaming_kl import triton_kl
-
 KERNELS = ("_statistics_kernel", "_gradient_kernel", "_fused_kernel")
-ARCHITECTURES = {80: 164, 90: 228, 100: 228}  # KiB of shared memory on a multiprocessor; all have 65536 registers and 64 warps
+DTYPES = ("bf16", "fp16", "fp32")
+SHARED_MEMORY = {80: 164, 90: 228, 100: 228}  # KiB on a multiprocessor, by architecture
+REGISTERS, WARPS = 65536, 64  # on a multiprocessor of any of them
 CONSTANTS = {"WEIGHTED": True, "FKL": True, "RKL": True, "BLOCK": triton_kl.BLOCK, "STAGES": triton_kl.STAGES}
+COLUMNS = {  # and their widths
+    "kernel": 20,
+    "arch": 6,
+    "dtype": 5,
+    "rows": 9,
+    "registers": 9,
+    "stack": 5,
+    "local": 5,
+    "shared": 6,
+    "programs_per_sm": 15,
+}
 
 
 def compile_kernel(name, architecture, dtype, aligned):
@@ -30,18 +44,22 @@ def compile_kernel(name, architecture, dtype, aligned):
     kernel = getattr(triton_kl, name)
     signature, constants, hints = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
-        logits = argument in ("student", "teacher") or argument == "out" and name == "_gradient_kernel"
-        size = argument == "V" or argument.endswith("_stride")
+        is_logits = argument in ("student", "teacher") or (name == "_gradient_kernel" and argument == "out")
+        is_size = argument == "V" or argument.endswith("_stride")
         if argument in CONSTANTS:
-            signature[argument], constants[(i,)] = "constexpr", CONSTANTS[argument]
+            signature[argument] = "constexpr"
+            constants[(i,)] = CONSTANTS[argument]
         elif argument in ("scale", "fkl_weight"):
             signature[argument] = "fp32"
+        elif is_size or argument == "N":
+            signature[argument] = "i32"
         else:
-            signature[argument] = "i32" if size or argument == "N" else f"*{dtype if logits else 'fp32'}"
-        if signature[argument].startswith("*") or size and aligned:
+            signature[argument] = f"*{dtype}" if is_logits else "*fp32"
+        if signature[argument].startswith("*") or (is_size and aligned):
             hints[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, hints)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=triton_kl.launch_options(triton_kl.BLOCK))
+    target = GPUTarget("cuda", architecture, 32)
+    return triton.compile(source, target=target, options=triton_kl.launch_options(triton_kl.BLOCK))
 
 
 def resources(name, architecture, dtype, aligned):
@@ -51,23 +69,32 @@ def resources(name, architecture, dtype, aligned):
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    fits = [65536 // (-(-registers // 8) * 8 * 32 * warps), 64 // warps, ARCHITECTURES[architecture] * 1024 // (shared + 1024)]
-    return {"registers": registers, "stack": stack, "local": local, "shared": shared, "programs_per_sm": min(fits)}
+    found = {}
+    for key, name_in_dump in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL")):
+        found[key] = int(re.search(rf"\b{name_in_dump}:(\d+)", usage)[1])
+    found["shared"] = compiled.metadata.shared
+    warps = compiled.metadata.num_warps
+    allocated = -(-found["registers"] // 8) * 8  # a thread's registers come in eights
+    found["programs_per_sm"] = min(
+        REGISTERS // (allocated * 32 * warps),
+        WARPS // warps,
+        SHARED_MEMORY[architecture] * 1024 // (found["shared"] + 1024),
+    )
+    return found
 
 
 def main(args):
-    variants = [(name, arch, dtype, True) for name in KERNELS for arch in ARCHITECTURES for dtype in ("bf16", "fp16", "fp32")]
+    variants = [(*variant, True) for variant in itertools.product(KERNELS, SHARED_MEMORY, DTYPES)]
     variants += [(name, 90, "bf16", False) for name in KERNELS]
     rows = []
-    form = "{kernel:20} {arch:>6} {dtype:>5} {rows:>9} {registers:>9} {stack:>5} {local:>5} {shared:>6} {programs_per_sm:>15}"
-    print(form.format(**{name: name for name in re.findall(r"{(\w+)", form)}))
+    print(" ".join(name.rjust(width) for name, width in COLUMNS.items()))
     with ProcessPoolExecutor() as pool:
-        for (name, architecture, dtype, aligned), row in zip(variants, pool.map(resources, *zip(*variants))):
-            row |= {"kernel": name.strip("_"), "arch": f"sm_{architecture}", "dtype": dtype, "rows": "aligned" if aligned else "unaligned"}
+        for variant, row in zip(variants, pool.map(resources, *zip(*variants))):
+            name, architecture, dtype, aligned = variant
+            row |= {"kernel": name.strip("_"), "arch": f"sm_{architecture}", "dtype": dtype}
+            row["rows"] = "aligned" if aligned else "unaligned"
             rows.append(row)
-            print(form.format(**row))
+            print(" ".join(str(row[name]).rjust(width) for name, width in COLUMNS.items()))
     if args.json:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=1)

@@ -1,18 +1,19 @@
 """Time and memory of the KL kernels beside every other implementation that is installed, in one process.
 
-    python -m benchmarks.kernel_speed                                   the whole table (on a CPU: a small one, torch only)
-    python -m benchmarks.kernel_speed --n 8192 --vocab 151936           one corner of it
+    python -m benchmarks.kernel_speed                          the whole table; on a CPU a small one
+    python -m benchmarks.kernel_speed --n 8192 --vocab 151936  one corner of it
 
-Two entries: from logits (N, V), and from hidden states (N, H) with heads (V, H). For each, forward alone and forward + backward, in
-milliseconds (median), with the peak of memory beyond the inputs. Every contender's loss is first compared with float64 on a small
-problem, and its error printed: what computes something else is no competitor.
+Two entries: from logits (N, V), and from hidden states (N, H) with heads (V, H). For each, forward alone and
+forward + backward, in milliseconds (median), with the peak of memory beyond the inputs. Every contender's
+loss is first compared with float64 on a small problem, and its error printed: what computes something else is
+no competitor.
 
-Two rates are measured first: of a copy, counting what it reads and writes, and of a matrix product of the shapes at hand. From them
-follow the floors, and each row's ratio to its floor:
+Two rates are measured first: of a copy, counting what it reads and writes, and of a matrix product of the
+shapes at hand. From them follow the floors, and each row's ratio to its floor:
 
     logits   forward 2 readings of (N, V); with backward 4 readings and 1 writing
-    hidden   2 N V (H_student + H_teacher) operations, with backward 2 N V (3 H_student + H_teacher), plus the same readings and
-             writing of the chunks' logits
+    hidden   2 N V (H_student + H_teacher) operations, with backward 2 N V (3 H_student + H_teacher), plus the
+             same readings and writing of the chunks' logits, in the inputs' dtype
 
 Writes bench.json (all rows, rates, versions, and what did not run and why) and bench.png into --out.
 """
@@ -25,9 +26,9 @@ import os
 import statistics
 import subprocess
 import time
+from functools import partial
 
 import torch
-
 from streaming_kl import linear_streaming_kl, streaming_kl
 
 
@@ -36,23 +37,26 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--out", default="out/bench", help="folder for bench.json and bench.png")
     # sizes
-    p.add_argument("--n", type=int, nargs="+", default=[512, 2048, 8192, 32768] if cuda else [64, 256], help="tokens")
+    tokens = [512, 2048, 8192, 32768] if cuda else [64, 256]
+    p.add_argument("--n", type=int, nargs="+", default=tokens, help="tokens")
     p.add_argument("--vocab", type=int, nargs="+", default=[32000, 151936] if cuda else [1000, 8000])
     p.add_argument("--hidden", type=int, default=1024 if cuda else 64, help="the student's hidden size")
     p.add_argument("--teacher_hidden", type=int, nargs="+", default=[2560, 4096] if cuda else [96])
-    p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16" if cuda else "float32")
+    dtypes = ["bfloat16", "float16", "float32"]
+    p.add_argument("--dtype", choices=dtypes, default="bfloat16" if cuda else "float32")
     # what
     p.add_argument("--entry", choices=["logits", "hidden"], nargs="+", default=["logits", "hidden"])
     p.add_argument("--fkl_weight", type=float, nargs="+", default=[1.0, 0.0, 0.5])
-    p.add_argument("--only", nargs="+", default=None, help="run the contenders whose names contain one of these words")
+    p.add_argument("--only", nargs="+", help="run the contenders whose names contain one of these words")
     p.add_argument("--repeats", type=int, default=10 if cuda else 3)
     return p.parse_args(argv)
 
 
-# ------------------------------------------------------------------------------------------------------------ contenders
-# Each function below is called once per direction and gives a function of the tensors that returns a loss, or raises Unavailable. From
-# logits: f(student_logits, teacher_logits); from hidden states: f(student_hidden, student_head, teacher_hidden, teacher_head).
-# Some return a mean over tokens instead of a sum: the comparison with float64 accepts both.
+# -------------------------------------------------------------------------------- contenders
+# Each function below is called once per direction and gives a function of the tensors that returns a loss, or
+# raises Unavailable. From logits: f(student_logits, teacher_logits); from hidden states: f(student_hidden,
+# student_head, teacher_hidden, teacher_head). Some return a mean over tokens instead of a sum: the comparison
+# with float64 accepts both.
 
 
 class Unavailable(Exception):
@@ -60,12 +64,12 @@ class Unavailable(Exception):
 
 
 def kl_from_logits(student_logits, teacher_logits, fkl_weight):
-    log_p, log_q = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
+    log_q, log_p = student_logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     loss = 0.0
     if fkl_weight > 0:
-        loss = loss + fkl_weight * (log_q.exp() * (log_q - log_p)).sum()
+        loss = loss + fkl_weight * (log_p.exp() * (log_p - log_q)).sum()
     if fkl_weight < 1:
-        loss = loss + (1 - fkl_weight) * (log_p.exp() * (log_p - log_q)).sum()
+        loss = loss + (1 - fkl_weight) * (log_q.exp() * (log_q - log_p)).sum()
     return loss
 
 
@@ -80,7 +84,8 @@ def needs_cuda():
 
 def only(fkl_weight, *weights):
     if fkl_weight not in weights:
-        raise Unavailable(f"offers only {' and '.join({1.0: 'forward', 0.0: 'reverse'}[w] for w in weights)} KL")
+        names = {1.0: "forward", 0.0: "reverse"}
+        raise Unavailable(f"offers only {' and '.join(names[weight] for weight in weights)} KL")
 
 
 def ours_logits(fkl_weight, impl="triton", inplace=False):
@@ -89,10 +94,16 @@ def ours_logits(fkl_weight, impl="triton", inplace=False):
     return lambda s, t: streaming_kl(s, t, fkl_weight=fkl_weight, impl=impl, inplace_backward=inplace).loss
 
 
-def ours_hidden(fkl_weight, impl="triton", logits_dtype=None):
+def ours_hidden(fkl_weight, impl="triton", rounded=False):
+    """rounded: logits in the inputs' dtype, as in the other contenders, instead of float32."""
     if impl == "triton":
         needs_cuda()
-    return lambda *tensors: linear_streaming_kl(*tensors, fkl_weight=fkl_weight, impl=impl, logits_dtype=logits_dtype).loss
+
+    def loss(*tensors):
+        logits_dtype = tensors[0].dtype if rounded else None
+        return linear_streaming_kl(*tensors, fkl_weight=fkl_weight, impl=impl, logits_dtype=logits_dtype).loss
+
+    return loss
 
 
 def eager(fkl_weight, function):
@@ -159,7 +170,8 @@ def orda(fkl_weight):
 
     def loss(x, w, xt, wt):
         labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        return distillation_loss(x, w, labels, SeparateTeacher(xt, wt), kl_divergence=direction, **options).loss
+        teacher = SeparateTeacher(xt, wt)
+        return distillation_loss(x, w, labels, teacher, kl_divergence=direction, **options).loss
 
     return loss
 
@@ -176,7 +188,7 @@ CONTENDERS = {
     },
     "hidden": {
         "linear_streaming_kl": ours_hidden,
-        "linear_streaming_kl fp32 logits": lambda a: ours_hidden(a, logits_dtype=torch.float32),
+        "linear_streaming_kl rounded": lambda a: ours_hidden(a, rounded=True),
         "linear_streaming_kl torch": lambda a: ours_hidden(a, impl="torch"),
         "torch eager": lambda a: eager(a, kl_from_hidden),
         "torch.compile": lambda a: compiled(a, kl_from_hidden),
@@ -188,11 +200,11 @@ CONTENDERS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ measuring
+# -------------------------------------------------------------------------------- measuring
 
 
 def inputs(entry, n, v, h, other, dtype, device):
-    """Tensors for a contender; those of the student require gradients. Logits have a standard deviation of about 2."""
+    """Tensors for a contender; the student's require gradients. Logits have a standard deviation near 2."""
     torch.manual_seed(0)
 
     def randn(*shape, scale=1.0):
@@ -205,7 +217,10 @@ def inputs(entry, n, v, h, other, dtype, device):
 
 
 def error(entry, function, fkl_weight, args, device):
-    """Relative errors of the loss and of the first gradient against float64, on 64 tokens; a mean is taken for a sum over 64."""
+    """Relative errors of the loss and of the first gradient against float64, on 64 tokens.
+
+    A mean counts as a sum over 64.
+    """
     n, v = 64, 1024
     tensors = inputs(entry, n, v, args.hidden, args.teacher_hidden[0], getattr(torch, args.dtype), device)
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
@@ -219,8 +234,9 @@ def error(entry, function, fkl_weight, args, device):
 
 
 def kl_from_logits_64(s, t, fkl_weight):
-    log_p, log_q = s.log_softmax(-1), t.log_softmax(-1)
-    return (fkl_weight * log_q.exp() * (log_q - log_p) + (1 - fkl_weight) * log_p.exp() * (log_p - log_q)).sum()
+    log_q, log_p = s.log_softmax(-1), t.log_softmax(-1)
+    fkl, rkl = log_p.exp() * (log_p - log_q), log_q.exp() * (log_q - log_p)
+    return (fkl_weight * fkl + (1 - fkl_weight) * rkl).sum()
 
 
 def kl_from_hidden_64(x, w, xt, wt, fkl_weight):
@@ -264,20 +280,21 @@ def measured_rates(args, device):
     size = 2**30 if device == "cuda" else 2**26
     source = torch.ones(size // dtype.itemsize, dtype=dtype, device=device)
     target = torch.empty_like(source)
-    copy = 2 * size / milliseconds(lambda: target.copy_(source), 10, device) * 1e3
+    copy = 2 * size / milliseconds(partial(target.copy_, source), 10, device) * 1e3
     del source, target
     rows, v, h = 4096 if device == "cuda" else 256, max(args.vocab), max(args.teacher_hidden)
     a, b = (torch.randn(k, h, dtype=dtype, device=device) for k in (rows, v))
     out = torch.empty(rows, v, dtype=dtype, device=device)
-    product = 2 * rows * v * h / milliseconds(lambda: torch.mm(a, b.T, out=out), 10, device) * 1e3
+    product = 2 * rows * v * h / milliseconds(partial(torch.mm, a, b.T, out=out), 10, device) * 1e3
     return {"copy_bytes_per_second": copy, "product_flops_per_second": product}
 
 
 def floor_milliseconds(entry, n, v, h, other, dtype, rates):
     """(forward, forward + backward)"""
-    passes = [n * v * dtype.itemsize * k / rates["copy_bytes_per_second"] * 1e3 for k in (2, 5)]
+    copy, product = rates["copy_bytes_per_second"] / 1e3, rates["product_flops_per_second"] / 1e3
+    passes = [n * v * dtype.itemsize * k / copy for k in (2, 5)]
     if entry == "hidden":
-        products = [2 * n * v * k / rates["product_flops_per_second"] * 1e3 for k in (h + other, 3 * h + other)]
+        products = [2 * n * v * k / product for k in (h + other, 3 * h + other)]
         return [a + b for a, b in zip(passes, products)]
     return passes
 
@@ -292,8 +309,11 @@ def measure(entry, function, tensors, repeats, device):
     def both():
         return torch.autograd.grad(function(*tensors), student)
 
-    row = {"forward_ms": milliseconds(forward, repeats, device), "both_ms": milliseconds(both, repeats, device)}
-    return row | {"peak_gb": peak_gigabytes(both, device)}
+    return {
+        "forward_ms": milliseconds(forward, repeats, device),
+        "both_ms": milliseconds(both, repeats, device),
+        "peak_gb": peak_gigabytes(both, device),
+    }
 
 
 def versions():
@@ -304,26 +324,35 @@ def versions():
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     folder = os.path.dirname(os.path.abspath(__file__))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True).stdout.strip()
+    git = ["git", "-C", folder, "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return found | {"commit": commit or None}
 
 
-# ------------------------------------------------------------------------------------------------------------ report
+# -------------------------------------------------------------------------------- report
 
 
 def show(row):
     def number(x, form):
         return "-" if x is None else format(x, form)
 
-    sizes = f"{row['entry']:6} {row['n']:6} {row['vocab']:7} {number(row['teacher_hidden'], 'd'):>5} {row['fkl_weight']:4}"
+    hidden = number(row["teacher_hidden"], "d")
+    start = (
+        f"{row['entry']:6} {row['n']:6} {row['vocab']:7} {hidden:>5} {row['fkl_weight']:4}  {row['name']:32}"
+    )
     if "why" in row:
-        return f"{sizes}  {row['name']:32} not run: {row['why']}"
-    times = f"{row['forward_ms']:9.3f} {row['both_ms']:9.3f} {row['forward_ratio']:7.2f} {row['both_ratio']:7.2f}"
-    return f"{sizes}  {row['name']:32} {times} {number(row['peak_gb'], '7.2f'):>7} {row['loss_error']:8.1e} {row['gradient_error']:8.1e}"
+        return f"{start} not run: {row['why']}"
+    times = f"{row['forward_ms']:9.3f} {row['both_ms']:9.3f}"
+    ratios = f"{row['forward_ratio']:7.2f} {row['both_ratio']:7.2f}"
+    errors = f"{row['loss_error']:8.1e} {row['gradient_error']:8.1e}"
+    return f"{start} {times} {ratios} {number(row['peak_gb'], '7.2f'):>7} {errors}"
 
 
 def figure(rows, path):
-    """Forward + backward time over N, per entry, at the largest vocabulary and the first direction; dashed: the floor."""
+    """Forward + backward time over N, per entry, at the largest vocabulary and the first direction.
+
+    Dashed: the floor.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -333,18 +362,19 @@ def figure(rows, path):
 
     ran = [row for row in rows if "why" not in row]
     entries = sorted({row["entry"] for row in ran}, reverse=True)
-    plot, axes = pyplot.subplots(1, max(len(entries), 1), figsize=(6 * max(len(entries), 1), 4.5), squeeze=False)
+    width = max(len(entries), 1)
+    plot, axes = pyplot.subplots(1, width, figsize=(6 * width, 4.5), squeeze=False)
     for axis, entry in zip(axes[0], entries):
         chosen = [row for row in ran if row["entry"] == entry]
-        keys = ("vocab", "teacher_hidden", "fkl_weight")
-        best = max((tuple(row[k] or 0 for k in keys) for row in chosen), key=lambda key: (key[0], -key[1], key[2]))
-        chosen = [row for row in chosen if tuple(row[k] or 0 for k in keys) == best]
+        corners = [(row["vocab"], -(row["teacher_hidden"] or 0), row["fkl_weight"]) for row in chosen]
+        chosen = [row for row, corner in zip(chosen, corners) if corner == max(corners)]
         for name in dict.fromkeys(row["name"] for row in chosen):
             line = [(row["n"], row["both_ms"]) for row in chosen if row["name"] == name]
             axis.plot(*zip(*line), marker="o", label=name)
         floor = sorted({(row["n"], row["both_ms"] / row["both_ratio"]) for row in chosen})
         axis.plot(*zip(*floor), "k--", label="floor")
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward + backward, ms", title=f"from {entry}, V = {best[0]:,}")
+        title = f"from {entry}, V = {chosen[0]['vocab']:,}"
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward + backward, ms", title=title)
         axis.legend(fontsize=7)
     plot.tight_layout()
     plot.savefig(path, dpi=150)
@@ -354,10 +384,12 @@ def main(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    report = {"device": name, "versions": versions(), "args": vars(args), **measured_rates(args, device), "rows": []}
+    report = {"device": name, "versions": versions(), "args": vars(args), "rows": []}
+    report |= measured_rates(args, device)
     copy, product = report["copy_bytes_per_second"], report["product_flops_per_second"]
     print(f"{name}, {args.dtype}: copy {copy / 1e9:.0f} GB/s, matrix product {product / 1e12:.2f} TFLOP/s")
-    print("entry       N       V     H  fkl  contender                          fwd ms   both ms  /floor  /floor    GB  loss err grad err")
+    columns = "entry       N       V     H  fkl  " + "contender".ljust(32)
+    print(columns + "    fwd ms   both ms  /floor  /floor      GB loss err grad err")
     functions, errors = {}, {}  # a contender is made once per direction, so that it compiles once
     told = set()  # why something did not run is printed once
     for entry in args.entry:
@@ -366,7 +398,8 @@ def main(args):
         for v, n, other, fkl_weight in itertools.product(args.vocab, args.n, others, args.fkl_weight):
             floors = floor_milliseconds(entry, n, v, args.hidden, other or 0, dtype, report)
             for contender in names:
-                row = {"entry": entry, "n": n, "vocab": v, "teacher_hidden": other, "fkl_weight": fkl_weight, "name": contender}
+                row = {"entry": entry, "name": contender, "n": n, "vocab": v}
+                row |= {"teacher_hidden": other, "fkl_weight": fkl_weight}
                 key, tensors = (entry, contender, fkl_weight), None
                 try:
                     if key not in functions:
@@ -374,7 +407,8 @@ def main(args):
                         errors[key] = error(entry, functions[key], fkl_weight, args, device)
                     tensors = inputs(entry, n, v, args.hidden, other, dtype, device)
                     row |= measure(entry, functions[key], tensors, args.repeats, device)
-                    row |= {"forward_ratio": row["forward_ms"] / floors[0], "both_ratio": row["both_ms"] / floors[1]}
+                    row["forward_ratio"] = row["forward_ms"] / floors[0]
+                    row["both_ratio"] = row["both_ms"] / floors[1]
                     row |= dict(zip(("loss_error", "gradient_error"), errors[key]))
                 except Unavailable as reason:
                     row["why"] = str(reason)
@@ -382,7 +416,7 @@ def main(args):
                     row["why"] = f"not installed ({missing.name})"
                 except torch.OutOfMemoryError:
                     row["why"] = "out of memory"
-                except Exception as failure:  # another project's bug must not end the table; it is part of it
+                except Exception as failure:  # noqa: BLE001  another project's bug is part of the table
                     row["why"] = f"{type(failure).__name__}: {failure}".split("\n")[0][:200]
                 del tensors
                 if device == "cuda":

@@ -102,3 +102,19 @@ def refused(capsys):
         return message
 
     return check
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request, monkeypatch):
+    """Both implementations of the KL; blocks so small that small vocabularies take several."""
+    from kernel_helpers import BLOCK, triton_kl
+    monkeypatch.setattr(triton_kl, "BLOCK", BLOCK)
+    monkeypatch.setattr(triton_kl, "WARPS", 1)
+    return request.param
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -63,10 +63,11 @@ def test_half_precision_hidden_states(impl, dtype, reduction):
 def test_logits_dtype(impl, dtype):
     """Logits are rounded to logits_dtype and to nothing else, for half-precision and for float32 inputs."""
     for inputs_dtype in (dtype, torch.float32):
+        # Multiples of a step: float32 sums of products are exact in any order, so their rounding is unique.
+        step = 1 / 256 if inputs_dtype == torch.float32 else 1 / 64  # of numbers that bfloat16 lacks, or has
         tensors = []
         for x in heads(n=8):
-            # multiples of 1/64: float32 sums of products are exact in any order, so their rounding is unique
-            multiples = (x.detach() * 64).round() / 64
+            multiples = (x.detach() / step).round() * step
             tensors.append(multiples.to(inputs_dtype).requires_grad_(x.requires_grad))
         unrounded = exact_logits(tensors)
         rounded = [logits.to(dtype) for logits in unrounded]

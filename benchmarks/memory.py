@@ -1,13 +1,16 @@
-"""Peak memory of each stage against responses, response length, batch and vocabulary; and what a rank holds. Two Markdown tables.
+"""Peak memory of each stage against responses, their length, batch and vocabulary; and what a rank holds.
 
     OMP_NUM_THREADS=1 python -m benchmarks.memory --out out/memory
 
-The toy architecture (student 64 wide, teacher 128, two layers) with random weights and a large vocabulary. One thing is changed at
-a time from: 16 responses of 128 tokens, a vocabulary of 32,768 tokens, batches of 16 responses in sampling (--sample_batch) and of
-600 tokens in forward passes (--micro_batch_tokens), which a response of 1024 tokens exceeds alone. A point is a process of its own:
-on a GPU the most that torch has allocated, on a CPU the largest resident set above that after the imports. Subtracted is the peak
-of a process that only loads and saves what the stage does: tokenizers, models and, where one is trained, gradients and moments.
-Training makes two steps with a micro-batch each, without the preflight.
+prints two Markdown tables. The models have the toy architecture (student 64 wide, teacher 128, two layers),
+random weights and a large vocabulary. The base point has 16 responses of 128 tokens, a vocabulary of 32,768
+tokens, and batches of 16 responses in sampling (--sample_batch) and of 600 tokens in forward passes
+(--micro_batch_tokens; a response of 1024 tokens exceeds it alone). Each other point changes one of these.
+Training makes two steps of one micro-batch each, without the preflight.
+
+Every point runs in a process of its own. Its peak is, on a GPU, the most that torch has allocated; on a
+CPU, the largest resident set, minus that after the imports. Subtracted is the peak of a process that only
+loads and saves what the stage holds: tokenizers, models and, where one is trained, gradients and moments.
 """
 
 import argparse
@@ -18,6 +21,8 @@ import random
 import resource
 import socket
 import sys
+import types
+from typing import NamedTuple
 
 import torch
 
@@ -36,52 +41,64 @@ from distil.rollouts import finish_rollouts, write_rollouts
 from recipes import toy_world
 
 CONTEXT = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
-FLAGS = "--engine hf --dtype float32 --max_response_tokens {length}"
-SAMPLE = FLAGS + " --data {data} --limit {responses} --sample_batch {rows} --n 1"
-TRAIN = FLAGS + " --steps 2 --micro_batch_tokens {tokens}"
-STAGES = {  # file, models that it loads, whether the first is trained, flags
-    "rollout": (rollout, ["teacher"], False, "--model {teacher} " + SAMPLE),
-    "score_teacher": (
+COMMON = "--engine hf --dtype float32 --max_response_tokens {length}"
+PROBLEMS = "--data {data} --limit {responses}"
+SAMPLE = f"{COMMON} {PROBLEMS} --sample_batch {{rows}} --n 1"
+TRAIN = f"{COMMON} --steps 2 --micro_batch_tokens {{tokens}}"
+
+
+class Stage(NamedTuple):
+    """flags: with names of point() in braces; models: what it loads; trained: whether it trains the first."""
+
+    module: types.ModuleType
+    flags: str
+    models: tuple
+    trained: bool = False
+
+
+STAGES = {
+    "rollout": Stage(rollout, f"--model {{teacher}} {SAMPLE}", ("teacher",)),
+    "score_teacher": Stage(
         score_teacher,
-        ["teacher"],
-        False,
-        "--teacher {teacher} --rollouts {rollouts} --dtype float32 "
-        "--shard_tokens 2048 --micro_batch_tokens {tokens}",
+        "--teacher {teacher} --rollouts {rollouts} --dtype float32 --shard_tokens 2048 "
+        "--micro_batch_tokens {tokens}",
+        ("teacher",),
     ),
-    "train, teacher prefix": (
+    "train, teacher prefix": Stage(
         train,
-        ["student"],
-        True,
-        "--prefix teacher --kl forward --student {student} --rollouts {rollouts} "
-        "--scores {scores} --batch_size {trained} " + TRAIN,
+        "--prefix teacher --kl forward --student {student} --rollouts {rollouts} --scores {scores} "
+        f"--batch_size {{trained}} {TRAIN}",
+        ("student",),
+        trained=True,
     ),
-    "train, student prefix": (
+    "train, student prefix": Stage(
         train,
-        ["student", "teacher"],
-        True,
-        "--prefix student --kl reverse --student {student} "
-        "--teacher {teacher} --data {data} --limit {responses} --batch_size {trained} " + TRAIN,
+        "--prefix student --kl reverse --student {student} --teacher {teacher} "
+        f"{PROBLEMS} --batch_size {{trained}} {TRAIN}",
+        ("student", "teacher"),
+        trained=True,
     ),
-    "grpo": (
+    "grpo": Stage(
         grpo,
-        ["student", "student"],
-        True,
-        "--model {student} --data {data} --limit {responses} --n 2 --batch_size {groups} "
-        "--kl_weight 0.1 " + TRAIN,
+        f"--model {{student}} {PROBLEMS} --n 2 --batch_size {{groups}} --kl_weight 0.1 {TRAIN}",
+        ("student", "student"),
+        trained=True,
     ),
-    "evaluate": (evaluate, ["student"], False, "--model {student} --micro_batch_tokens {tokens} " + SAMPLE),
+    "evaluate": Stage(
+        evaluate, f"--model {{student}} --micro_batch_tokens {{tokens}} {SAMPLE}", ("student",)
+    ),
 }
 BASE = {"responses": 16, "length": 128, "batch": 1, "vocabulary": 2**15}
-POINTS = {
-    "MB": {},
+POINTS = {  # the table's columns
+    "base": {},
     "responses x4": {"responses": 64},
-    "x16": {"responses": 256},
+    "responses x16": {"responses": 256},
     "length x4": {"length": 512},
-    "x8": {"length": 1024},
+    "length x8": {"length": 1024},
     "batch x2": {"batch": 2},
-    "x4": {"batch": 4},
+    "batch x4": {"batch": 4},
     "vocabulary x2": {"vocabulary": 2**16},
-    "x4 ": {"vocabulary": 2**17},
+    "vocabulary x4": {"vocabulary": 2**17},
 }
 
 
@@ -93,12 +110,12 @@ def get_args(argv=None):
 
 @functools.cache
 def in_process(function, *args):
-    """Bytes at the peak of function(*args) above those at its begin, in a process of its own; the same call is made once."""
+    """Peak bytes of function(*args) above those at its start, in its own process; each call is made once."""
     receive, send = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=measure, args=(send, function, args))
     process.start()
     send.close()
-    value = receive.recv()  # EOFError where it failed; its message is on the screen
+    value = receive.recv()  # EOFError if it failed; its message is on the screen
     process.join()
     return value
 
@@ -112,18 +129,17 @@ def measure(send, function, args):
 
 def make_world(out, size):
     """Problems, a tokenizer of `size` tokens, and the two untrained models."""
-    words, toy_world.WORDS = (
-        toy_world.WORDS,
-        toy_world.WORDS + [chr(0x10000 + i) for i in range(size - len(toy_world.WORDS) - 3)],
-    )
-    tokenizer, toy_world.WORDS = toy_world.make_tokenizer(), words
+    words = toy_world.WORDS
+    fillers = size - len(words) - len(toy_world.SPECIAL)
+    toy_world.WORDS = words + [chr(0x10000 + i) for i in range(fillers)]
+    tokenizer = toy_world.make_tokenizer()
+    toy_world.WORDS = words
     for name, shape in {"teacher": (128, 2, 4), "student": (64, 2, 2)}.items():
         model = toy_world.make_model(tokenizer, *shape)
         model.config.max_position_embeddings = 2048
         with torch.no_grad():
-            model.get_input_embeddings().weight.mul_(4)[tokenizer.all_special_ids] = (
-                0  # distributions with a signal; nothing stops
-            )
+            embeddings = model.get_input_embeddings().weight.mul_(4)  # distributions that are not flat
+            embeddings[tokenizer.all_special_ids] = 0  # nothing stops
         model.save_pretrained(os.path.join(out, name))
         tokenizer.save_pretrained(os.path.join(out, name))
     with open(os.path.join(out, "problems.jsonl"), "w", encoding="utf-8") as file:
@@ -133,14 +149,16 @@ def make_world(out, size):
 
 def make_rollouts(out, world, responses, length):
     """A rollouts artifact of random tokens."""
-    args, rng = argparse.Namespace(out=out, resume=False, overwrite=True), random.Random(0)
+    args = argparse.Namespace(out=out, resume=False, overwrite=True)
+    rng = random.Random(0)
     tokenizer = load_tokenizer(os.path.join(world, "teacher"), "-")
     problems = load_problems(os.path.join(world, "problems.jsonl"), responses)
     start_artifact(args)
     with open(os.path.join(out, "rollouts.jsonl.tmp"), "w", encoding="utf-8") as file:
         for problem in problems:
-            ids = [rng.randrange(3, len(tokenizer)) for _ in range(length)]
-            response = Response(render_prompt(tokenizer, problem["problem"]), ids, truncated=True)
+            prompt = render_prompt(tokenizer, problem["problem"])
+            response_ids = [rng.randrange(3, len(tokenizer)) for _ in range(length)]
+            response = Response(prompt, response_ids, truncated=True)
             write_rollouts(file, tokenizer, [problem], [[response]])
     finish_rollouts(args, tokenizer, model="random", stop_ids=stop_ids(tokenizer))
 
@@ -159,90 +177,97 @@ def hold(out, trained, *models):
     tokenizers[0].save_pretrained(out)
 
 
-def run(stage, words, log):
+def run(module, words, log):
     sys.stdout = sys.stderr = open(log, "a", encoding="utf-8")
-    train.first_look = lambda *args: None
-    stage.main(stage.get_args(words.split()))
+    train.first_look = lambda *args: None  # the preflight
+    module.main(module.get_args(words.split()))
 
 
 def point(out, name, responses, length, batch, vocabulary):
     """MB of a stage beyond what it holds."""
-    stage, models, trained, flags = STAGES[name]
+    stage, log = STAGES[name], os.path.join(out, "log.txt")
+    if stage.module is not train:
+        responses = max(responses, 16 * batch)  # enough to fill a batch
     world = os.path.join(out, f"world_{vocabulary}")
     in_process(make_world, world, vocabulary)
-    if "prefix" not in name:
-        responses = max(responses, 16 * batch)  # enough to fill a batch
-    sizes = {
+    values = {
+        "responses": responses,
+        "length": length,
         "tokens": 600 * batch,
         "rows": 16 * batch,
         "trained": max(1, 512 * batch // length),
         "groups": max(1, 256 * batch // length),
+        "teacher": f"{world}/teacher",
+        "student": f"{world}/student",
+        "data": f"{world}/problems.jsonl",
+        "rollouts": f"{world}/rollouts_{responses}_{length}",
+        "scores": f"{world}/scores_{responses}_{length}",
     }
-    paths = {
-        "teacher": os.path.join(world, "teacher"),
-        "student": os.path.join(world, "student"),
-        "data": os.path.join(world, "problems.jsonl"),
-        "rollouts": os.path.join(world, f"rollouts_{responses}_{length}"),
-        "scores": os.path.join(world, f"scores_{responses}_{length}"),
-    }
-    if "{rollouts}" in flags:
-        in_process(make_rollouts, paths["rollouts"], world, responses, length)
-    if "{scores}" in flags:
-        make = STAGES["score_teacher"][3] + " --out " + paths["scores"]
-        in_process(run, score_teacher, make.format(**paths, tokens=600), os.path.join(out, "log.txt"))
-    words = f"{flags} --overwrite --out {os.path.join(out, 'run')}".format(
-        **paths, **sizes, responses=responses, length=length
-    )
-    held = in_process(hold, os.path.join(out, "held"), trained, *(paths[model] for model in models))
-    return (in_process(run, stage, words, os.path.join(out, "log.txt")) - held) / 1e6
+    if "{rollouts}" in stage.flags:
+        in_process(make_rollouts, values["rollouts"], world, responses, length)
+    if "{scores}" in stage.flags:
+        flags = STAGES["score_teacher"].flags.format(**values | {"tokens": 600})
+        in_process(run, score_teacher, f"{flags} --out {values['scores']}", log)
+    held = in_process(hold, f"{out}/held", stage.trained, *(values[model] for model in stage.models))
+    words = f"{stage.flags.format(**values)} --overwrite --out {out}/run"
+    return (in_process(run, stage.module, words, log) - held) / 1e6
+
+
+def local_bytes(tensor):
+    """Bytes of a tensor, or of this rank's shard of it."""
+    return tensor.to_local().nbytes if hasattr(tensor, "to_local") else tensor.nbytes
 
 
 def as_rank(rank, count, port, directory, out):
-    """Writes the bytes of weights, gradients and moments that this rank holds after a step."""
-    os.environ |= {
+    """Writes the MB of weights, gradients and moments that this rank holds after a step."""
+    os.environ |= {  # what torchrun sets
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "memory",
-    }  # what torchrun sets
+    }
     ranks.start()
     model = ranks.load_sharded(directory, "-", "float32", trained=True)
     optimizer = torch.optim.AdamW(model.parameters())
     models.response_hidden(model, [[3, 4]], [[5, 6, 7]]).sum().backward()
     optimizer.step()
-    parameters = list(model.parameters())
+    weights = list(model.parameters())
+    gradients = [weight.grad for weight in weights]
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    held = [
-        [getattr(tensor, "to_local", lambda: tensor)().nbytes for tensor in tensors]
-        for tensors in (parameters, [parameter.grad for parameter in parameters], moments)
-    ]
+    held = [sum(map(local_bytes, tensors)) / 1e6 for tensors in (weights, gradients, moments)]
     with open(os.path.join(out, f"{count}_{rank}.json"), "w") as file:
-        json.dump([sum(sizes) / 1e6 for sizes in held], file)
+        json.dump(held, file)
     ranks.end()
+
+
+def memory_of_ranks(out, count):
+    """MB of weights, gradients and moments: the largest of `count` ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    teacher = os.path.join(out, f"world_{BASE['vocabulary']}", "teacher")
+    start = torch.multiprocessing.start_processes
+    start(as_rank, (count, port, teacher, out), nprocs=count, start_method=CONTEXT.get_start_method())
+    held = [json.load(open(os.path.join(out, f"{count}_{rank}.json"))) for rank in range(count)]
+    return [max(sizes) for sizes in zip(*held)]
 
 
 def main(args):
     start_artifact(args)
     lines = [["MB beyond what is held", *POINTS], ["---"] * (1 + len(POINTS))]
     for name in STAGES:
-        lines.append([name, *(f"{point(args.out, name, **BASE | change):.0f}" for change in POINTS.values())])
+        found = [point(args.out, name, **BASE | change) for change in POINTS.values()]
+        lines.append([name, *(f"{size:.0f}" for size in found)])
         print(" ".join(lines[-1]), flush=True)
     print(markdown(lines))
-    directory, lines = os.path.join(args.out, f"world_{BASE['vocabulary']}", "teacher"), []
+    lines = [["ranks", "weights MB", "gradients MB", "moments MB"], ["---"] * 4]
     for count in (1, 2, 4):
         if torch.cuda.is_available() and count > torch.cuda.device_count():
             break
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.multiprocessing.start_processes(
-            as_rank, (count, port, directory, args.out), nprocs=count, start_method=CONTEXT.get_start_method()
-        )
-        held = [json.load(open(os.path.join(args.out, f"{count}_{rank}.json"))) for rank in range(count)]
-        lines.append([str(count), *(f"{max(sizes):.2f}" for sizes in zip(*held))])
-    print(markdown([["ranks", "weights MB", "gradients MB", "moments MB"], ["---"] * 4, *lines]))
+        lines.append([str(count), *(f"{size:.2f}" for size in memory_of_ranks(args.out, count))])
+    print(markdown(lines))
     finish_artifact(args, "memory", [])
 
 

@@ -1,12 +1,13 @@
-"""Remove from one problem set what another one holds already, exactly or in other words.
+"""Remove from one problem set the problems that another one contains, exactly or in other words.
 
     python -m recipes.dedup --data train.jsonl --against aime24 --out out/train_without_aime24
 
-    problems, problems  ->  OUT/problems.jsonl (what is kept), OUT/dropped.jsonl (with the reason and the nearest problem), OUT/meta.json
+writes OUT/problems.jsonl (kept), OUT/dropped.jsonl (with the reason and the nearest problem) and
+OUT/meta.json.
 
-Exact: equal after case and white space are ignored. Semantic: the cosine similarity of sentence embeddings to any problem of --against is
-at least --threshold. The threshold of 0.6 with all-mpnet-base-v2 is that of arXiv 2604.13016's code. Semantic comparison needs the package
-sentence-transformers, which is no dependency of this project.
+Exact: equal if case and white space are ignored. Semantic: the cosine similarity of the sentence embeddings
+to any problem of --against is at least --threshold. The threshold of 0.6 with all-mpnet-base-v2 is that of
+arXiv 2604.13016's code. It needs the package sentence-transformers, which this project does not depend on.
 """
 
 import argparse
@@ -28,13 +29,10 @@ def get_args(argv=None):
         "--method", choices=["exact", "semantic"], default="semantic", help="semantic includes exact"
     )
     p.add_argument(
-        "--encoder", default="sentence-transformers/all-mpnet-base-v2", help="sentence-transformers model"
+        "--encoder", default="sentence-transformers/all-mpnet-base-v2", help="of sentence-transformers"
     )
     p.add_argument(
-        "--threshold",
-        type=float,
-        default=0.6,
-        help="cosine similarity from which on two problems are the same",
+        "--threshold", type=float, default=0.6, help="least cosine similarity of two equal problems"
     )
     add_output_flags(p, resume=False)
     return p.parse_args(argv)
@@ -45,7 +43,8 @@ def canonical(problem):
 
 
 def nearest(encode, texts, others, batch=256):
-    """For each text its most similar one of `others`: (similarities (n,), indices (n,)). encode: list of str -> (n, D) tensor."""
+    """For each text the most similar of `others`: (similarities (n,), indices (n,)).
+    encode: list of n str -> (n, D) tensor."""
 
     def unit(texts):
         return torch.nn.functional.normalize(encode(texts).float(), dim=-1)
@@ -57,13 +56,12 @@ def nearest(encode, texts, others, batch=256):
 
 
 def duplicates(problems, others, encode=None, threshold=0.6):
-    """{index into problems: (reason, index into others, similarity)}; without `encode`, exact duplicates only."""
+    """{index into problems: (reason, index into others, similarity)}; only exact ones if `encode` is None."""
     where = {canonical(other["problem"]): i for i, other in enumerate(others)}
-    found = {
-        i: ("exact", where[canonical(problem["problem"])], 1.0)
-        for i, problem in enumerate(problems)
-        if canonical(problem["problem"]) in where
-    }
+    found = {}
+    for i, problem in enumerate(problems):
+        if canonical(problem["problem"]) in where:
+            found[i] = ("exact", where[canonical(problem["problem"])], 1.0)
     if encode:
         similarity, index = nearest(encode, [p["problem"] for p in problems], [o["problem"] for o in others])
         for i in range(len(problems)):
@@ -76,9 +74,7 @@ def load_encoder(name):
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
-        refuse(
-            "--method semantic: needs the package sentence-transformers (pip install sentence-transformers); or use --method exact"
-        )
+        refuse("--method semantic needs sentence-transformers: pip install it, or use --method exact")
     model = SentenceTransformer(name)
     return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
 
@@ -86,29 +82,23 @@ def load_encoder(name):
 def main(args):
     check_out(args)
     problems, others = load_problems(args.data), load_problems(args.against)
-    found = duplicates(
-        problems, others, load_encoder(args.encoder) if args.method == "semantic" else None, args.threshold
-    )
+    encode = load_encoder(args.encoder) if args.method == "semantic" else None
+    found = duplicates(problems, others, encode, args.threshold)
     start_artifact(args)
+    counts = {"problems": len(problems), "kept": 0, "dropped_exact": 0, "dropped_semantic": 0}
     with (
         open(os.path.join(args.out, "problems.jsonl"), "w", encoding="utf-8") as kept,
         open(os.path.join(args.out, "dropped.jsonl"), "w", encoding="utf-8") as dropped,
     ):
         for i, problem in enumerate(problems):
-            if i in found:
-                reason, other, similarity = found[i]
-                row = {**problem, "reason": reason, "nearest": others[other], "similarity": similarity}
-                dropped.write(json.dumps(row, ensure_ascii=False) + "\n")
-            else:
+            if i not in found:
+                counts["kept"] += 1
                 kept.write(json.dumps(problem, ensure_ascii=False) + "\n")
-    counts = {
-        "problems": len(problems),
-        "kept": len(problems) - len(found),
-        **{
-            f"dropped_{reason}": sum(r == reason for r, _, _ in found.values())
-            for reason in ("exact", "semantic")
-        },
-    }
+                continue
+            reason, other, similarity = found[i]
+            counts[f"dropped_{reason}"] += 1
+            row = {**problem, "reason": reason, "nearest": others[other], "similarity": similarity}
+            dropped.write(json.dumps(row, ensure_ascii=False) + "\n")
     finish_artifact(args, "dedup", ["problems.jsonl", "dropped.jsonl"], counts=counts)
     print("  ".join(f"{name} {value}" for name, value in counts.items()))
 

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# The experiments of arXiv 2604.13016 at full size: when does on-policy distillation (OPD) work, and what repairs it?
+# The experiments of arXiv 2604.13016 at full size: when does on-policy distillation (OPD) work, what helps?
 #
-#   bash recipes/paper_b.sh --list                                  the rows, beside what the paper reports for them
-#   bash recipes/paper_b.sh --row topk/k16 --dry_run                its commands, GPU hours and disk; runs nothing
-#   bash recipes/paper_b.sh --row cold_start/sft [--gpus 8]         runs it, and what it needs before it
-#   bash recipes/paper_b.sh                                         everything
+#   bash recipes/paper_b.sh --list                              the rows, with the paper's results
+#   bash recipes/paper_b.sh --row topk/k16 --dry_run            its commands, GPU hours and disk; runs nothing
+#   bash recipes/paper_b.sh --row cold_start/sft [--gpus 8]     runs it, after what it needs
+#   bash recipes/paper_b.sh                                     everything
 #
-# Run again, it skips what is finished and resumes what is not. Every variable of the next block is a flag. None of this has been
-# run at full size yet. Values marked "ours" are not in the paper; all others are its own or its code's.
+# Run again, it skips what is finished and resumes the rest. Every variable of the next block is a flag. None
+# of this has been run at full size yet. Values marked "ours" are not in the paper; the others are from the
+# paper or its code.
 #
-# The problems are local .jsonl files with `problem` and `answer` in each line; the hub's versions have other columns:
+# The problems are local .jsonl files with `problem` and `answer` in each line (the hub's have other columns):
 #   --data            DAPO-Math-17K, the questions alone (JustRL-1.5B, a teacher below, was trained on it)
-#   --original_data   the same questions inside the instructions that DAPO-Math-17K comes with ("... Answer: $Answer ...")
+#   --original_data   the same questions inside DAPO-Math-17K's own instructions ("... Answer: $Answer ...")
 #   --far_data        DeepMath-103K
-#   --sft_data        200,000 mathematics prompts of OpenThoughts3; their answers are not read, any text will do
+#   --sft_data        200,000 mathematics prompts of OpenThoughts3; any text will do as their answers
 #   --cold_data       30,000 other prompts of OpenThoughts3
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,43 +22,46 @@ cd "$(dirname "$0")/.."
 OUT=out/paper_b GPUS=1
 DATA=data/dapo.jsonl ORIGINAL_DATA=data/dapo_original.jsonl FAR_DATA=data/deepmath.jsonl
 SFT_DATA=data/openthoughts_sft.jsonl COLD_DATA=data/openthoughts_opd.jsonl
-R1=deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B R1_LARGE=deepseek-ai/DeepSeek-R1-Distill-Qwen-7B JUSTRL=hbx/JustRL-DeepSeek-1.5B
+R1=deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B R1_LARGE=deepseek-ai/DeepSeek-R1-Distill-Qwen-7B
+JUSTRL=hbx/JustRL-DeepSeek-1.5B
 BASE=Qwen/Qwen3-1.7B-Base CHAT=Qwen/Qwen3-4B RL=lllyx/Qwen3-4B-Base-GRPO   # thinking off
-STEPS=200 REVERSE_STEPS=600 BATCH_SIZE=64 N=4 TOKENS=7168                    # problems in a step, responses to each, their limit
+STEPS=200 REVERSE_STEPS=600
+BATCH_SIZE=64 N=4 TOKENS=7168                      # problems in a step, responses to each, their limit
 SFT_LIMIT=200000 SFT_TOKENS=12288
-SFT_STEPS=3125 SFT_BATCH_SIZE=64                   # an epoch if nothing is dropped. Batch ours: 8 on each of the 8 GPUs
+SFT_STEPS=3125 SFT_BATCH_SIZE=64                   # an epoch if nothing is dropped. Ours: batch 64
 DEDUP=semantic                                     # cosine similarity of sentence embeddings from 0.6 on
 EVAL_DATA=aime24 EVAL_EVERY=20 EVAL_N=16 EVAL_TOKENS=31744
 SAVE_EVERY=20 KEEP_CHECKPOINTS=2                   # KEEP_CHECKPOINTS ours
 BENCHMARKS="aime24 minyichen/AIME2025::test amc23"  # ours: the copy of AIME 2025 on the hub
-R1_LENGTH=8000 QWEN3_LENGTH=2000                   # ours, for the plan: mean responses of the two families,
-PROMPT_LENGTH=120 TFLOPS_PER_SECOND=25             # ours, for the plan: mean prompt; rate of a GPU, as in recipes/qwen3.sh
+# ours, for the plan: mean responses of the two families, mean prompt, rate of a GPU as in recipes/qwen3.sh
+R1_LENGTH=8000 QWEN3_LENGTH=2000 PROMPT_LENGTH=120 TFLOPS_PER_SECOND=25
 ENGINE=vllm DTYPE=bfloat16
-FLAGS="out gpus data original_data far_data sft_data cold_data r1 r1_large justrl base chat rl steps reverse_steps batch_size n
-  tokens sft_limit sft_tokens sft_steps sft_batch_size dedup eval_data eval_every eval_n eval_tokens save_every keep_checkpoints
-  benchmarks r1_length qwen3_length prompt_length tflops_per_second engine dtype"
+FLAGS="out gpus data original_data far_data sft_data cold_data r1 r1_large justrl base chat rl steps
+  reverse_steps batch_size n tokens sft_limit sft_tokens sft_steps sft_batch_size dedup eval_data eval_every
+  eval_n eval_tokens save_every keep_checkpoints benchmarks r1_length qwen3_length prompt_length
+  tflops_per_second engine dtype"
 
 # Rows, what they train, and what the paper reports after it; Avg@16, where it is not said otherwise.
-# Top-1 is missing, for a KL renormalised on one token is 0. The paper's code, which only weighs, reports .446 .310 .772 for it.
-#   row                          student <- teacher          AIME24  AIME25  AMC23
+# No top-1: a KL renormalised on one token is 0. The paper's code only weighs, and has .446 .310 .772 for it.
+#   row               student <- teacher          AIME24 AIME25 AMC23
 ROWS="
-topk/sampled                     R1-1.5B <- JustRL-1.5B      .454    .327    .782     the one-sample reverse KL
-topk/k4                          R1-1.5B <- JustRL-1.5B      .473    .331    .793
-topk/k16                         R1-1.5B <- JustRL-1.5B      .458    .338    .791     the paper's setting
-topk/k64                         R1-1.5B <- JustRL-1.5B      .463    .338    .785
-topk/set_teacher                 R1-1.5B <- JustRL-1.5B      -       -       -        no clear difference from topk/k16
-topk/set_union                   R1-1.5B <- JustRL-1.5B      -       -       -        no clear difference from topk/k16
-topk/set_intersection            R1-1.5B <- JustRL-1.5B      -       -       -        no clear difference from topk/k16
-pattern/chat                     Qwen3-1.7B-Base <- Qwen3-4B -       -       -        mean about .15
-pattern/rl                       Qwen3-1.7B-Base <- 4B-GRPO  -       -       -        mean about .20: teacher no better, but closer
-cold_start/direct                Qwen3-1.7B-Base <- Qwen3-4B .07     .05     .26
-cold_start/sft                   Qwen3-1.7B-Base <- Qwen3-4B .125    .075    .40      off-policy first, then OPD
-template/original                R1-1.5B <- JustRL-1.5B      -       -       -        mean about .51
-template/aligned                 R1-1.5B <- JustRL-1.5B      -       -       -        mean about .54; is topk/k16
-problems/near                    R1-1.5B <- JustRL-1.5B      -       -       -        DAPO, the teacher's own; is topk/k16
-problems/far                     R1-1.5B <- JustRL-1.5B      -       -       -        DeepMath without DAPO; worse
-reverse/r1_1.5b                  JustRL-1.5B <- R1-1.5B      .30     -       -        from .54: back to its teacher's .28
-reverse/r1_7b                    JustRL-1.5B <- R1-7B        .30     -       -        from .54, although this teacher has .55
+topk/sampled          R1-1.5B <- JustRL-1.5B      .454   .327   .782   the one-sample reverse KL
+topk/k4               R1-1.5B <- JustRL-1.5B      .473   .331   .793
+topk/k16              R1-1.5B <- JustRL-1.5B      .458   .338   .791   the paper's setting
+topk/k64              R1-1.5B <- JustRL-1.5B      .463   .338   .785
+topk/set_teacher      R1-1.5B <- JustRL-1.5B      -      -      -      no clear difference from topk/k16
+topk/set_union        R1-1.5B <- JustRL-1.5B      -      -      -      no clear difference from topk/k16
+topk/set_intersection R1-1.5B <- JustRL-1.5B      -      -      -      no clear difference from topk/k16
+pattern/chat          Qwen3-1.7B-Base <- Qwen3-4B -      -      -      mean about .15
+pattern/rl            Qwen3-1.7B-Base <- 4B-GRPO  -      -      -      mean about .20; closer, but no better
+cold_start/direct     Qwen3-1.7B-Base <- Qwen3-4B .07    .05    .26
+cold_start/sft        Qwen3-1.7B-Base <- Qwen3-4B .125   .075   .40    off-policy first, then OPD
+template/original     R1-1.5B <- JustRL-1.5B      -      -      -      mean about .51
+template/aligned      R1-1.5B <- JustRL-1.5B      -      -      -      mean about .54; is topk/k16
+problems/near         R1-1.5B <- JustRL-1.5B      -      -      -      DAPO, the teacher's own; is topk/k16
+problems/far          R1-1.5B <- JustRL-1.5B      -      -      -      DeepMath without DAPO; worse
+reverse/r1_1.5b       JustRL-1.5B <- R1-1.5B      .30    -      -      from .54: back to its teacher's .28
+reverse/r1_7b         JustRL-1.5B <- R1-7B        .30    -      -      from .54, although this teacher has .55
 "
 
 fail() { echo "error: $*" >&2; exit 2; }
@@ -68,18 +72,21 @@ while [ $# -gt 0 ]; do
     --dry_run) PLAN+=(--dry_run); shift ;;
     --row) PICKED+=("${2:?--row needs a row or a group of rows}"); shift 2 ;;
     --*) name=${1#--}
-         [[ " ${FLAGS//$'\n'/ } " == *" $name "* ]] || fail "unknown flag $1; known are --list, --dry_run, --row and" $FLAGS
+         [[ " ${FLAGS//$'\n'/ } " == *" $name "* ]] ||
+           fail "unknown flag $1; known are --list, --dry_run, --row and" $FLAGS
          [ $# -ge 2 ] || fail "$1 needs a value"
          printf -v "${name^^}" %s "$2"; shift 2 ;;
     *) fail "unknown flag $1; the head of $0 shows how to call it" ;;
   esac
 done
 
-SUFFIX=" Please reason step by step, and put your final answer within \\boxed{}."  # what the teachers were trained with
+# what the teachers were trained with
+SUFFIX=" Please reason step by step, and put your final answer within \\boxed{}."
 TOP16=(--vocab topk --k 16 --topk_set student)
 MACHINE=(--engine "$ENGINE" --dtype "$DTYPE")
-LAUNCH=(python)  # train.py shares its batch out over the GPUs; elsewhere vLLM spreads the model over them.
+# train.py splits its batch over the GPUs; in the other stages vLLM splits the model over them.
 # The last -- keeps torchrun from taking --n for a flag of its own
+LAUNCH=(python)
 if [ "$GPUS" -gt 1 ]; then LAUNCH=(torchrun --standalone --nproc_per_node "$GPUS" --); fi
 
 run() { printf '%q ' "$@"; echo; }  # one command of the plan
@@ -88,32 +95,39 @@ begin() { echo "# $1 $2"; }         # ROW TOKENS: a row of the plan, and the mea
 opd() {  # ROW TOKENS STUDENT TEACHER PROBLEMS SUFFIX STEPS FLAGS: on-policy distillation, and its evaluation
   local out=$OUT/${1//\//_}  # the results show its last part
   begin "$1" "$2"
-  # ours: 8192 tokens in a forward pass; evaluations in training at temperature 0.6, as train.py has them (the paper: 0.7)
-  run "${LAUNCH[@]}" train.py --prefix student --kl reverse "${@:8}" --student "$3" --teacher "$4" --data "$5" \
-    --prompt_suffix "$6" --take_template --stop_ids both --normalize token --batch_size "$BATCH_SIZE" --n "$N" --temperature 1.0 \
-    --top_p 1.0 --top_k 0 --max_response_tokens "$TOKENS" --steps "$7" --lr 1e-6 --warmup 0 --seed 42 --eval_data "$EVAL_DATA" \
-    --eval_every "$EVAL_EVERY" --eval_n "$EVAL_N" --eval_max_response_tokens "$EVAL_TOKENS" --save_every "$SAVE_EVERY" \
-    --keep_checkpoints "$KEEP_CHECKPOINTS" --micro_batch_tokens 8192 "${MACHINE[@]}" --out "$out"
-  run python evaluate.py --model "$out/final" --benchmarks $BENCHMARKS --prompt_suffix "$SUFFIX" --n 16 --temperature 0.7 \
-    --top_p 0.95 --max_response_tokens "$EVAL_TOKENS" --seed 42 --tensor_parallel "$GPUS" "${MACHINE[@]}" --out "$out/evals"
+  # ours: 8192 tokens in a forward pass; temperature 0.6 in train.py's own evaluations (the paper: 0.7)
+  run "${LAUNCH[@]}" train.py --prefix student --kl reverse "${@:8}" --student "$3" --teacher "$4" \
+    --data "$5" --prompt_suffix "$6" --take_template --stop_ids both --normalize token \
+    --batch_size "$BATCH_SIZE" --n "$N" --temperature 1.0 --top_p 1.0 --top_k 0 \
+    --max_response_tokens "$TOKENS" --steps "$7" --lr 1e-6 --warmup 0 --seed 42 --eval_data "$EVAL_DATA" \
+    --eval_every "$EVAL_EVERY" --eval_n "$EVAL_N" --eval_max_response_tokens "$EVAL_TOKENS" \
+    --save_every "$SAVE_EVERY" --keep_checkpoints "$KEEP_CHECKPOINTS" --micro_batch_tokens 8192 \
+    "${MACHINE[@]}" --out "$out"
+  run python evaluate.py --model "$out/final" --benchmarks $BENCHMARKS --prompt_suffix "$SUFFIX" --n 16 \
+    --temperature 0.7 --top_p 0.95 --max_response_tokens "$EVAL_TOKENS" --seed 42 --tensor_parallel "$GPUS" \
+    "${MACHINE[@]}" --out "$out/evals"
   [[ " ${EVALS[*]-} " == *" $out/evals "* ]] || EVALS+=("$out/evals")
 }
 
-justrl() { opd "$1" "$R1_LENGTH" "$R1" "$JUSTRL" "$2" "$3" "$STEPS" "${@:4}"; }  # ROW PROBLEMS SUFFIX FLAGS: the pair of most rows
+justrl() {  # ROW PROBLEMS SUFFIX FLAGS: the pair of most rows
+  opd "$1" "$R1_LENGTH" "$R1" "$JUSTRL" "$2" "$3" "$STEPS" "${@:4}"
+}
 
 dedup() {  # PROBLEMS AGAINST PLACE
   run python -m recipes.dedup --data "$1" --against "$2" --method "$DEDUP" --out "$OUT/$3"
 }
 
-cold_start() {  # the teacher's complete, boxed, undegenerate responses, and hard-label SFT on them: $OUT/sft/final
+cold_start() {  # hard-label SFT on the teacher's complete, boxed responses without repetition: $OUT/sft/final
   begin sft "$QWEN3_LENGTH"
-  run python rollout.py --model "$CHAT" --data "$SFT_DATA" --limit "$SFT_LIMIT" --prompt_suffix "$SUFFIX" --n 1 --temperature 0.7 \
-    --top_p 0.95 --max_response_tokens "$SFT_TOKENS" --drop unboxed truncated degenerate --attempts 3 --seed 42 \
-    --tensor_parallel "$GPUS" "${MACHINE[@]}" --out "$OUT/sft_rollouts"
-  # ours: the rate stays constant after its warm-up (the paper: cosine), tokens weigh the same, when it is saved
-  run "${LAUNCH[@]}" train.py --prefix teacher --kl forward --vocab sampled --student "$BASE" --rollouts "$OUT/sft_rollouts" \
-    --prompt_suffix "$SUFFIX" --take_template --stop_ids both --normalize token --batch_size "$SFT_BATCH_SIZE" \
-    --max_response_tokens "$SFT_TOKENS" --steps "$SFT_STEPS" --lr 1e-5 --warmup 0.05 --seed 42 --save_every 500 \
+  run python rollout.py --model "$CHAT" --data "$SFT_DATA" --limit "$SFT_LIMIT" --prompt_suffix "$SUFFIX" \
+    --n 1 --temperature 0.7 --top_p 0.95 --max_response_tokens "$SFT_TOKENS" \
+    --drop unboxed truncated degenerate --attempts 3 --seed 42 --tensor_parallel "$GPUS" \
+    "${MACHINE[@]}" --out "$OUT/sft_rollouts"
+  # ours: a constant learning rate after the warm-up (the paper: cosine), --normalize, --save_every
+  run "${LAUNCH[@]}" train.py --prefix teacher --kl forward --vocab sampled --student "$BASE" \
+    --rollouts "$OUT/sft_rollouts" --prompt_suffix "$SUFFIX" --take_template --stop_ids both \
+    --normalize token --batch_size "$SFT_BATCH_SIZE" --max_response_tokens "$SFT_TOKENS" \
+    --steps "$SFT_STEPS" --lr 1e-5 --warmup 0.05 --seed 42 --save_every 500 \
     --keep_checkpoints "$KEEP_CHECKPOINTS" --micro_batch_tokens 8192 "${MACHINE[@]}" --out "$OUT/sft"
 }
 
@@ -129,7 +143,8 @@ emit() {  # ROW: its commands, and before them those of what it needs
       if [ "$1" = cold_start/sft ]; then cold_start; student=$OUT/sft/final; fi
       begin "$1" "$QWEN3_LENGTH"
       dedup "$COLD_DATA" "$SFT_DATA" cold_problems  # none that the cold start has seen
-      opd "$1" "$QWEN3_LENGTH" "$student" "$CHAT" "$OUT/cold_problems/problems.jsonl" "$SUFFIX" "$STEPS" "${TOP16[@]}" ;;
+      opd "$1" "$QWEN3_LENGTH" "$student" "$CHAT" "$OUT/cold_problems/problems.jsonl" "$SUFFIX" "$STEPS" \
+        "${TOP16[@]}" ;;
     template/original) justrl "$1" "$ORIGINAL_DATA" "" "${TOP16[@]}" ;;
     template/aligned | problems/near) emit topk/k16 ;;
     problems/far)
@@ -137,7 +152,8 @@ emit() {  # ROW: its commands, and before them those of what it needs
       dedup "$FAR_DATA" "$DATA" far_problems
       justrl "$1" "$OUT/far_problems/problems.jsonl" "$SUFFIX" "${TOP16[@]}" ;;
     reverse/r1_1.5b) opd "$1" "$R1_LENGTH" "$JUSTRL" "$R1" "$DATA" "$SUFFIX" "$REVERSE_STEPS" "${TOP16[@]}" ;;
-    reverse/r1_7b) opd "$1" "$R1_LENGTH" "$JUSTRL" "$R1_LARGE" "$DATA" "$SUFFIX" "$REVERSE_STEPS" "${TOP16[@]}" ;;
+    reverse/r1_7b) opd "$1" "$R1_LENGTH" "$JUSTRL" "$R1_LARGE" "$DATA" "$SUFFIX" "$REVERSE_STEPS" \
+      "${TOP16[@]}" ;;
   esac
 }
 
@@ -155,4 +171,5 @@ commands() {
 }
 
 ALL=$(commands)
-python -m recipes.plan --prompt_tokens "$PROMPT_LENGTH" --tflops_per_second "$TFLOPS_PER_SECOND" "${PLAN[@]}" <<< "$ALL"
+python -m recipes.plan --prompt_tokens "$PROMPT_LENGTH" --tflops_per_second "$TFLOPS_PER_SECOND" \
+  "${PLAN[@]}" <<< "$ALL"

@@ -2,14 +2,15 @@
 
     bash recipes/qwen3.sh --row table1/student_4b_reverse --dry_run
 
-A recipe pipes its commands into this program, one a line. "# ROW TOKENS" begins a row, and says how many tokens a response of that
-row has on average where nothing cuts it off. Commands that several rows need are run once; one whose --out is finished is skipped,
-and an unfinished one is resumed. A command that is no stage of this project is only shown.
+A recipe pipes its commands into this program, one a line. "# ROW TOKENS" begins a row; TOKENS is the mean
+length of its responses where nothing truncates them. A command that several rows need is run once. One
+whose --out is finished is skipped, an unfinished one is resumed. A command that is no stage of this project
+is only shown.
 
-GPU hours: the floating point operations of the command's own flags by run.tflops, those of evaluations too (a generation and a
-forward pass), divided by --tflops_per_second. Loading, diagnostics and grading are not in it.
-Disk: 12 bytes a token of rollouts and samples; scores as score_teacher.py stores them; checkpoints in float32, with the optimizer's
-two moments where training can be resumed from them.
+GPU hours: floating point operations, by training.tflops from the command's own flags, divided by
+--tflops_per_second. Evaluations count as a generation and a forward pass. Loading, diagnostics and grading
+are not counted. Disk: 12 bytes a token of rollouts and samples; scores as score_teacher.py stores them;
+checkpoints in float32, those that training can resume from with the optimizer's two moments.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections import Counter
 from typing import NamedTuple
 
 from distil.artifacts import refuse
@@ -28,29 +28,23 @@ from distil.problems import load_problems
 from distil.training import tflops
 from evaluate import evaluations_of
 
-NAMES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_word_embeddings",
-)
-MODELS = {
-    name: dict(zip(NAMES, sizes))
-    for name, sizes in {  # from their config.json, so that a plan needs no network
-        "Qwen3-0.6B-Base": (1024, 3072, 28, 16, 8, 128, 151936, True),
-        "Qwen3-1.7B-Base": (2048, 6144, 28, 16, 8, 128, 151936, True),
-        "Qwen3-4B": (2560, 9728, 36, 32, 8, 128, 151936, True),
-        "Qwen3-4B-Base-GRPO": (2560, 9728, 36, 32, 8, 128, 151936, True),
-        "Qwen3-8B": (4096, 12288, 36, 32, 8, 128, 151936, False),
-        "DeepSeek-R1-Distill-Qwen-1.5B": (1536, 8960, 28, 12, 2, 128, 151936, False),
-        "JustRL-DeepSeek-1.5B": (1536, 8960, 28, 12, 2, 128, 151936, False),
-        "DeepSeek-R1-Distill-Qwen-7B": (3584, 18944, 28, 28, 4, 128, 152064, False),
-    }.items()
-}
+# From the models' config.json, so that a plan needs no network: hidden, intermediate size, layers, heads,
+# key-value heads, head_dim, vocabulary, embedding and head
+SIZES = """
+Qwen3-0.6B-Base               1024  3072 28 16 8 128 151936 tied
+Qwen3-1.7B-Base               2048  6144 28 16 8 128 151936 tied
+Qwen3-4B                      2560  9728 36 32 8 128 151936 tied
+Qwen3-4B-Base-GRPO            2560  9728 36 32 8 128 151936 tied
+Qwen3-8B                      4096 12288 36 32 8 128 151936 separate
+DeepSeek-R1-Distill-Qwen-1.5B 1536  8960 28 12 2 128 151936 separate
+JustRL-DeepSeek-1.5B          1536  8960 28 12 2 128 151936 separate
+DeepSeek-R1-Distill-Qwen-7B   3584 18944 28 28 4 128 152064 separate
+"""
+NAMES = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+vocab_size tie_word_embeddings""".split()
+MODELS = {}
+for model, *sizes, tied in map(str.split, SIZES.strip().splitlines()):
+    MODELS[model] = dict(zip(NAMES, [*map(int, sizes), tied == "tied"], strict=True))
 PROBLEMS = {
     "deepscaler": 40315,
     "math500": 500,
@@ -60,15 +54,11 @@ PROBLEMS = {
     "amc23": 40,
     "minyichen/AIME2025::test": 30,
 }
-MACHINE = (
-    "resume",
-    "overwrite",
-    "tensor_parallel",
-)  # flags that may differ between a finished artifact and the plan
+MAY_DIFFER = ("resume", "overwrite", "tensor_parallel")  # between a finished artifact and the plan
 
 
 class Command(NamedTuple):
-    """One command of a row. tokens: mean response of the row; module and args: None for a command that is only shown."""
+    """A command of a row. tokens: mean response; module and args: None if it is only shown."""
 
     row: str
     tokens: int
@@ -79,9 +69,7 @@ class Command(NamedTuple):
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--dry_run", action="store_true", help="show the commands and what they cost, and run nothing"
-    )
+    p.add_argument("--dry_run", action="store_true", help="show commands and costs, and run nothing")
     p.add_argument("--prompt_tokens", type=int, required=True, help="mean prompt")
     p.add_argument(
         "--tflops_per_second", type=float, required=True, help="sustained rate of a GPU, sampling included"
@@ -98,25 +86,29 @@ def read_commands(lines):
             row, tokens = words[1], int(words[2])
         elif words and line not in seen:
             seen.add(line)
-            module, args, name = (
-                None,
-                None,
-                next((word for word in words if word.endswith(".py") or word == "-m"), None),
-            )
-            if name:
-                flags = words[words.index(name) + 1 :]
-                module = flags.pop(0) if name == "-m" else name.removesuffix(".py")
-                args = importlib.import_module(module).get_args(flags)
-            commands.append(Command(row, tokens, words, module, args))
+            commands.append(Command(row, tokens, words, *stage_of(words)))
     return commands
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def stage_of(words):
+    """(module, its args) of `... STAGE.py FLAGS` or `... -m MODULE FLAGS`; of other commands (None, None)."""
+    for place, word in enumerate(words):
+        if word.endswith(".py"):
+            module, flags = word.removesuffix(".py"), words[place + 1 :]
+        elif word == "-m":
+            module, flags = words[place + 1], words[place + 2 :]
+        else:
+            continue
+        return module, importlib.import_module(module).get_args(flags)
+    return None, None
+
+
+# ----------------------------------------------------------------------------------------------------------
 # What a command costs
 
 
 def config_of(model, made):
-    """Sizes of a model, a dict of the Hugging Face names: `made` by an earlier command, a directory, known here, or on the hub."""
+    """Sizes of a model that an earlier command makes, of a directory, of MODELS, or of the hub."""
     if model in made:
         return made[model]
     if os.path.isfile(os.path.join(model, "config.json")):
@@ -128,20 +120,17 @@ def config_of(model, made):
     try:
         return AutoConfig.from_pretrained(model).to_dict()
     except OSError as error:
-        refuse(f"plan: the sizes of the model {model} are not known, and it cannot be loaded: {error}")
+        refuse(f"plan: the sizes of the model {model} are unknown, and it cannot be loaded: {error}")
 
 
 def parameters(config):
-    """Weights of a model; without norms and biases, which are less than a thousandth."""
-    hidden, head_dim = (
-        config["hidden_size"],
-        config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-    )
-    heads = 2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]
-    layer = hidden * head_dim * heads + 3 * hidden * config["intermediate_size"]
-    return config["num_hidden_layers"] * layer + config["vocab_size"] * hidden * (
-        1 if config.get("tie_word_embeddings") else 2
-    )
+    """Weights of a model, without norms and biases, which are less than a thousandth."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    attention = hidden * head_dim * 2 * (heads + config["num_key_value_heads"])
+    layer = attention + 3 * hidden * config["intermediate_size"]
+    embeddings = 1 if config.get("tie_word_embeddings") else 2
+    return config["num_hidden_layers"] * layer + embeddings * config["vocab_size"] * hidden
 
 
 def problems_of(data, limit=0):
@@ -149,32 +138,28 @@ def problems_of(data, limit=0):
 
 
 def cost(command, prompt, made):
-    """(TFLOPs, bytes on disk) of a command. made: {path: what earlier commands leave there}, a model's config or the (responses,
-    mean tokens) of rollouts; what this command leaves is added."""
+    """(TFLOPs, bytes on disk) of a command. prompt: tokens. made: {path: what earlier commands leave there},
+    the config of a model or (number, mean tokens) of rollouts; what this command leaves is added."""
     module, args = command.module, command.args
     if not module or not args.out:  # only shown, or a table
         return 0.0, 0
     if module == "rollout":
-        count, tokens = (
-            problems_of(args.data, args.limit) * args.n,
-            min(args.max_response_tokens, command.tokens),
-        )
+        count = problems_of(args.data, args.limit) * args.n
+        tokens = min(args.max_response_tokens, command.tokens)
         made[args.out] = count, tokens
-        return count * tflops(config_of(args.model, made), prompt, tokens, generations=1), count * (
-            prompt + tokens
-        ) * 12
+        spent = tflops(config_of(args.model, made), prompt, tokens, generations=1)
+        return count * spent, 12 * count * (prompt + tokens)
     if module == "score_teacher":
         config, (count, tokens) = config_of(args.teacher, made), made[args.rollouts]
-        tokens, state = min(args.max_tokens or tokens, tokens), 2 * config["hidden_size"]  # bytes in bfloat16
-        return count * tflops(config, prompt, tokens, forwards=1), state * (
-            count * tokens + config["vocab_size"]
-        )
+        tokens = min(args.max_tokens or tokens, tokens)
+        state = 2 * config["hidden_size"]  # bytes in bfloat16
+        spent = tflops(config, prompt, tokens, forwards=1)
+        return count * spent, state * (count * tokens + config["vocab_size"])
     if module == "evaluate":
         count = sum(problems_of(part.data, part.limit) * part.n for part in evaluations_of(args))
-        size = prompt, min(args.max_response_tokens, command.tokens)
-        return count * tflops(config_of(args.model, made), *size, forwards=1, generations=1), count * sum(
-            size
-        ) * 12
+        tokens = min(args.max_response_tokens, command.tokens)
+        spent = tflops(config_of(args.model, made), prompt, tokens, forwards=1, generations=1)
+        return count * spent, 12 * count * (prompt + tokens)
     if module in ("train", "grpo"):
         return training_cost(command, prompt, made)
     return 0.0, 0  # recipes.dedup
@@ -182,88 +167,83 @@ def cost(command, prompt, made):
 
 def training_cost(command, prompt, made):
     args = command.args
-    config = made[os.path.join(args.out, "final")] = config_of(
-        args.student if command.module == "train" else args.model, made
-    )
-    mean, count, generations, teacher = command.tokens, args.batch_size, 1, None
+    config = config_of(args.student if command.module == "train" else args.model, made)
+    made[os.path.join(args.out, "final")] = config
+    responses, tokens, generations, teacher = args.batch_size, command.tokens, 1, None
     if command.module == "grpo":
-        count *= args.n
+        responses *= args.n
     elif args.prefix == "student":
-        count, teacher = count * args.n, config_of(args.teacher, made)
+        responses *= args.n
+        teacher = config_of(args.teacher, made)
     else:
-        mean, generations = made[args.rollouts][1], 0
-    horizons = getattr(args, "horizons", None) or [
-        args.max_response_tokens
-    ]  # of the curriculum, as if every gate were passed
-    gate_every, spent = getattr(args, "gate_every", None) or args.steps, 0.0
-    for horizon, steps in Counter(
-        horizons[min(step // gate_every, len(horizons) - 1)] for step in range(args.steps)
-    ).items():
-        size = prompt, min(mean, horizon)
-        student = tflops(config, *size, forwards=3, generations=generations)
-        spent += steps * count * (student + (tflops(teacher, *size, forwards=1) if teacher else 0.0))
+        tokens, generations = made[args.rollouts][1], 0
+    horizons = getattr(args, "horizons", None) or [args.max_response_tokens]
+    gate_every = getattr(args, "gate_every", None) or args.steps
+    spent = 0.0
+    for step in range(args.steps):  # as if every gate of the curriculum were passed
+        size = prompt, min(tokens, horizons[min(step // gate_every, len(horizons) - 1)])
+        of_response = tflops(config, *size, forwards=3, generations=generations)
+        if teacher:
+            of_response += tflops(teacher, *size, forwards=1)
+        spent += responses * of_response
     if args.eval_every:
-        limits = [args.eval_max_response_tokens] * (-(-args.steps // args.eval_every) + 1) + horizons[:-1]
-        spent += (
-            problems_of(args.eval_data)
-            * args.eval_n
-            * sum(
-                tflops(config, prompt, min(command.tokens, limit), forwards=1, generations=1)
-                for limit in limits
-            )
-        )
+        times = -(-args.steps // args.eval_every) + 1
+        for limit in [args.eval_max_response_tokens] * times + horizons[:-1]:
+            size = prompt, min(command.tokens, limit)
+            count = problems_of(args.eval_data) * args.eval_n
+            spent += count * tflops(config, *size, forwards=1, generations=1)
     saved = (args.steps - 1) // args.save_every if args.save_every else 0
     saved = min(saved, args.keep_checkpoints or saved)
     return spent, parameters(config) * (4 + 12 * saved)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Running
 
 
 def state_of(command):
-    """ "new", "unfinished" or "finished", from what lies in --out; finished with other flags is refused."""
+    """ "new", "unfinished" or "finished", from what is in --out."""
     if not command.module or not command.args.out:
         return "new"
     artifacts = list(evaluations_of(command.args)) if command.module == "evaluate" else [command.args]
-    finished = [finished_as(part, command.row) for part in artifacts]
-    begun = any(finished) or any(
-        os.path.isfile(os.path.join(part.out, "meta.partial.json")) for part in artifacts
-    )
-    return "finished" if all(finished) else "unfinished" if begun else "new"
+    finished = [is_finished(part, command.row) for part in artifacts]
+    if all(finished):
+        return "finished"
+    begun = [os.path.isfile(os.path.join(part.out, "meta.partial.json")) for part in artifacts]
+    return "unfinished" if any(finished) or any(begun) else "new"
 
 
-def finished_as(args, row):
-    """Whether args.out holds a finished artifact; one with other flags is refused."""
+def is_finished(args, row):
+    """Whether args.out holds a finished artifact; one that was made with other flags is refused."""
     path = os.path.join(args.out, "meta.json")
     if not os.path.isfile(path):
         return False
     try:
-        before, now = json.load(open(path, encoding="utf-8"))["args"], json.loads(json.dumps(vars(args)))
+        before = json.load(open(path, encoding="utf-8"))["args"]
+        now = json.loads(json.dumps(vars(args)))
+        changed = [name for name in now if name in before and before[name] != now[name]]
     except (ValueError, KeyError, TypeError) as error:
         refuse(f"{path} is damaged: {error!r}")
-    for name in now:
-        if name in before and before[name] != now[name] and name not in MACHINE:
-            refuse(
-                f"{args.out} is finished with --{name} {before[name]!r}, and {row} wants {now[name]!r}: give the recipe "
-                "another --out, or remove what is there"
-            )
+    for name in changed:
+        if name not in MAY_DIFFER:
+            flags = f"--{name} {before[name]!r}, and {row} wants {now[name]!r}"
+            refuse(f"{args.out} is finished with {flags}: choose another --out, or remove what is there")
     return True
 
 
-def shown(words, width=128):
-    """The command as shell text, folded before flags into lines of at most `width` characters."""
+def shown(words, width=110):
+    """The command as shell text, folded before flags to lines of at most `width` characters."""
     program, *flags = shlex.join(words).split(" --")
     lines = [program]
     for flag in flags:
-        if len(f"{lines[-1]} --{flag}") > width:
+        if len(f"{lines[-1]} --{flag} \\") > width:
             lines.append("   ")
         lines[-1] += f" --{flag}"
     return " \\\n".join(lines)
 
 
 def execute(words):
-    """Run a command to its end: its exit code. Ctrl-C is for the command, which may save before it ends."""
+    """Runs a command to its end: its exit code. Ctrl-C is for the command, which may save before it ends."""
     before = signal.signal(signal.SIGINT, lambda *ignored: None)
     try:
         return subprocess.run(words, stdin=subprocess.DEVNULL).returncode
@@ -271,50 +251,46 @@ def execute(words):
         signal.signal(signal.SIGINT, before)
 
 
-def hours(args, spent):
-    return f"{spent / args.tflops_per_second / 3600:.3g} GPU hours"
+def show(command, state, spent, size, rate):
+    """Prints a command below what it costs. rate: TFLOPs per GPU hour."""
+    about = [] if command.module else ["shown, not run here"]
+    if state != "new":
+        about.append(state)
+    if spent:
+        about.append(f"{spent:.3g} TFLOPs, {spent / rate:.3g} GPU hours, {size / 1e9:.3g} GB")
+    if about:
+        print(f"# {'; '.join(about)}")
+    print(shown(command.words))
 
 
 def main(args):
     commands, made, row = read_commands(sys.stdin), {}, None
-    states, todo = [state_of(command) for command in commands], [0, 0.0, 0]
+    states = [state_of(command) for command in commands]
+    rate = args.tflops_per_second * 3600
+    count, all_spent, all_size = 0, 0.0, 0
     for command, state in zip(commands, states):
-        spent, size = cost(command, args.prompt_tokens, made)
         if command.row != row:
             row = command.row
-            print(
-                f"\n# {row}"
-                + (
-                    f": responses of {command.tokens} tokens where nothing cuts them off"
-                    if command.tokens
-                    else ""
-                )
-            )
-        about = [] if command.module else ["shown, not run here"]
-        about += [state] if state != "new" else []
-        about += [f"{spent:.3g} TFLOPs, {hours(args, spent)}, {size / 1e9:.3g} GB"] if spent else []
-        print(*([f"# {'; '.join(about)}"] if about else []), shown(command.words), sep="\n")
+            mean = f": responses of {command.tokens} tokens where nothing truncates them"
+            print(f"\n# {row}{mean if command.tokens else ''}")
+        spent, size = cost(command, args.prompt_tokens, made)
+        show(command, state, spent, size, rate)
         if state != "finished":
-            todo = [todo[0] + bool(command.module), todo[1] + spent, todo[2] + size]
-    print(
-        f"\n# to do: {todo[0]} commands, {todo[1]:.3g} TFLOPs, {hours(args, todo[1])} at {args.tflops_per_second:g} TFLOP/s, "
-        f"{todo[2] / 1e9:.3g} GB",
-        flush=True,
-    )
+            count += bool(command.module)
+            all_spent += spent
+            all_size += size
+    print(f"\n# to do: {count} commands, {all_spent:.3g} TFLOPs, {all_spent / rate:.3g} GPU hours", end=" ")
+    print(f"at {args.tflops_per_second:g} TFLOP/s, {all_size / 1e9:.3g} GB", flush=True)
     for command, state in zip(commands, states):
         if args.dry_run or not command.module or state == "finished":
             continue
-        again = (
-            ["--overwrite" if command.module == "recipes.dedup" else "--resume"]
-            if state == "unfinished"
-            else []
-        )
-        print(f"\n== {command.row}: {shown(command.words + again)}", flush=True)
-        if code := execute(command.words + again):
-            refuse(
-                f"{command.row}: {command.module} ended with exit code {code}; run the recipe again to go on from here",
-                code=1,
-            )
+        words = list(command.words)
+        if state == "unfinished":
+            words.append("--overwrite" if command.module == "recipes.dedup" else "--resume")
+        print(f"\n== {command.row}: {shown(words)}", flush=True)
+        if code := execute(words):
+            failed = f"{command.row}: {command.module} ended with exit code {code}"
+            refuse(f"{failed}; run the recipe again to resume", code=1)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,40 @@
 #!/usr/bin/env bash
 # The experiments of arXiv 2605.16826 at full size: Qwen3-4B and Qwen3-8B teach Qwen3-0.6B-Base on DeepScaleR.
 #
-#   bash recipes/qwen3.sh --list                                           the rows, beside what the paper reports for them
-#   bash recipes/qwen3.sh --row table1/student_4b_reverse --dry_run        its commands, GPU hours and disk; runs nothing
-#   bash recipes/qwen3.sh --row table1/student_4b_reverse                  runs it, on one GPU
-#   bash recipes/qwen3.sh --row table1 --row table3 --gpus 4               whole tables, on four GPUs
-#   bash recipes/qwen3.sh                                                  everything
+#   bash recipes/qwen3.sh --list                                      the rows, with the paper's results
+#   bash recipes/qwen3.sh --row table1/student_4b_reverse --dry_run   commands, GPU hours, disk; runs nothing
+#   bash recipes/qwen3.sh --row table1/student_4b_reverse             runs it, on one GPU
+#   bash recipes/qwen3.sh --row table1 --row table3 --gpus 4          whole tables, on four GPUs
+#   bash recipes/qwen3.sh                                             everything
 #
-# A row runs what it needs first: the teacher's rollouts and scores, the checkpoint that GRPO starts from. Run again, it skips what
-# is finished and resumes what is not. Every variable of the next block is a flag: --steps 100 --student DIR. None of this has been
-# run at full size yet. Values marked "ours" are not in the paper; all others are its own.
+# A row first runs what it needs: the teacher's rollouts and scores, the checkpoint that GRPO starts from. Run
+# again, it skips what is finished and resumes the rest. Every variable of the next block is a flag, such as
+# --steps. None of this has been run at full size yet. Values marked "ours" are not in the paper; the others
+# are from it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 OUT=out/qwen3 GPUS=1
 STUDENT=Qwen/Qwen3-0.6B-Base
-TEACHER_4B=Qwen/Qwen3-4B TEACHER_8B=Qwen/Qwen3-8B  # section 3; appendix G.1 says -Base. Ours: the chat models, thinking off
+TEACHER_4B=Qwen/Qwen3-4B TEACHER_8B=Qwen/Qwen3-8B  # section 3 (appendix G.1: -Base). Ours: thinking off
 DATA=deepscaler LIMIT=0                            # LIMIT ours: all problems, of which 1000 steps read 32,000
-STEPS=1000 BATCH_SIZE=32 SHORT=128 LONG=4096       # steps, responses in a step, the two limits of response tokens
+STEPS=1000 BATCH_SIZE=32 SHORT=128 LONG=4096       # steps, responses a step, both limits of tokens
 EVAL_DATA=math500 EVAL_EVERY=30 EVAL_TOKENS=4096   # evaluations in training
 SAVE_EVERY=40                                      # checkpoints to resume from
 EVAL_N=1 KEEP_CHECKPOINTS=2                        # ours. The paper keeps 10
 BENCHMARKS="aime24 amc23 math500 gsm8k" TEST_TOKENS=8192
-HORIZONS=128,256,512,1024,2048,4096 GATE_EVERY=100 # ours: the paper gives neither horizons, nor steps, nor the floor in nats;
-ENTROPY_FLOOR=0.05                                 # the axes of its figures span 0.03 to 0.18 at 128 tokens, 0 to 0.4 at 4096
-GRPO_PROBLEMS=4                                    # ours: batch 32 read as 32 responses, 4 groups of 8; 32 groups would take days
+# ours: the paper states no horizons, no steps and no floor in nats; the axes of its figures span 0.03 to 0.18
+# at 128 tokens, 0 to 0.4 at 4096
+HORIZONS=128,256,512,1024,2048,4096 GATE_EVERY=100 ENTROPY_FLOOR=0.05
+GRPO_PROBLEMS=4                                    # ours: its batch of 32 read as 4 groups of 8
 TEACHER_TOKENS=1500                                # ours, for the plan: mean response of a teacher
-TFLOPS_PER_SECOND=25                               # ours, for the plan. At this rate its mean over tables 1 and 2 is 17.6 hours for
-                                                   # student prefixes, over tables 5 and 6 9.9 for GRPO; the paper's are 16 and 14
+# ours, for the plan: at this rate student-prefix rows of tables 1 and 2 take 17.6 hours on average, and GRPO
+# rows of tables 5 and 6 9.9; the paper says 16 and 14
+TFLOPS_PER_SECOND=25
 ENGINE=vllm DTYPE=bfloat16
-FLAGS="out gpus student teacher_4b teacher_8b data limit steps batch_size short long eval_data eval_every eval_tokens eval_n
-  save_every keep_checkpoints benchmarks test_tokens horizons gate_every entropy_floor grpo_problems teacher_tokens
-  tflops_per_second engine dtype"
+FLAGS="out gpus student teacher_4b teacher_8b data limit steps batch_size short long eval_data eval_every
+  eval_tokens eval_n save_every keep_checkpoints benchmarks test_tokens horizons gate_every entropy_floor
+  grpo_problems teacher_tokens tflops_per_second engine dtype"
 
 # Rows, and the paper's Avg/Pass/length. In a plan, a response of a row is as long as the paper's on MATH500.
 #   row                      GSM8K             MATH500           AMC23             AIME24
@@ -94,7 +97,8 @@ while [ $# -gt 0 ]; do
     --dry_run) PLAN+=(--dry_run); shift ;;
     --row) PICKED+=("${2:?--row needs a row or a table}"); shift 2 ;;
     --*) name=${1#--}
-         [[ " ${FLAGS//$'\n'/ } " == *" $name "* ]] || fail "unknown flag $1; known are --list, --dry_run, --row and" $FLAGS
+         [[ " ${FLAGS//$'\n'/ } " == *" $name "* ]] ||
+           fail "unknown flag $1; known are --list, --dry_run, --row and" $FLAGS
          [ $# -ge 2 ] || fail "$1 needs a value"
          printf -v "${name^^}" %s "$2"; shift 2 ;;
     *) fail "unknown flag $1; the head of $0 shows how to call it" ;;
@@ -104,54 +108,59 @@ done
 declare -A TEACHER=([4b]=$TEACHER_4B [8b]=$TEACHER_8B)
 PROBLEMS=(--data "$DATA" --limit "$LIMIT")
 MACHINE=(--engine "$ENGINE" --dtype "$DTYPE")
-LAUNCH=(python)  # train.py and grpo.py share their batch out over the GPUs; elsewhere vLLM spreads the model over them.
+# train.py and grpo.py split their batch over the GPUs; in the other stages vLLM splits the model over them.
 # The last -- keeps torchrun from taking --n for a flag of its own
+LAUNCH=(python)
 if [ "$GPUS" -gt 1 ]; then LAUNCH=(torchrun --standalone --nproc_per_node "$GPUS" --); fi
-# ours: the prompt is the problem alone; teacher and student end a response alike; 8192 tokens in a forward pass
-TRAINING=(--steps "$STEPS" --warmup 0.05 --seed 42 --eval_data "$EVAL_DATA" --eval_every "$EVAL_EVERY" --eval_n "$EVAL_N"
-          --eval_max_response_tokens "$EVAL_TOKENS" --save_every "$SAVE_EVERY" --keep_checkpoints "$KEEP_CHECKPOINTS"
+# ours: the prompt is the problem alone; both models' stop tokens stop; 8192 tokens in a forward pass
+TRAINING=(--steps "$STEPS" --warmup 0.05 --seed 42 --eval_data "$EVAL_DATA" --eval_every "$EVAL_EVERY"
+          --eval_n "$EVAL_N" --eval_max_response_tokens "$EVAL_TOKENS" --save_every "$SAVE_EVERY"
+          --keep_checkpoints "$KEEP_CHECKPOINTS"
           --micro_batch_tokens 8192 "${MACHINE[@]}")
 
 run() { printf '%q ' "$@"; echo; }    # one command of the plan
 place() { echo "$OUT/${1//\//_}"; }   # ROW: its directory, whose name the results show
 
-begin() {  # ROW [TOKENS]: begins a row of the plan; by default a response is as long as the paper's on MATH500
+begin() {  # ROW [TOKENS]: begins a row of the plan; by default with the paper's mean length on MATH500
   local length
   length=$(awk -v row="$1" '$1 == row { split($3, of, "/"); print of[3] }' <<< "$ROWS")
-  echo "# $1 ${2:-${length:-2031}}"  # ours, where the paper gives no length: that of table2/student_4b_forward
+  echo "# $1 ${2:-${length:-2031}}"  # ours, if the paper has none: that of table2/student_4b_forward
 }
 
 rollouts() {  # SIZE: a teacher's responses to all problems, once. Ours: one to each problem
   begin "rollouts_$1" "$TEACHER_TOKENS"
-  run python rollout.py --model "${TEACHER[$1]}" "${PROBLEMS[@]}" --n 1 --temperature 1.0 --top_p 0.95 --top_k 20 \
-    --sample_batch 128 --max_response_tokens "$LONG" --seed 42 --tensor_parallel "$GPUS" "${MACHINE[@]}" --out "$OUT/rollouts_$1"
+  run python rollout.py --model "${TEACHER[$1]}" "${PROBLEMS[@]}" --n 1 --temperature 1.0 --top_p 0.95 \
+    --top_k 20 --sample_batch 128 --max_response_tokens "$LONG" --seed 42 --tensor_parallel "$GPUS" \
+    "${MACHINE[@]}" --out "$OUT/rollouts_$1"
 }
 
 scores() {  # SIZE TOKENS: that teacher's hidden states at the first tokens of those responses
   rollouts "$1"
-  run python score_teacher.py --teacher "${TEACHER[$1]}" --rollouts "$OUT/rollouts_$1" --signal hidden --max_tokens "$2" \
-    --dtype "$DTYPE" --out "$OUT/scores_$1_$2"
+  run python score_teacher.py --teacher "${TEACHER[$1]}" --rollouts "$OUT/rollouts_$1" --signal hidden \
+    --max_tokens "$2" --dtype "$DTYPE" --out "$OUT/scores_$1_$2"
 }
 
 distil() {  # ROW PREFIX SIZE KL TOKENS [FLAGS]: a cell of the grid, and its evaluation
   local row=$1 prefix=$2 size=$3 kl=$4 tokens=$5
-  local source=(--teacher "${TEACHER[$size]}" "${PROBLEMS[@]}" --n 1 --temperature 1.0 --top_p 1.0 --top_k 0)  # ours: exact samples
+  local source=(--teacher "${TEACHER[$size]}" "${PROBLEMS[@]}")
+  source+=(--n 1 --temperature 1.0 --top_p 1.0 --top_k 0)  # ours: exact samples
   if [ "$prefix" = teacher ]; then
     scores "$size" "$tokens"
     source=(--rollouts "$OUT/rollouts_$size" --scores "$OUT/scores_${size}_$tokens")
   fi
   begin "$row"
-  run "${LAUNCH[@]}" train.py --prefix "$prefix" --kl "$kl" "${@:6}" --student "$STUDENT" "${source[@]}" --take_template \
-    --stop_ids both --normalize sequence --batch_size "$BATCH_SIZE" --lr 5e-7 --max_response_tokens "$tokens" "${TRAINING[@]}" \
-    --out "$(place "$row")"
+  run "${LAUNCH[@]}" train.py --prefix "$prefix" --kl "$kl" "${@:6}" --student "$STUDENT" "${source[@]}" \
+    --take_template --stop_ids both --normalize sequence --batch_size "$BATCH_SIZE" --lr 5e-7 \
+    --max_response_tokens "$tokens" "${TRAINING[@]}" --out "$(place "$row")"
   evaluate "$(place "$row")/final" "$(place "$row")/evals"
 }
 
 grpo() {  # ROW START: GRPO from the checkpoint of row START, which comes first
   emit "$2"
   begin "$1"
-  run "${LAUNCH[@]}" grpo.py --model "$(place "$2")/final" "${PROBLEMS[@]}" --n 8 --batch_size "$GRPO_PROBLEMS" --lr 1e-6 \
-    --temperature 1.0 --top_p 0.95 --kl_weight 0 --updates 1 --max_response_tokens "$LONG" "${TRAINING[@]}" --out "$(place "$1")"
+  run "${LAUNCH[@]}" grpo.py --model "$(place "$2")/final" "${PROBLEMS[@]}" --n 8 \
+    --batch_size "$GRPO_PROBLEMS" --lr 1e-6 --temperature 1.0 --top_p 0.95 --kl_weight 0 --updates 1 \
+    --max_response_tokens "$LONG" "${TRAINING[@]}" --out "$(place "$1")"
   evaluate "$(place "$1")/final" "$(place "$1")/evals"
 }
 
@@ -161,11 +170,13 @@ evaluate() {  # MODEL OUT. Ours: no top-k
   [[ " ${EVALS[*]-} " == *" $2 "* ]] || EVALS+=("$2")
 }
 
-harness() {  # MODEL OUT: general knowledge; shown, not run here: pip install "lm_eval[hf]"
+# MODEL OUT: general knowledge; shown, not run here: pip install "lm_eval[hf]". Start lm_eval by its own name:
+# python -m lm_eval would import this project's evaluate.py instead of Hugging Face's package evaluate.
+harness() {
   local task
   for task in mmlu:5 arc_challenge:25 hellaswag:10 piqa:0; do
-    run lm_eval --model hf --model_args "pretrained=$1,dtype=$DTYPE" --tasks "${task%:*}" --num_fewshot "${task#*:}" \
-      --batch_size auto --output_path "$2"
+    run lm_eval --model hf --model_args "pretrained=$1,dtype=$DTYPE" --tasks "${task%:*}" \
+      --num_fewshot "${task#*:}" --batch_size auto --output_path "$2"
   done
 }
 
@@ -178,13 +189,15 @@ emit() {  # ROW: its commands, and before them those of what it needs
     table1/*) distil "$1" "$prefix" "$size" "$kl" "$SHORT" ;;
     table2/*) distil "$1" "$prefix" "$size" "$kl" "$LONG" ;;
     table3/*_fixed) emit "table2/student_${prefix}_reverse" ;;
-    table3/*_curriculum) distil "$1" student "$prefix" reverse "$LONG" --curriculum entropy --horizons "$HORIZONS" \
-      --gate_every "$GATE_EVERY" --entropy_floor "$ENTROPY_FLOOR" --on_gate_fail hold ;;
+    table3/*_curriculum) distil "$1" student "$prefix" reverse "$LONG" --curriculum entropy \
+      --horizons "$HORIZONS" --gate_every "$GATE_EVERY" --entropy_floor "$ENTROPY_FLOOR" \
+      --on_gate_fail hold ;;
     table4/base) begin "$1"; harness "$STUDENT" "$(place "$1")" ;;
     table4/*) emit "table1/${1#*/}"; begin "$1"; harness "$(place "table1/${1#*/}")/final" "$(place "$1")" ;;
     table5/*) grpo "$1" "table1/${1#*/}" ;;
     table6/*) grpo "$1" "table2/${1#*/}" ;;
-    figure7/*) distil "$1" student 4b mix "$LONG" --fkl_weight "${1##*_}" ;;  # the paper's lambda is 1 minus this
+    # the paper's lambda is 1 minus this weight
+    figure7/*) distil "$1" student 4b mix "$LONG" --fkl_weight "${1##*_}" ;;
   esac
 }
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The study on the toy world: both papers' comparisons, three seeds each; see recipes/toy_grid.py.
+# The study on the toy world: both papers' comparisons, with three seeds; see recipes/toy_grid.py.
 #
-#   bash recipes/toy_grid.sh [OUT]      OUT: out/toy_grid by default; what is finished in it is kept, the rest goes on
+#   bash recipes/toy_grid.sh [OUT]   OUT: out/toy_grid by default; finished runs are kept, others resumed
 #
-# On a CPU a run goes on each core, one thread each; on a GPU they take turns. Results go to OUT/results.json, and from there to
-# OUT/results.md and OUT/results_*.png.
+# On a CPU a run takes one core, with one thread, and all cores are used; on a GPU runs take turns.
+# Writes OUT/results.json, OUT/results.md and OUT/results_*.png.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-out/toy_grid}

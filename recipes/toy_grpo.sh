@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Does GRPO learn, and does it learn less from a checkpoint that has lost its entropy? Three seeds from each of two starts.
+# Does GRPO learn, and less from a checkpoint that has lost its entropy? Two starts, three seeds each.
 #
-#   bash recipes/toy_grpo.sh [OUT]      OUT: that of recipes/toy.sh, finished; out/toy by default. Results go to OUT/grpo_proof
+#   bash recipes/toy_grpo.sh [OUT]      OUT: a finished one of recipes/toy.sh, out/toy by default
 #
 #   distilled    the student of the DAgger-style cell
 #   collapsed    the same, trained for 64 epochs on 100 responses of its own
 #
-# Printed: a table over the 256 test problems, and differences of Avg@4 with 95% bootstrap intervals over the problems: after GRPO
-# minus before, for each seed and for the mean of the seeds; and between the two starts, for the mean of the seeds.
+# Writes OUT/grpo_proof. Prints a table over the 256 test problems, and differences of Avg@4 with 95%
+# bootstrap intervals over the problems: after GRPO minus before, for each seed and their mean; distilled
+# minus collapsed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-out/toy}
@@ -26,17 +27,18 @@ evaluate() {  # a checkpoint, and where its evaluation goes
 }
 three_seeds() {
   for SEED in 1 2 3; do
-    python grpo.py --model "$1" --data "$WORLD/train.jsonl" --n 8 --batch_size 16 --steps 30 --lr 1e-4 --seed $SEED --log_every 10 \
-      "${COMMON[@]}" --out "$PROOF/$2_$SEED"
+    python grpo.py --model "$1" --data "$WORLD/train.jsonl" --n 8 --batch_size 16 --steps 30 --lr 1e-4 \
+      --seed $SEED --log_every 10 "${COMMON[@]}" --out "$PROOF/$2_$SEED"
     evaluate "$PROOF/$2_$SEED/final" "$2_$SEED"
   done
 }
 
 DISTILLED=$OUT/student_forward/final
-python rollout.py --model "$DISTILLED" --data "$WORLD/train.jsonl" --limit 100 --temperature 0.6 --top_p 0.95 "${COMMON[@]}" \
-  --out "$PROOF/own"
-python train.py --prefix teacher --kl forward --vocab sampled --normalize token --student "$DISTILLED" --rollouts "$PROOF/own" \
-  --batch_size 32 --steps 200 --lr 1e-3 --log_every 50 "${COMMON[@]}" --out "$PROOF/collapsed"
+python rollout.py --model "$DISTILLED" --data "$WORLD/train.jsonl" --limit 100 \
+  --temperature 0.6 --top_p 0.95 "${COMMON[@]}" --out "$PROOF/own"
+python train.py --prefix teacher --kl forward --vocab sampled --normalize token --student "$DISTILLED" \
+  --rollouts "$PROOF/own" --batch_size 32 --steps 200 --lr 1e-3 --log_every 50 \
+  "${COMMON[@]}" --out "$PROOF/collapsed"
 evaluate "$DISTILLED" distilled &
 evaluate "$PROOF/collapsed/final" collapsed &
 finish

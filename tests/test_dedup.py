@@ -1,6 +1,7 @@
 """De-duplication with an encoder whose vectors are known."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -27,15 +28,13 @@ def problems(*texts):
 
 
 def test_exact_ignores_case_and_white_space():
-    assert dedup.duplicates(
-        problems("ONE  plus one", "far"), problems("area of a circle", "one plus one")
-    ) == {0: ("exact", 1, 1.0)}
+    found = dedup.duplicates(problems("ONE  plus one", "far"), problems("area of a circle", "one plus one"))
+    assert found == {0: ("exact", 1, 1.0)}
 
 
 def test_semantic_drops_at_the_threshold_and_names_the_nearest():
-    found = dedup.duplicates(
-        problems("1 + 1", "far"), problems("down", "one plus one"), encode, threshold=0.7
-    )
+    others = problems("down", "one plus one")
+    found = dedup.duplicates(problems("1 + 1", "far"), others, encode, threshold=0.7)
     assert found.keys() == {0} and found[0][:2] == ("semantic", 1)
     assert abs(found[0][2] - 0.5**0.5) < 1e-6  # the cosine, whatever the vectors' lengths
     assert dedup.duplicates(problems("1 + 1"), problems("one plus one"), encode, threshold=0.71) == {}
@@ -43,40 +42,24 @@ def test_semantic_drops_at_the_threshold_and_names_the_nearest():
 
 def test_main_writes_what_is_kept_and_what_is_dropped(tmp_path, monkeypatch):
     monkeypatch.setattr(dedup, "load_encoder", lambda name: encode)
-    for name, rows in {
-        "data": problems("1 + 1", "far", "ONE  plus one"),
-        "against": problems("one plus one"),
-    }.items():
+    sets = {"data": problems("1 + 1", "far", "ONE  plus one"), "against": problems("one plus one")}
+    for name, rows in sets.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
-    dedup.main(
-        dedup.get_args(
-            [
-                "--data",
-                str(tmp_path / "data.jsonl"),
-                "--against",
-                str(tmp_path / "against.jsonl"),
-                "--out",
-                str(out),
-            ]
-        )
-    )
+    words = ["--data", f"{tmp_path}/data.jsonl", "--against", f"{tmp_path}/against.jsonl", "--out", str(out)]
+    dedup.main(dedup.get_args(words))
     assert [json.loads(line)["problem"] for line in open(out / "problems.jsonl")] == ["far"]
     dropped = [json.loads(line) for line in open(out / "dropped.jsonl")]
     assert [(row["problem"], row["reason"], row["nearest"]["problem"]) for row in dropped] == [
         ("1 + 1", "semantic", "one plus one"),
         ("ONE  plus one", "exact", "one plus one"),
     ]
-    assert read_artifact(str(out), "--data", "dedup")["counts"] == {
-        "problems": 3,
-        "kept": 1,
-        "dropped_exact": 1,
-        "dropped_semantic": 1,
-    }
+    counts = read_artifact(str(out), "--data", "dedup")["counts"]
+    assert counts == {"problems": 3, "kept": 1, "dropped_exact": 1, "dropped_semantic": 1}
 
 
 def test_semantic_without_the_package_is_refused(monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(SystemExit) as end:
         dedup.load_encoder("any")
     assert end.value.code == 2 and "--method exact" in capsys.readouterr().err

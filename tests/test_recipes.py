@@ -1,6 +1,6 @@
-"""recipes/qwen3.sh and recipes/paper_b.sh: every command parses and has the papers' values; rows of each kind run with tiny models.
+"""recipes/qwen3.sh and paper_b.sh: commands have the papers' values; some rows run with tiny models.
 
-The recipes' commands are read from bash; recipes/plan.py, which shows and runs them, is called in this process."""
+bash gives the recipes' commands; recipes/plan.py, which shows and runs them, is called in this process."""
 
 import importlib
 import io
@@ -17,7 +17,9 @@ from conftest import ROOT
 from distil.training import tflops
 from recipes import plan
 
-FAKE = '#!/bin/sh\necho "$@"\ncat\n'  # in the place of python: prints how it was called, and what was piped into it
+FAKE = (
+    '#!/bin/sh\necho "$@"\ncat\n'  # instead of python: prints how it was called, and what was piped into it
+)
 
 
 def bash(tmp_path, name, *flags):
@@ -51,20 +53,21 @@ def recipe(tmp_path, monkeypatch, capsys):
 
 
 def rows(printed):
-    """{row: [(stage, its flags as get_args gives them)]} of what plan.py printed; every command must parse."""
+    """{row: [(stage, args), or (program, words)]} of what plan.py printed; every command must parse."""
     found, row = {}, None
     for line in printed.split("\n# to do")[0].replace(" \\\n", "").splitlines():
         words = shlex.split(line)
         if line.startswith("# ") and "TFLOPs" not in line and line != "# shown, not run here":
             row = words[1].rstrip(":")
         elif words and words[0] != "#":
+            commands = found.setdefault(row, [])
             name = next((word for word in words if word.endswith(".py")), None)
             if name:
-                parses(name[:-3], words[words.index(name) + 1 :])
-                args = importlib.import_module(name[:-3]).get_args(words[words.index(name) + 1 :])
-                found.setdefault(row, []).append((name[:-3], args))
+                stage, flags = name.removesuffix(".py"), words[words.index(name) + 1 :]
+                parses(stage, flags)
+                commands.append((stage, importlib.import_module(stage).get_args(flags)))
             else:
-                found.setdefault(row, []).append((words[0], words))
+                commands.append((words[0], words))
     return found
 
 
@@ -153,10 +156,10 @@ def test_every_row_of_the_first_paper_has_its_hyperparameters(recipe, tmp_path):
             teacher=teacher,
         )
     assert [found[f"figure7/student_4b_mix_{w}"][0][1].fkl_weight for w in (0.2, 0.5, 0.8)] == [0.2, 0.5, 0.8]
-    shots = {
-        words[words.index("--tasks") + 1]: words[words.index("--num_fewshot") + 1]
-        for _, words in found["table4/base"]
-    }
+    shots = {}
+    for program, words in found["table4/base"]:
+        assert program == "lm_eval"  # with python -m, our evaluate.py would hide the package that it imports
+        shots[words[words.index("--tasks") + 1]] = words[words.index("--num_fewshot") + 1]
     assert shots == {"mmlu": "5", "arc_challenge": "25", "hellaswag": "10", "piqa": "0"}
 
 
@@ -222,22 +225,17 @@ def test_every_row_of_the_second_paper_has_its_hyperparameters(recipe, tmp_path)
         drop=["unboxed", "truncated", "degenerate"],
     )
     has(sft, prefix="teacher", vocab="sampled", kl="forward", lr=1e-5, warmup=0.05, steps=-(-200000 // 64))
-    assert (
-        opd["cold_start/sft"].student == sft.out + "/final"
-        and opd["cold_start/direct"].student == sft.student
-    )
+    assert opd["cold_start/sft"].student == sft.out + "/final"
+    assert opd["cold_start/direct"].student == sft.student
 
 
 def test_several_gpus_and_flags_that_do_not_exist(recipe, tmp_path):
-    printed = recipe(
-        "qwen3", "--row", "table5/teacher_4b_forward", "--gpus", 4, "--steps", 7, "--dry_run"
-    ).replace(" \\\n", "")
-    assert [line.split(".py")[0] for line in printed.splitlines() if "torchrun" in line] == [
-        f"torchrun --standalone --nproc_per_node 4 -- {stage}" for stage in ("train", "grpo")
-    ]
-    assert (
-        printed.count("--steps 7") == 2 and printed.count("--tensor_parallel 4") == 3
-    )  # the rollouts, two evaluations
+    flags = "--row table5/teacher_4b_forward --gpus 4 --steps 7 --dry_run".split()
+    printed = recipe("qwen3", *flags).replace(" \\\n", "")
+    launched = [line.split(".py")[0] for line in printed.splitlines() if "torchrun" in line]
+    assert launched == [f"torchrun --standalone --nproc_per_node 4 -- {stage}" for stage in ("train", "grpo")]
+    assert printed.count("--steps 7") == 2
+    assert printed.count("--tensor_parallel 4") == 3  # the rollouts, two evaluations
     for flags, word in (
         (["--row", "table9"], "table9"),
         (["--path", "x"], "--path"),
@@ -249,56 +247,33 @@ def test_several_gpus_and_flags_that_do_not_exist(recipe, tmp_path):
 
 
 def test_the_plan_adds_up_what_the_paper_counts(tmp_path, monkeypatch):
-    """A step of the 128-token rows costs the 83.98 and 23.19 TFLOPs of appendix H.1, with the query widths of its formula; one of
-    GRPO, if its responses were as short, the first without the 53.13 of the teacher; one of the second paper, with the same models
-    and lengths and 256 responses in the place of 32, eight times the first."""
+    """With its query widths, a step of the 128-token rows costs the 83.98 and 23.19 TFLOPs of appendix
+    H.1. One of GRPO with responses as short costs the first less the teacher's 53.13. One of the second
+    paper, with those models and lengths and 256 responses instead of 32, costs eight times the first."""
     for name, heads in {"Qwen3-0.6B-Base": 8, "Qwen3-4B": 20}.items():
         monkeypatch.setitem(plan.MODELS[name], "num_attention_heads", heads)
-    _, _, lines, _ = bash(
-        tmp_path,
-        "qwen3",
-        "--row",
-        "table1/student_4b_forward",
-        "--row",
-        "table5/teacher_4b_forward",
-        "--long",
-        128,
-    )
-    _, _, others, _ = bash(
-        tmp_path,
-        "paper_b",
-        "--row",
-        "topk/k16",
-        "--r1",
-        "Qwen3-0.6B-Base",
-        "--justrl",
-        "Qwen3-4B",
-        "--tokens",
-        128,
-    )
+    flags = "--row table1/student_4b_forward --row table5/teacher_4b_forward --long 128"
+    _, _, lines, _ = bash(tmp_path, "qwen3", *flags.split())
+    flags = "--row topk/k16 --r1 Qwen3-0.6B-Base --justrl Qwen3-4B --tokens 128"
+    _, _, others, _ = bash(tmp_path, "paper_b", *flags.split())
     made, step = {}, {}
     for command in plan.read_commands([*lines, *others]):
         spent, size = plan.cost(command, 92, made)
-        if command.module in (
-            "train",
-            "grpo",
-        ):  # and evaluations at the start, after every 30th (20th) step, and at the end
+        if command.module in ("train", "grpo"):
+            # evaluations at the start, after every 30th (20th) step, and at the end
             responses = 11 * 30 * 16 if command.row == "topk/k16" else 35 * 500
-            evaluations = responses * tflops(
-                plan.MODELS["Qwen3-0.6B-Base"], 92, command.tokens, forwards=1, generations=1
-            )
+            config = plan.MODELS["Qwen3-0.6B-Base"]
+            evaluations = responses * tflops(config, 92, command.tokens, forwards=1, generations=1)
             step[command.row] = (spent - evaluations) / command.args.steps
         if command.module == "score_teacher":
             assert size == 2 * 2560 * (40315 * 128 + 151936)
-    assert step == pytest.approx(
-        {
-            "table1/student_4b_forward": 83.98,
-            "table1/teacher_4b_forward": 23.19,
-            "table5/teacher_4b_forward": 83.98 - 53.13,
-            "topk/k16": 8 * 83.98,
-        },
-        rel=0.005,
-    )
+    expected = {
+        "table1/student_4b_forward": 83.98,
+        "table1/teacher_4b_forward": 23.19,
+        "table5/teacher_4b_forward": 83.98 - 53.13,
+        "topk/k16": 8 * 83.98,
+    }
+    assert step == pytest.approx(expected, rel=0.005)
 
 
 @pytest.mark.parametrize("name", ["Qwen3-0.6B-Base", "Qwen3-8B"])
@@ -307,113 +282,30 @@ def test_checkpoints_are_as_large_as_their_models(name, tmp_path):
 
     with torch.device("meta"):
         weights = Qwen3ForCausalLM(Qwen3Config(**plan.MODELS[name])).num_parameters()
-    _, _, lines, _ = bash(
-        tmp_path, "qwen3", "--row", "table2/student_4b_forward", "--student", f"Qwen/{name}"
-    )
-    [size] = [
-        plan.cost(command, 92, {})[1] for command in plan.read_commands(lines) if command.module == "train"
-    ]
+    flags = f"--row table2/student_4b_forward --student Qwen/{name}"
+    _, _, lines, _ = bash(tmp_path, "qwen3", *flags.split())
+    [command] = [command for command in plan.read_commands(lines) if command.module == "train"]
+    _, size = plan.cost(command, 92, {})
     assert size == pytest.approx(
         4 * weights * (1 + 2 * 3), rel=1e-3
-    )  # the last, and two with AdamW's two moments
+    )  # the last; two with AdamW's two moments
 
 
 @pytest.fixture
 def tiny(world, tmp_path):
-    """Flags that put tiny models, data and sizes in the places of both papers'."""
-    common = [
-        "--engine",
-        "hf",
-        "--dtype",
-        "float32",
-        "--gpus",
-        1,
-        "--out",
-        tmp_path / "out",
-        "--steps",
-        2,
-        "--batch_size",
-        2,
-        "--eval_data",
-        world / "heldout.jsonl",
-        "--benchmarks",
-        world / "test.jsonl",
-        "--eval_every",
-        2,
-        "--eval_n",
-        1,
-        "--eval_tokens",
-        8,
-    ]
-    student, teacher, train = world / "student_init", world / "teacher_init", world / "train.jsonl"
-    return {
-        "qwen3": [
-            *common,
-            "--student",
-            student,
-            "--teacher_4b",
-            teacher,
-            "--teacher_8b",
-            teacher,
-            "--data",
-            train,
-            "--limit",
-            6,
-            "--short",
-            4,
-            "--long",
-            8,
-            "--test_tokens",
-            8,
-            "--horizons",
-            "4,8",
-            "--gate_every",
-            1,
-            "--grpo_problems",
-            2,
-        ],
-        "paper_b": [
-            *common,
-            "--r1",
-            student,
-            "--r1_large",
-            teacher,
-            "--justrl",
-            teacher,
-            "--base",
-            student,
-            "--chat",
-            teacher,
-            "--rl",
-            teacher,
-            "--data",
-            train,
-            "--original_data",
-            train,
-            "--far_data",
-            train,
-            "--sft_data",
-            train,
-            "--cold_data",
-            world / "test.jsonl",
-            "--reverse_steps",
-            1,
-            "--tokens",
-            8,
-            "--n",
-            2,
-            "--sft_limit",
-            8,
-            "--sft_tokens",
-            60,
-            "--sft_steps",
-            2,
-            "--sft_batch_size",
-            2,
-            "--dedup",
-            "exact",
-        ],
-    }
+    """{recipe: flags} that replace the models, data and sizes of both papers by tiny ones."""
+    student, teacher = world / "student_init", world / "teacher_init"
+    train, test = world / "train.jsonl", world / "test.jsonl"
+    common = f"""--engine hf --dtype float32 --gpus 1 --out {tmp_path}/out --data {train} --steps 2
+        --batch_size 2 --eval_data {world}/heldout.jsonl --benchmarks {test} --eval_every 2 --eval_n 1
+        --eval_tokens 8"""
+    qwen3 = f"""--student {student} --teacher_4b {teacher} --teacher_8b {teacher} --limit 6 --short 4 --long 8
+        --test_tokens 8 --horizons 4,8 --gate_every 1 --grpo_problems 2"""
+    paper_b = f"""--r1 {student} --r1_large {teacher} --justrl {teacher} --base {student} --chat {teacher}
+        --rl {teacher} --original_data {train} --far_data {train} --sft_data {train} --cold_data {test}
+        --reverse_steps 1 --tokens 8 --n 2 --sft_limit 8 --sft_tokens 60 --sft_steps 2 --sft_batch_size 2
+        --dedup exact"""
+    return {"qwen3": f"{common} {qwen3}".split(), "paper_b": f"{common} {paper_b}".split()}
 
 
 @pytest.fixture
@@ -436,22 +328,11 @@ def executed(monkeypatch):
 def test_rows_of_the_first_paper_run_and_are_not_run_twice(recipe, tiny, executed, tmp_path, refused):
     picked = ["--row", "table3/4b_curriculum", "--row", "table5/teacher_4b_reverse", "--row", "table4/base"]
     printed = recipe("qwen3", *picked, *tiny["qwen3"])
-    assert executed == [
-        "train",
-        "evaluate",
-        "rollout",
-        "score_teacher",
-        "train",
-        "evaluate",
-        "grpo",
-        "evaluate",
-        "evaluate",
-    ]
+    cell = ["train", "evaluate"]
+    assert executed == [*cell, "rollout", "score_teacher", *cell, "grpo", "evaluate", "evaluate"]
     table = printed.split("| run")[1]
-    assert all(
-        f"| {run} " in table
-        for run in ("table1_teacher_4b_reverse", "table3_4b_curriculum", "table5_teacher_4b_reverse")
-    )
+    for run in ("table1_teacher_4b_reverse", "table3_4b_curriculum", "table5_teacher_4b_reverse"):
+        assert f"| {run} " in table
     cells = {
         run: json.load(open(tmp_path / f"out/{run}/evals/test/results.json"))["cell"]["name"]
         for run in ("table3_4b_curriculum", "table5_teacher_4b_reverse")
@@ -466,39 +347,22 @@ def test_rows_of_the_first_paper_run_and_are_not_run_twice(recipe, tiny, execute
     run = tmp_path / "out/table5_teacher_4b_reverse"
     os.rename(run / "meta.json", run / "meta.partial.json")  # as a killed run leaves it
     printed = recipe("qwen3", *picked, *tiny["qwen3"])
-    assert (
-        executed == ["grpo --resume", "evaluate"]
-        and printed.count("# finished; ") == 7
-        and printed.count("# unfinished; ") == 1
-    )
-    refused(
-        lambda: recipe("qwen3", *picked, *tiny["qwen3"], "--steps", 3),
-        "--steps 2",
-        "wants 3",
-        "table3/4b_curriculum",
-    )
+    assert executed == ["grpo --resume", "evaluate"]
+    assert printed.count("# finished; ") == 7 and printed.count("# unfinished; ") == 1
+    changed = [*picked, *tiny["qwen3"], "--steps", 3]
+    refused(lambda: recipe("qwen3", *changed), "--steps 2", "wants 3", "table3/4b_curriculum")
     printed = recipe("qwen3", *picked, *tiny["qwen3"], "--dry_run")
     assert executed == ["grpo --resume", "evaluate"] and "to do: 1 commands, 0 TFLOPs" in printed
 
 
 def test_rows_of_the_second_paper_run(recipe, tiny, executed, tmp_path):
-    recipe(
-        "paper_b",
-        "--row",
-        "cold_start/sft",
-        "--row",
-        "topk/set_union",
-        "--row",
-        "reverse/r1_7b",
-        *tiny["paper_b"],
-    )
+    picked = "--row cold_start/sft --row topk/set_union --row reverse/r1_7b".split()
+    recipe("paper_b", *picked, *tiny["paper_b"])
     assert executed == ["rollout", "train", "recipes.dedup", *["train", "evaluate"] * 3, "evaluate"]
     assert json.load(open(tmp_path / "out/sft_rollouts/meta.json"))["counts"]["faults"]["dropped"] > 0
     opd = json.load(open(tmp_path / "out/cold_start_sft/meta.json"))["args"]
-    assert (opd["student"], opd["data"]) == (
-        f"{tmp_path}/out/sft/final",
-        f"{tmp_path}/out/cold_problems/problems.jsonl",
-    )
+    assert opd["student"] == f"{tmp_path}/out/sft/final"
+    assert opd["data"] == f"{tmp_path}/out/cold_problems/problems.jsonl"
 
 
 def test_a_failed_command_ends_the_recipe(recipe, tiny, monkeypatch, refused):

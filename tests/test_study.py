@@ -1,4 +1,4 @@
-"""The study on the toy world: a miniature through its own code, its resumption, and its report against a recomputation by hand."""
+"""The study on the toy world: a miniature of it, its resumption, and its report recomputed by hand."""
 
 import functools
 import json
@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train
 from conftest import ROOT
 from distil import artifacts, evaluation, training
-from recipes import toy_grid, toy_world
+from recipes import toy_grid, toy_grid_report, toy_world
 
 MINI = {
     "world": "--train 24 --heldout 2 --test 4 --terms 2 3 --restate 0.3 --slips 0.3 --student_width 32",
@@ -39,7 +40,7 @@ def fewer_draws():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """OUT of a miniature study that was interrupted in the second step of its curriculum and started again."""
+    """OUT of a miniature study, interrupted in the second step of its curriculum and started again."""
     out = str(tmp_path_factory.mktemp("study"))
     real = training.optimizer_step
 
@@ -50,21 +51,19 @@ def finished(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(artifacts, "provenance", functools.cache(artifacts.provenance))
-        patch.setattr(training, "optimizer_step", interrupted)
+        patch.setattr(train, "optimizer_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             toy_grid.study(MINI, out, [1], 1)
-        assert not os.path.exists(f"{out}/curriculum_1/meta.json") and not os.path.exists(
-            f"{out}/results.json"
-        )
+        assert not os.path.exists(f"{out}/curriculum_1/meta.json")
+        assert not os.path.exists(f"{out}/results.json")
         before = {
             entry.name: os.stat(f"{entry.path}/meta.json").st_mtime_ns
             for entry in os.scandir(out)
             if os.path.exists(f"{entry.path}/meta.json")
         }
-        assert {"world", "teacher", "rollouts", "scores", "student_reverse_long_1", "mix_0.8_1"} <= set(
-            before
-        )
-        patch.setattr(training, "optimizer_step", real)
+        done = {"world", "teacher", "rollouts", "scores", "student_reverse_long_1", "mix_0.8_1"}
+        assert done <= set(before)
+        patch.setattr(train, "optimizer_step", real)
         toy_grid.study(MINI, out, [1], 1)
     for name, time in before.items():  # what was finished is kept
         assert os.stat(f"{out}/{name}/meta.json").st_mtime_ns == time
@@ -74,32 +73,25 @@ def finished(tmp_path_factory):
 def test_every_run_is_in_the_results(finished):
     found = json.load(open(f"{finished}/results.json"))
     names = {entry["name"] for entry in found["results"]}
-    assert {name for _, _, terms, _ in toy_grid.claims() for name in terms} <= names
+    assert {name for _, _, terms, _ in toy_grid_report.claims() for name in terms} <= names
     assert set(toy_grid.runs_of(MINI)) | {"teacher", "base", "base_endoftext", "collapsed"} <= names
     for entry in found["results"]:
         if entry["name"] in toy_grid.runs_of(MINI):
             results = json.load(open(f"{finished}/{entry['name']}_1/eval/results.json"))
             for metric in ("avg", "length", "truncated", "entropy"):
-                mean = evaluation.mean_of(*toy_grid.values_of([entry], metric))
+                mean = evaluation.mean_of(*toy_grid_report.values_of([entry], metric))
                 assert mean == pytest.approx(results[metric], abs=0.02 if metric == "entropy" else 1e-9)
-            assert evaluation.mean_of(*toy_grid.values_of([entry], "pass@4")) == pytest.approx(
-                results["pass"]["4"]
-            )
+            mean = evaluation.mean_of(*toy_grid_report.values_of([entry], "pass@4"))
+            assert mean == pytest.approx(results["pass"]["4"])
             assert [row["step"] for row in entry["curve"]] == ([0, 1] if entry["stage"] == "grpo" else [0, 2])
 
 
 def test_the_interrupted_run_went_on_where_it_was(finished, tmp_path):
-    [words] = [
-        job[0]
-        for jobs in toy_grid.phases(MINI, finished, [1])
-        for job in jobs
-        if job[0][-1].endswith("/curriculum_1")
-    ]
+    first_commands = [job[0] for jobs in toy_grid.phases(MINI, finished, [1]) for job in jobs]
+    [words] = [words for words in first_commands if words[-1].endswith("/curriculum_1")]
     toy_grid.call([*words[:-1], str(tmp_path / "whole")])
-    one, other = (
-        load_file(f"{path}/final/model.safetensors")
-        for path in (f"{finished}/curriculum_1", tmp_path / "whole")
-    )
+    one = load_file(f"{finished}/curriculum_1/final/model.safetensors")
+    other = load_file(tmp_path / "whole/final/model.safetensors")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert "--resume" in json.load(open(f"{finished}/curriculum_1/meta.json"))["argv"]
 
@@ -110,11 +102,9 @@ def test_equal_flops_are_at_least_the_teacher_prefix_runs(finished):
 
     first, final = spent("student_reverse_short_1/step_000001"), spent("student_reverse_short_1/final")
     enough = first if first >= spent("teacher_reverse_short_1/final") else final
-    assert spent(os.path.relpath(toy_grid.equal_flops(finished, "reverse", "short", 1), finished)) == enough
-    assert (
-        json.load(open(f"{finished}/student_reverse_short_1/eval_equal_flops/results.json"))["tflops"]
-        == enough
-    )
+    assert spent(toy_grid.equal_flops(finished, "reverse", "short", 1)) == enough
+    results = json.load(open(f"{finished}/student_reverse_short_1/eval_equal_flops/results.json"))
+    assert results["tflops"] == enough
 
 
 def test_ends_differ_where_they_should(finished):
@@ -130,7 +120,9 @@ def test_ends_differ_where_they_should(finished):
 
 def test_other_flags_are_refused(finished, refused):
     changed = MINI | {"cell": MINI["cell"].replace("1e-3", "2e-3")}
-    refused(lambda: toy_grid.study(changed, finished, [1], 1), "--lr", "0.001", "0.002", "remove it")
+    refused(
+        lambda: toy_grid.study(changed, finished, [1], 1), "--lr", "0.001", "0.002", "remove what is there"
+    )
 
 
 def test_jobs_run_in_forks_and_a_failure_ends_the_study(tmp_path, capfd):
@@ -172,25 +164,24 @@ def by_hand(results, terms, metric):
                 correct, tokens, entropy = (
                     float(entry[key].split()[i]) for key in ("correct", "tokens", "entropy")
                 )
-                top += {"avg": correct / 8, "pass@8": correct > 0, "length": tokens / 8, "entropy": entropy}[
-                    metric
-                ]
+                values = {"avg": correct / 8, "pass@8": correct > 0, "length": tokens / 8, "entropy": entropy}
+                top += values[metric]
                 bottom += tokens if metric == "entropy" else 1
         return top / bottom
 
     count, generator = len(results[0]["correct"].split()), torch.Generator().manual_seed(0)
     picks = [torch.randint(count, (count,), generator=generator).tolist() for _ in range(evaluation.DRAWS)]
-    values = [
-        sum(factor * metric_of(name, pick) for name, factor in terms.items())
-        for pick in [range(count), *picks]
-    ]
-    draws = sorted(values[1:])  # 100: 2 on either side are left out, and the interval ends at the next
-    return values[0], [draws[2], draws[96]]
+
+    def total(problems):
+        return sum(factor * metric_of(name, problems) for name, factor in terms.items())
+
+    draws = sorted(total(pick) for pick in picks)  # 100: the interval leaves out 2 below and 3 above
+    return total(range(count)), [draws[2], draws[96]]
 
 
 @pytest.fixture
 def synthetic():
-    """Runs a and b with two seeds and c, the start of both, with 12 problems: a is better than b by a quarter, c as good as b."""
+    """12 problems; runs a and b with two seeds, c without: a beats b by a quarter, c is as good as b."""
     rng, results = random.Random(1), []
     for name, seeds, lift in (("a", (1, 2), 1), ("b", (1, 2), 0), ("c", (None,), 0)):
         for seed in seeds:
@@ -203,7 +194,7 @@ def synthetic():
 @pytest.mark.parametrize("metric", ["avg", "pass@8", "length", "entropy"])
 def test_differences_are_those_computed_by_hand(synthetic, metric):
     for terms in ({"a": 1, "b": -1}, {"a": 1, "b": -0.5, "c": -0.5}):
-        mean, interval, each = toy_grid.difference(synthetic, terms, metric)
+        mean, interval, each = toy_grid_report.difference(synthetic, terms, metric)
         truth, ends = by_hand(synthetic, terms, metric)
         assert mean == pytest.approx(truth) and interval == pytest.approx(ends)
         for seed, value in zip((1, 2), each, strict=True):
@@ -213,8 +204,8 @@ def test_differences_are_those_computed_by_hand(synthetic, metric):
 
 def test_the_three_verdicts(synthetic):
     def found(terms, margin=0):
-        _, (low, high), _ = toy_grid.difference(synthetic, terms, "avg")
-        return toy_grid.verdict(low, high, margin)
+        _, (low, high), _ = toy_grid_report.difference(synthetic, terms, "avg")
+        return toy_grid_report.verdict(low, high, margin)
 
     assert found({"a": 1, "b": -1}) == "holds"
     assert found({"b": 1, "a": -1}) == "opposite"
@@ -230,7 +221,7 @@ def test_the_report_says_what_the_results_say(tmp_path, capsys):
         reverse = "reverse" in name
         return (7 if reverse else 4) if name.startswith("grpo") else (6 if reverse else 2)
 
-    names = {name: None for _, _, terms, _ in toy_grid.claims() for name in terms} | dict.fromkeys(
+    names = {name: None for _, _, terms, _ in toy_grid_report.claims() for name in terms} | dict.fromkeys(
         toy_grid.runs_of(MINI)
     )
     results = [
@@ -248,20 +239,16 @@ def test_the_report_says_what_the_results_say(tmp_path, capsys):
         for cells in (line.split("|") for line in lines)
         if len(cells) > 5
     }
-    assert shown["reverse above forward KL, short"][3:6] == [
-        "+0.500 [+0.500, +0.500]",
-        "+0.500 +0.500",
-        "holds",
-    ]
-    assert shown["reverse lower than forward KL, short (forward - reverse)"][3] == "+0.100 [+0.100, +0.100]"
-    assert shown["forward checkpoints gain more from GRPO, long"][3] == "+0.125 [+0.125, +0.125]"
-    assert shown["forward weight 0.8 loses less than 0.02 to reverse KL"][3:6:2] == [
-        "-0.500 [-0.500, -0.500]",
-        "opposite",
-    ]
-    assert shown["student_reverse_long"][2].startswith("0.750 ") and shown["student_forward_long"][
-        2
-    ].startswith("0.250 ")
+    claim = "reverse KL scores higher, short horizon (reverse minus forward)"
+    assert shown[claim][3:6] == ["+0.500 [+0.500, +0.500]", "+0.500 +0.500", "holds"]
+    claim = "reverse KL has lower entropy, short horizon (forward minus reverse)"
+    assert shown[claim][3] == "+0.100 [+0.100, +0.100]"
+    claim = "GRPO gains more after forward KL, long (forward minus reverse)"
+    assert shown[claim][3] == "+0.125 [+0.125, +0.125]"
+    claim = "mix 0.8 loses less than 0.02 (mix 0.8 minus reverse; claim: above -0.02)"
+    assert shown[claim][3:6:2] == ["-0.500 [-0.500, -0.500]", "opposite"]
+    assert shown["student_reverse_long"][2].startswith("0.750 ")
+    assert shown["student_forward_long"][2].startswith("0.250 ")
     assert capsys.readouterr().out.count("figure: ") == len(list(tmp_path.glob("*.png"))) == 6
 
 
@@ -296,21 +283,28 @@ def test_the_two_base_students_learn_from_the_same_solutions(tmp_path):
     assert 0.2 < sum(ids[-1] == 2 for ids in hasty["endoftext"]) / 200 < 0.4
 
 
-def cells_of(text, count):
-    """The rows of Markdown tables with so many columns, without their heads."""
-    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
-    return [
-        row for row in rows if len(row) == count + 2 and not row[1].startswith("---") and row[1] != "claim"
-    ]
+VERDICTS = ("holds", "opposite", "not resolved")
 
 
-def test_the_page_says_what_the_committed_results_say(tmp_path, monkeypatch):
+def cells_of(text, columns):
+    """The rows of Markdown tables with so many columns that end with a verdict."""
+    lines = [line.strip().strip("|") for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    return [row for row in rows if len(row) == columns and row[-1] in VERDICTS]
+
+
+def test_the_study_page_says_what_the_committed_results_say(tmp_path, monkeypatch):
+    """The claims are in docs/study.md, without the column of single seeds."""
     path = shutil.copy(f"{ROOT}/results/toy_grid.json", tmp_path)
-    monkeypatch.setattr(toy_grid, "figures", lambda *args: None)
+    monkeypatch.setattr(toy_grid_report, "draw", lambda *args: None)
     monkeypatch.setattr(evaluation, "DRAWS", 1000)
-    toy_grid.resampled_once.cache_clear()
-    toy_grid.report(path)
+    toy_grid_report.resampled_once.cache_clear()
+    toy_grid_report.report(path)
+    toy_grid_report.resampled_once.cache_clear()
     text = (tmp_path / "toy_grid.md").read_text()
     assert text == open(f"{ROOT}/results/toy_grid.md").read()
-    study = open(f"{ROOT}/docs/study.md", encoding="utf-8").read()
-    assert cells_of(study, 4) == [row[:4] + row[5:] for row in cells_of(text, 5)]
+    page = f"{ROOT}/docs/study.md"
+    if not os.path.isfile(page):
+        page = f"{ROOT}/README.md"
+    claims = [[claim, metric, shown, verdict] for claim, metric, shown, _, verdict in cells_of(text, 5)]
+    assert cells_of(open(page, encoding="utf-8").read(), 4) == claims

@@ -1,4 +1,4 @@
-"""Shared by all tests: a tiny toy world, rollouts and scores made by the stages themselves, and what a refusal looks like."""
+"""Shared by all tests: a tiny toy world, rollouts and scores that stages made, what a refusal looks like."""
 
 import os
 import sys
@@ -7,19 +7,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on a network, or on there being none
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+os.environ["PYTHONPATH"] = os.path.join(
+    ROOT, "kernels"
+)  # for the stages that tests start, as pytest's own pythonpath
 sys.path.insert(0, ROOT)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped where there is none")
-    config.addinivalue_line(
-        "markers", "peer: compares with another project's package; skipped where it is not installed"
-    )
 
 
 def pytest_collection_modifyitems(items):
@@ -31,7 +27,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Path of a toy world: train, heldout and test problems, teacher_init, student_init, gold and hasty rollouts."""
+    """A toy world's path: train, heldout, test problems; teacher_init, student_init; gold, hasty rollouts."""
     from recipes import toy_world
 
     path = tmp_path_factory.mktemp("toy") / "world"
@@ -89,7 +85,7 @@ def scores(world, rollouts):
 
 @pytest.fixture
 def refused(capsys):
-    """refused(call, *words): the call must end with exit code 2 and a message on stderr that holds all the words."""
+    """refused(call, *words): the call must exit with code 2 and a message on stderr that holds the words."""
 
     def check(call, *words, code=2):
         capsys.readouterr()

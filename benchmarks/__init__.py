@@ -1,0 +1,1 @@
+"""What measures. A package, or an installed package of this name would hide it."""

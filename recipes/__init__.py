@@ -1,0 +1,1 @@
+"""The experiments. A package, or an installed package of this name would hide it."""

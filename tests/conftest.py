@@ -104,6 +104,7 @@ def refused(capsys):
 def impl(request, monkeypatch):
     """Both implementations of the KL; blocks so small that small vocabularies take several."""
     from kernel_helpers import BLOCK, triton_kl
+
     monkeypatch.setattr(triton_kl, "BLOCK", BLOCK)
     monkeypatch.setattr(triton_kl, "WARPS", 1)
     return request.param

@@ -22,7 +22,8 @@ from distil.vllm_engine import load_vllm
 from recipes.toy_world import make_model, make_tokenizer
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make test installs it)"
+    importlib.util.find_spec("vllm") is None,
+    reason="vLLM is not installed (make test does it beside torch's CPU build)",
 )
 
 PROMPTS = [

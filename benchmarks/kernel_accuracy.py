@@ -12,6 +12,7 @@ import argparse
 import os
 
 import torch
+
 from streaming_kl import streaming_kl
 
 V, ROWS = 151_936, 3

@@ -17,9 +17,10 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 
 import triton
-from streaming_kl import triton_kl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from streaming_kl import triton_kl
 
 KERNELS = ("_statistics_kernel", "_gradient_kernel", "_fused_kernel")
 DTYPES = ("bf16", "fp16", "fp32")

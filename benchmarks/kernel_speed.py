@@ -29,6 +29,7 @@ import time
 from functools import partial
 
 import torch
+
 from streaming_kl import linear_streaming_kl, streaming_kl
 
 

@@ -171,7 +171,7 @@ evaluate() {  # MODEL OUT. Ours: no top-k
 }
 
 # MODEL OUT: general knowledge; shown, not run here: pip install "lm_eval[hf]". Start lm_eval by its own name:
-# python -m lm_eval would import this project's evaluate.py instead of Hugging Face's package evaluate.
+# lm_eval as a module would import this project's evaluate.py instead of Hugging Face's package evaluate.
 harness() {
   local task
   for task in mmlu:5 arc_challenge:25 hellaswag:10 piqa:0; do

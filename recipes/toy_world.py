@@ -34,10 +34,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from distil.artifacts import add_output_flags, finish_artifact, start_artifact
+from distil.models import Response
 from distil.problems import load_problems
 from distil.prompts import render_prompt, stop_ids
 from distil.rollouts import finish_rollouts, write_rollouts
-from distil.models import Response
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 WORDS = ["user", "assistant", "\\boxed{", "}", "\n", " ", "=", "+", *"0123456789", *"abcdefgh"]

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+
 from streaming_kl import KLOutput, streaming_kl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,6 +22,7 @@ if INTERPRETED:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         import triton.experimental.gluon.language  # noqa: F401  as the interpreter will
+
         from streaming_kl import triton_kl
 else:
     from streaming_kl import triton_kl  # noqa: F401  for the tests

@@ -20,8 +20,6 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_artifacts import begun, flags, made
-from test_resume import STAGES, Disk, args_of, cheap_models, in_fork, results  # noqa: F401 (a fixture)
 
 import rollout
 from conftest import ROOT
@@ -31,6 +29,8 @@ from distil.problems import load_problems
 from distil.rollouts import read_rollouts
 from distil.teacher import Scores
 from recipes.toy_world import make_tokenizer
+from test_artifacts import begun, flags, made
+from test_resume import STAGES, Disk, args_of, cheap_models, in_fork, results  # noqa: F401 (a fixture)
 
 # ---------------------------------------------------------------------------------------------------------
 # The disk

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+
 from streaming_kl import streaming_kl
 
 END, V, T = 0, 4, 3

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kernel_helpers import (
     DEVICE,
     INF,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from kernel_helpers import DEVICE, MARKS, assert_close, exact_logits, heads, randn, rounding
 from streaming_kl import linear_divergence, linear_streaming_kl
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+
 from kernel_helpers import (
     MARKS,
     assert_close,

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from kernel_helpers import MARKS, heads, randn, triton_kl
-from streaming_kl import chunk_of, chunks, linear_divergence, linear_streaming_kl, reference, streaming_kl
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from kernel_helpers import MARKS, heads, randn, triton_kl
+from streaming_kl import chunk_of, chunks, linear_divergence, linear_streaming_kl, reference, streaming_kl
 
 pytestmark = MARKS
 GPU, CPU = torch.device("cuda"), torch.device("cpu")

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import streaming_kl as package
 import torch
+
+import streaming_kl as package
+from benchmarks import kernel_accuracy, kernel_speed
 from kernel_helpers import COMPILER, DEVICE, MARKS, NAN, assert_close, heads, randn
 from streaming_kl import linear_divergence, linear_streaming_kl, streaming_kl
-
-from benchmarks import kernel_accuracy, kernel_speed
 
 pytestmark = MARKS
 ROOT = Path(__file__).parent.parent

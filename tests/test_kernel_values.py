@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from kernel_helpers import (
     BLOCK,
     DEVICE,

@@ -11,7 +11,6 @@ import types
 
 import pytest
 import torch
-from test_repo import commands, parses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
@@ -23,6 +22,7 @@ from conftest import ROOT
 from distil.grading import Grade
 from distil.models import Response
 from streaming_kl import linear_divergence
+from test_repo import commands, parses
 
 ROOT = pathlib.Path(ROOT)
 README = ROOT / "README.md"

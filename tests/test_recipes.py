@@ -11,11 +11,11 @@ import subprocess
 
 import pytest
 import torch
-from test_repo import parses
 
 from conftest import ROOT
 from distil.training import tflops
 from recipes import plan
+from test_repo import parses
 
 FAKE = (
     '#!/bin/sh\necho "$@"\ncat\n'  # instead of python: prints how it was called, and what was piped into it

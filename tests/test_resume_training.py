@@ -7,12 +7,12 @@ import shutil
 import signal
 
 import pytest
-from test_resume import Disk, in_fork
 
 import grpo
 import train
 from distil import artifacts, training
 from distil.models import model_dir
+from test_resume import Disk, in_fork
 
 
 @pytest.fixture(autouse=True)

@@ -66,7 +66,9 @@ def test_topk_loss_gradient_and_tails(case, kind, w):
     for name, h, e in (("student", hidden, head), ("teacher", teacher.hidden, teacher.head)):
         probability = (h.double() @ e.double().T).softmax(-1)
         tail = torch.stack([1 - row[chosen].sum() for row, chosen in zip(probability, sets)])
-        torch.testing.assert_close(metrics[f"{name}_tail_mass"].double(), tail.detach(), rtol=0, atol=1e-5)  # 1 - a sum of up to 1
+        torch.testing.assert_close(
+            metrics[f"{name}_tail_mass"].double(), tail.detach(), rtol=0, atol=1e-5
+        )  # 1 - a sum of up to 1
 
 
 def test_an_empty_intersection_has_no_loss_and_no_gradient():

@@ -16,7 +16,7 @@ Maj@k    chance that the most frequent answer among k of the n responses is corr
 entropy  of the model's full softmax at temperature 1, in nats, averaged over all response tokens it sampled
 
 Intervals are 95% bootstrap intervals over problems. Defaults: temperature 0.6, top-p 0.95, 8192 tokens, as
-in the paper. distil/grading.py decides what is correct.
+in the paper. docs/grading.md says what is correct, docs/metrics.md what the files hold.
 """
 
 import argparse
@@ -46,8 +46,9 @@ from distil.vllm_engine import load_vllm
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # what to do; without --table, --compare or --figure, one model is evaluated
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    p = parser.add_argument_group("what to show; without any of these, a model is evaluated")
     table_help = "print one table of these directories that evaluate.py wrote"
     p.add_argument("--table", nargs="+", metavar="EVAL", help=table_help)
     compare_help = "print how the second evaluation differs from the first"
@@ -56,12 +57,12 @@ def get_args(argv=None):
     runs_help = "directories that train.py or grpo.py wrote with --eval_every"
     p.add_argument("--runs", nargs="+", metavar="RUN", help=runs_help)
     p.add_argument("--x", choices=["step", "tflops"], default="step", help="what --figure draws them against")
-    # what goes in
+    p = parser.add_argument_group("what goes in")
     p.add_argument("--model", help="Hugging Face directory or hub id of the model to evaluate")
     add_problem_flags(p, required=False)
     benchmarks_help = "several data sets, each as --data; --out/NAME gets it"
     p.add_argument("--benchmarks", nargs="+", metavar="DATA", help=benchmarks_help)
-    # how
+    p = parser.add_argument_group("sampling and measuring")
     add_sampling_flags(p, n=None, **EVAL_SAMPLING, max_response_tokens=8192, gpu_memory_utilization=0.6)
     p.add_argument("--k", type=int, nargs="+", help="k of Pass@k and Maj@k, one or more (default: n)")
     tokens_help = "tokens in one forward pass"
@@ -69,12 +70,12 @@ def get_args(argv=None):
     dtypes = ["float32", "bfloat16", "float16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="dtype of the model")
     p.add_argument("--seed", type=int, default=42)
-    add_output_flags(p, required=False)
-    args = p.parse_args(argv)
+    add_output_flags(parser, required=False)
+    args = parser.parse_args(argv)
     if args.figure and not args.runs:
-        p.error("--figure needs --runs")
+        parser.error("--figure needs --runs")
     if not (args.table or args.compare or args.figure):
-        check_evaluation_flags(p, args)
+        check_evaluation_flags(parser, args)
     return args
 
 
@@ -135,7 +136,7 @@ def sample_and_grade(args, model, engine, task, path):
     places = {problem["id"]: place for place, problem in enumerate(task.problems)}
     done = {places[row["id"]] for _, row in read_jsonl(path)}
     if done:
-        print(f"evaluate: goes on after {len(done)} problems")
+        print(f"evaluate: resumes after {len(done)} problems")
     for finished in evaluate_problems(
         model,
         engine,
@@ -159,7 +160,7 @@ def sample_and_grade(args, model, engine, task, path):
 def print_results(name, results):
     words = [f"{name}: Avg@{results['n']} {results['avg']:.3f}"]
     words += [f"Pass@{k} {results['pass'][k]:.3f}  Maj@{k} {results['maj'][k]:.3f}" for k in results["pass"]]
-    words += [f"length {results['length']:.1f}", f"cut off {results['truncated']:.1%}"]
+    words += [f"length {results['length']:.1f}", f"truncated {results['truncated']:.1%}"]
     words += [f"entropy {results['entropy']:.3f}", f"grading timed out {results['timed_out']}"]
     print("  ".join(words), flush=True)
 

@@ -14,7 +14,7 @@ The KL is exact over the vocabulary, in no more memory than the log-probabilitie
 are all equal has no policy gradient; those groups are counted.
 
     checkpoint, problems  ->  run/final/ (a Hugging Face directory), run/metrics.jsonl, run/evals.jsonl,
-                              run/meta.json
+                              run/meta.json; names: docs/metrics.md
 
     python grpo.py --model out/run/final --data deepscaler --out out/run_grpo
 

@@ -29,16 +29,17 @@ from distil.vllm_engine import load_vllm
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # what goes in
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    p = parser.add_argument_group("what goes in")
     p.add_argument("--model", required=True, help="Hugging Face directory or hub id of the model to sample")
     add_problem_flags(p)
-    # how it is sampled
+    p = parser.add_argument_group("sampling")
     add_sampling_flags(p)
     dtypes = ["float32", "bfloat16", "float16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="dtype of the model")
     p.add_argument("--seed", type=int, default=42)
-    # filters of a cold start
+    p = parser.add_argument_group("filters of a cold start")
     p.add_argument(
         "--drop",
         nargs="+",
@@ -48,11 +49,10 @@ def get_args(argv=None):
     )
     attempts_help = "with --drop, times a response is sampled before it is dropped"
     p.add_argument("--attempts", type=int, default=3, help=attempts_help)
-    # what comes out
-    add_output_flags(p)
-    args = p.parse_args(argv)
+    add_output_flags(parser)
+    args = parser.parse_args(argv)
     if args.attempts < 1:
-        p.error("--attempts must be at least 1")
+        parser.error("--attempts must be at least 1")
     return args
 
 

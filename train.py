@@ -14,7 +14,7 @@ the whole vocabulary,
 no loss; the stop token does.
 
     rollouts/, scores/                   ->  run/final/ (a Hugging Face directory), run/metrics.jsonl,
-    or problems, sampled and scored live     run/evals.jsonl, run/meta.json
+    or problems, sampled and scored live     run/evals.jsonl, run/meta.json; names: docs/metrics.md
 
     python train.py --prefix teacher --kl forward --student Qwen/Qwen3-0.6B-Base \\
         --rollouts out/rollouts --scores out/scores --out out/run

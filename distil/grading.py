@@ -1,149 +1,261 @@
 """Is a response's final answer the right one?
 
-    extract_answer(response)       the final answer as text, or None
-    is_correct(response, answer)   True or False
-    grade(responses, answers)      a Grade for each pair, the hard ones side by side
-
-Tuples, sets and lists are taken apart, and equality.py compares what is simple. Everything else goes to math-verify, which can be
-sent round in circles by what a model writes (9^{9^{9^9}}), so it runs in worker processes with a limit of processor time that the
-kernel enforces: an answer that takes too long is wrong and is counted. Workers are plain subprocesses, for any thread or process.
+Equal texts, numbers, option letters and words are decided here, everything else by math-verify. Some answers
+would keep it busy for ever (9^{9^{9^9}}), so it runs in worker processes whose CPU time the kernel limits.
+They are plain subprocesses, usable from any thread or process.
 """
+
 import collections
 import concurrent.futures
 import functools
-import itertools
 import json
+import logging
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
+import unicodedata
+from fractions import Fraction
 from typing import NamedTuple
 
-from distil.equality import bare_answers, outside, quick_verdict, split_name, split_outside, tidy
-
-LIMIT_SECONDS = 1.0      # of processor time, for one answer
-HURRY_SECONDS = 0.1      # the same while more than 3 of the last 50 answers took too long, so that a flood of them ends
-LIMIT_MEMORY = 2 << 30   # bytes of a worker's address space
-LONGEST = 400            # characters of an answer; longer ones must equal the gold answer as text
-DEEPEST = 12             # brackets within brackets, likewise
+LIMIT_SECONDS = 1.0  # CPU time for one answer
+HURRY_SECONDS = 0.1  # the same while more than 3 of the last 50 answers timed out: a flood of them must end
+LIMIT_MEMORY = 2 << 30  # bytes of a worker's address space
+LONGEST = 400  # characters of an answer; a longer one must equal the gold answer as text
 
 
 class Grade(NamedTuple):
     extracted: str | None
     correct: bool
-    timed_out: bool      # it took too long, or was bound to
+    timed_out: bool
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The final answer of a response
 
-STATED = re.compile(r"(?i)(?:\banswer\b\W{0,6}\s*(?:is|:|=)|^[#* ]*(?:the )?(?:final )?answer[* ]*$"
-                    r"|^\W{0,9}(?:final )?answer\W{0,9}:|(?-i:^A(?:ns)?:))", re.MULTILINE)
+# ---- The final answer of a response ----
+BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(\\?[^\s$\\{][^\s$\\]*)?")  # group 1: a word without braces
+GAP = r"(?:[\s$.&*-]|\\[\[\]()\\]|\\q?quad)*"
+JOINT = re.compile(  # between boxes that are one list: "$, and $x ="
+    rf"{GAP}(?:[,;]|\\text\s*\{{[^{{}}]*\}}|and|or){GAP}(?:(?:and|or){GAP})?(?:[a-zA-Z](?:_\{{?\d\}}?)?\s*=\s*)?"
+)
+STATED = re.compile(  # "the answer is", "Answer:", "## Answer", "**Final answer**:", "A: 18"
+    r"(?im)\banswer\b\W{0,6}\s?(?:is|:|=)|^[#* ]*(?:the )?(?:final )?answer[* ]*$"
+    r"|^\W{0,9}(?:final )?answer\W{0,9}:|(?-i:^A(?:ns)?:)"
+)
 CONCLUSION = re.compile(r"(?i)^\W*(?:so|thus|therefore|hence|in total|in conclusion|altogether)\b")
-COMPLETE = re.compile(r"(?:[.!$]|\*\*|\\\]|\\\))$")
-NUMBER = re.compile(r"-?[$€£]?\d[\d,]*(?:\.\d+)?(?:[/:]\d+)?(?:\\?%)?|-?\.\d+")
-BETWEEN = re.compile(  # boxes that are one answer together
-    r"(?:[\s$,;.&*-]|\\[\[\]()\\]|\\q?quad|\\text\s*\{[^{}]*\}|and|or|[a-zA-Z](?:_\{?\d\}?)?\s*=)*")
+NUMBER = re.compile(r"-?[$€£]?\d[\d,]*(?:\.\d+)?(?:[/:]\d+)?(?:\\?%)?|-?\.\d+")  # "-$1,234.50", "3/4", "50%"
+FORMULA = re.compile(r"(?<!\\)\$\$?((?:[^$\\]|\\.)+?)\$\$?(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]")
 
 
 def extract_answer(response):
-    """The content of the last \\boxed{} or \\fbox{} that is not empty; else what follows the last ####; else what "the answer is
-    ..." or a line "A: ..." states; else the last formula or number of the last line's "Therefore, ...", or of its last sentence
-    where that is complete. None for none, or a last box cut off."""
-    if found := boxes(response):
-        return next((content for _, _, content in reversed(found) if content != ""), "")
+    """The last box that is not empty, and boxes listed with it; else what follows the last ####; else what
+    "the answer is" or "A:" states; else what the last "Therefore, ..." or whole sentence ends with."""
+    answers, next_start = [], len(response)
+    for box in reversed(collections.deque(BOX.finditer(response), maxlen=8)):
+        content, end = box_content(response, box)
+        if answers and not (content and JOINT.fullmatch(response[end:next_start])):
+            break
+        if content is None:
+            return None
+        answers, next_start = ([content, *answers], box.start()) if content else (answers, next_start)
+    if answers:
+        return ", ".join(answers)
     lines = response.rpartition("####")[2].strip().splitlines() if "####" in response else []
     if lines and not (len(lines) > 1 and re.match(r"\W*[A-Za-z]{3}", lines[0])):  # that would be a heading
         return lines[0].strip().rstrip(".")
     tail = response[-5000:].strip()
     if stated := list(STATED.finditer(tail)):
-        return plain_answer(tail[stated[-1].end():].lstrip("*_ \n:").splitlines(), stated=True)
+        return answer_in_words(tail[stated[-1].end() :].lstrip("*_ \n:"), stated=True)
     sentences = re.split(r"(?<=[.!?])\s+|(?<=\$)\s+(?=So|Thus|Hence|Therefore)", tail.rpartition("\n")[2])
-    concluded = [sentence for sentence in sentences if CONCLUSION.match(sentence)]
-    closing = concluded[-1:] or (sentences[:-3:-1] if COMPLETE.search(tail) else [])
-    return next(filter(None, (plain_answer([sentence], stated=False) for sentence in closing)), None)
+    is_complete = re.search(r"(?:[.!$]|\*\*|\\\]|\\\))$", tail)
+    candidates = list(filter(CONCLUSION.match, sentences))[-1:] or (sentences[:-3:-1] if is_complete else [])
+    return next(filter(None, (answer_in_words(sentence, stated=False) for sentence in candidates)), None)
 
 
-def boxes(text):
-    """(start, end, content) of the last 8 boxes; the content is one word where there are no braces, None where it is cut off."""
-    found = []
-    for match in list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(\\?[^\s$\\{][^\s$\\]*)?", text))[-8:]:
-        depth, escaped, end, content = 0, False, match.end(), match[1] and match[1].rstrip(".,;:!")
-        while not content and end < len(text):
-            if not escaped:
-                depth += (text[end] == "{") - (text[end] == "}")
-            escaped = text[end] == "\\" and not escaped
-            end += 1
-            if depth == 0:
-                content = text[match.end() + 1:end - 1].strip()
-                break
-        found.append((match.start(), end, content))
-    return found
+def box_content(text, box):
+    """A box's content and where it ends: 5 for \\boxed{5} and \\boxed 5, None for \\boxed{5 (cut off)."""
+    if box[1]:
+        return box[1].rstrip(".,;:!"), box.end()
+    depth = 0
+    for brace in re.finditer(r"\\.|[{}]", text[box.end() :], re.DOTALL):  # \{ is no brace
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth <= 0 and brace[0] in "{}":
+            return text[box.end() + 1 : box.end() + brace.start()].strip(), box.end() + brace.end()
+    return None, len(text)
 
 
-def joined_boxes(response):
-    """The last boxes as one list, where there is nothing but commas, "and" and line breaks between them: "-2, 1" of two boxes."""
-    found = boxes(response)
-    while not all(BETWEEN.fullmatch(response[one[1]:other[0]]) for one, other in itertools.pairwise(found)):
-        found.pop(0)
-    return ", ".join(content or "" for _, _, content in found)
-
-
-def plain_answer(lines, stated):
-    """The answer in plain words. Of what was stated: its number, its first $...$, or all of it; of a sentence: what is bold in it,
-    its last $...$, a tuple at its end, its last number."""
-    line = lines[0] if lines else ""
-    bold = None if stated else re.search(r".*\*\*([^*]+)\*\*", line)
-    line = re.sub(r"\*\*|__", "", bold[1] if bold else line).strip()
-    line = re.split(r"(?i)\.\s+(?=[A-Z])|\s*I hope it is correct|<\|", line)[0].strip().rstrip(".!")
-    if line in ("\\[", "$$") and len(lines) > 1:
-        return lines[1].strip().rstrip(".") or None
-    if stated and re.match(r"(?!Option|Choice)[A-Za-z]{2,} ", line):  # "the largest $n$ is 34", "she makes $18 a day"
+def answer_in_words(text, stated):
+    """The first formula or number, or the line, of what is stated; the last of another sentence."""
+    line, _, rest = text.partition("\n")
+    if line.strip() in ("\\[", "$$"):
+        return rest.partition("\n")[0].strip().rstrip(".") or None
+    bold = [] if stated else re.findall(r"\*\*([^*]+)\*\*", line)
+    line = re.sub(r"\*\*|__", "", bold[-1] if bold else line).strip()
+    line = re.split(r"(?i)\.\s+(?=[A-Z])|\s?I hope it is correct|<\|", line)[0].strip().rstrip(".!")
+    if stated and re.match(r"(?!Option|Choice)[A-Za-z]{2,} ", line):  # "the largest $n$ is 34"
         line = re.split(r"\b(?:is|are|equals)\b:?\s*", line)[-1]
         stated = not (re.match(r"[A-Za-z]{2,} ", line) and NUMBER.search(line))
-    if stated and (first := re.match(rf"({NUMBER.pattern}), [a-z]", line)):  # 1/2, whatever $k$ is
-        return first[1]
-    math = list(re.finditer(r"(?<!\\)\$\$?((?:[^$\\]|\\.)+?)\$\$?(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", line))
-    if math:  # $x = 1$ and $x = 2$ are one answer
-        joined = [bool(BETWEEN.fullmatch(line[one.end():other.start()])) for one, other in itertools.pairwise(math)]
-        if stated:
-            math = math[:[*joined, False].index(False) + 1]
-        else:
-            math = math[len(math) - [*reversed(joined), False].index(False) - 1:]
-        return ", ".join(one[one.lastindex].strip() for one in math)
+    line = re.sub(r"(?:\$|\\\))\s?(?:,? ?and|,? ?or|[,;])\s?(?:\$|\\\()", ", ", line)  # "$x = 1$ and $x = 2$"
+    if formulas := [match[match.lastindex].strip() for match in FORMULA.finditer(line)]:
+        return formulas[0 if stated else -1]
     if stated and (len(line) <= 60 or re.match(r"[-(\[\\]", line)):
         return line or None
-    pair, numbers = re.search(r"\([^()]*\d,[^()]*\)$", line), NUMBER.findall(line)
-    if pair:
-        return pair[0]
+    numbers = re.findall(r"\([^()]*\d,[^()]*\)$", line) or NUMBER.findall(line)
     return numbers[0 if stated else -1].rstrip(",") if numbers else line if bold and len(line) <= 30 else None
 
-# ---------------------------------------------------------------------------------------------------------------------
-# math-verify, in worker processes
 
-BRUTAL = re.compile(r"(?:\^|\*\*)[\s{(]*\d+\s*(?:\^|\*\*)|\d{4,}[\s})]*!|!\s*!|\\binom\s*\{\d{4,}"
-                    r"|\\(?:i*int|oint|sum|prod|lim)(?![a-z])")
+# ---- One spelling for what models write in many: only layout, for math-verify does the mathematics ----
+COMMANDS = re.findall(r"(.)(\w+) ?", "≤le ≥ge ≠ne πpi ∞infty ×times ·cdot ∪cup ∈in ∅emptyset √sqrt")
+SYMBOLS = str.maketrans({"−": "-", "–": "-"} | {symbol: f"\\{name} " for symbol, name in COMMANDS})
+SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
+NOT_UNIT = r"(?!(?:and|or|if|mod|pi|sqrt|infinity|log|sin|cos|tan|choose|hundred|thousand|[mbtr]+illion)\b)"
+UNIT = r"(?:cm|mm|km|kg|mg|ft|in|lbs?|oz|m[lL]|yd|mi|sq|Hz|[mgshLJNWVAKCF])"
+UNITS = (  # 5\text{ cm}, 5 km/h, 5 red hats, 5 inches^2
+    r"(?:(?<=[\d%})])|(?<=\\pi))(?:¢|\s*\\Omega"
+    rf"|[\s/]*\\text\s*\{{\s*{NOT_UNIT}[^{{}}]*\}}"
+    rf"|\s{UNIT}(?:/{UNIT})?|[\s/]{NOT_UNIT}[a-zA-Z]{{3,}}(?:[\s/][a-zA-Z]+)*)\.?(?:\^\{{?\d\}}?)?$"
+)
+LAYOUT = [
+    (r"^(?:\\text\s*)?\{([^{}]*\d[^{}]*)\}$", r"\1"),
+    (r"\\\\\[[\d.]+[a-z]{2}\]", r"\\\\"),  # \\[4pt] between rows
+    (r"(?<=\d)(?:\{,\}|,? ?\\[,!]|\\? )\s*(?=\d{3}(?!\d))|\\color\s*\{[^{}]*\}", ""),  # 1{,}234, 1\,234
+    (r"(?<!\\)\\(?:[,!;: ]|(?:left|right|[bB]igg?[lr]?|displaystyle|q?quad)(?![a-z])\.?)|~", " "),
+    (r"\\(?:mbox|math(?:rm|it)|text(?:rm|bf|it|normal)|operatorname)(?![a-zA-Z])\s*(?=\{)", r"\\text"),
+    (r"\\(?:bm|mathbf|boldsymbol|underline)\s*\{([^{}]*)\}", r"\1"),
+    (r"\\text\s*\{\s*(sin|cos|tan|cot|ln|log)\s*\}", r"\\\1 "),
+    (r"\\text\s*\{\s*(,|,? ?and|,? ?or|[ie]?)\s*\}", r" \1 "),
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\frac\s*(\d|[a-zA-Z]|\\[a-z]+)(?=\s*[\\\w{])", r"\\frac{\1}"),  # \frac12, \frac\pi2
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d|[a-zA-Z]|\\pi)", r"\1{\2}"),
+    (r"\\sqrt\s*(\d+|[a-zA-Z]|\\pi)", r"\\sqrt{\1}"),
+    (r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\bdegrees?\b)(?:\s*\\text\{[CF]\}|[CF]\b)?", ""),
+    (r"\\([lgn])eq?(?:slant)?(?![a-z])|([<>])=", lambda match: f"\\{match[1] or 'lg'[match[2] == '>']}e "),
+    (r"\\([%$])", r"\1"),
+    (r"(?:^|(?<==))(\s*-?)\s*(?:\\text\s*\{\s*)?[$€£¥]\s*\}?(?=[\d.\\-])", r"\1"),  # currency
+    (r"(?i)(?<=\d)\s*(?:\\text\s*\{)?\s*([ap])\.?m\b\.?\s*\}?$", lambda match: match[1].lower() + "m"),
+    (r"\\text\s*\{\s*per ?cent\s*\}|\s*\bper ?cent\b|\s+%", "%"),
+    (r"\s*\(?\\?[bp]?mod\s*\{?(\d+)\}?\s*\)?$", r" mod \1"),
+    (r"[,\s\\]+\(?\s*[a-z]\s*\\in\s*(?:\\mathbb\s*)?\{?[ZN]\}?\s*\)?$", ""),  # k \in \mathbb{Z}
+    (r"(?<=\d)\s*i(?![a-zA-Z])", " i"),  # math-verify takes the i of 4i for a variable
+    (r"\s*/\s*", "/"),
+    (r"(?i)^(?:.*\b)?no (?:real )?(?:solution|root)s?\s*\}?$|^\\varnothing$|^\\\{\s*\\\}$", r"\\emptyset"),
+    (r"(?i)^(?:\\text\s*\{)?(?:all )?real(?:s| numbers?)\}?$|^\(-\\infty, ?\+?\\infty\)$", r"\\mathbb{R}"),
+    (UNITS, ""),
+]
 
 
-def brutal(text):
-    """Whether a text is not worth parsing: brackets too deep, towers of powers, or sums and integrals left to do."""
-    depths = itertools.accumulate((char in "{([") - (char in "})]") for char in text)
-    return max(depths, default=0) > DEEPEST or bool(BRUTAL.search(text))
+def tidy(text):
+    """\\frac{1}{2} of "$\\dfrac12$.", 1 1/2 of "1½", x^{2} of "x²", 5 of "\\$5 \\text{ each}"."""
+    text = re.sub("[⁻⁰¹²³⁴-⁹]+", lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)
+    text = re.sub("[¼-¾⅐-⅞]", r" \g<0>", text.translate(SYMBOLS))
+    text = " ".join(unicodedata.normalize("NFKC", text).replace("⁄", "/").split()).rstrip(" .")
+    for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+        if text.startswith(left) and text.endswith(right) and text.count(left) <= 1 + (left == right):
+            text = text.removeprefix(left).removesuffix(right).rstrip(" .,;:")
+    for pattern, replacement in LAYOUT:
+        text = re.sub(pattern, replacement, text).strip()
+    if not re.search(r"[(\[]|\\\{", text):  # 1,234 is a number, but (1,234) is a pair and 1,234,5 a list
+        text = re.sub(r"(?<=\d),(?=\d{3}(?:,\d{3})*(?![\d,]))", "", text)
+    return text.rstrip(" .,;:")
 
 
-idle = []                # workers that wait for a question
-recent = collections.deque(maxlen=50)  # whether the last answers took too long
-os.register_at_fork(after_in_child=idle.clear)  # a fork must not talk to its parent's workers
+# ---- What is decided at once: texts, numbers, option letters, words ----
+TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+FRACTION = re.compile(r"(\d*)\s*\\frac\s*\{\s*(-?)\s*([\d.]+)\s*\}\s*\{\s*(-?[\d.]+)\s*\}")
+NUMERAL = re.compile(  # sign, whole part of a mixed number, numerator, denominator, exponent of ten, percent
+    r"([-+]?)\s*(?:(\d+) )?(\d+\.?\d*|\.\d+)(?:/(-?\d+\.?\d*))?"
+    r"(?:(?:[eE]|\s*(?:\\times|\\cdot|\*)\s*10\s*\^)\s*\{?([-+]?\d{1,4})\}?)?(%?)"
+)
+NAME = re.compile(  # of "x = 5", "f(x) = 5", "(x, y) = (1, 2)", "\text{Area} = 5", "x \in [1, 2]"
+    r"(\\?[a-zA-Z]+(?:_\{?\w+\}?)?(?:\([a-z, ]*\))?|\([a-zA-Z, ]*\)|\\text\{[^{}]*\}) ?(?:=|\\in(?![a-z])) ?"
+)
 
 
-def ask_worker(found, answer):
-    """"right", "wrong" or "timeout": a worker's verdict on one pair."""
-    worker = idle.pop() if idle else subprocess.Popen(
-        [sys.executable, "-m", "distil.grading"], cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0)
-    worker.stdin.write(json.dumps([HURRY_SECONDS if sum(recent) > 3 else LIMIT_SECONDS, found, answer]) + "\n")
+def squeezed(text):
+    """The text without spaces and \\text{}, to compare as text: x^2+1 of "x^{2} + 1"."""
+    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", TEXT.sub(r" \1 ", text).strip(" ."))
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).replace("\\cdot", "*").replace("\\times", "*")
+
+
+def number(text):
+    """(Fraction(25, 2), True) of "12.5%" and "12\\frac{1}{2}%": a number, is it a percentage; else None."""
+    text = re.sub(r"^\{([^{}]*)\}$|^\(([^()]*)\)$", r"\1\2", text.replace("{-}", "-"))
+    match = NUMERAL.fullmatch(FRACTION.sub(r"\2\1 \3/\4", text).strip())
+    if not match or match[4] and not Fraction(match[4]) or match[2] and not match[4]:
+        return None
+    value = Fraction(match[2] or 0) + Fraction(match[3]) / Fraction(match[4] or 1)
+    return value * Fraction(10) ** int(match[5] or 0) * (-1 if match[1] == "-" else 1), bool(match[6])
+
+
+def words(text):
+    """evelyn of "\\text{ Evelyn}.", c of "(C)", "\\text{(C) } 12" and "Option C"; else None."""
+    plain = TEXT.sub(r" \1 ", text).replace(",", " and ").strip(" '\"`.")
+    if option := re.match(r"(?:Option |Choice |[Pp]oint )?\(?([A-J])(?:\)|[.:](?=\s|$)|$)(?! *and)", plain):
+        return option[1].lower()
+    pattern = r"[a-z() '-]+" if "\\text" in text else r"yes|no|(?=.{4})[a-z']{2,}(?:[ -][a-z']{2,})*"
+    plain = plain.lower() if re.fullmatch(pattern, plain.lower()) else ""
+    return re.sub(r"^(?:an?|the) |[()]|\band\b|\s", "", plain) or None
+
+
+def quick_verdict(found, gold):
+    """True or False for two tidy answers if texts, numbers, letters or words decide; else None."""
+    text, gold_text, value, gold_value = squeezed(found), squeezed(gold), number(found), number(gold)
+    if not text or text == gold_text or words(gold):
+        return bool(text) and (text == gold_text or words(found) == words(gold))
+    if "\\{" in (found[:2], gold[:2]) and {found[0], *gold[:1]} & {"(", "["}:
+        return False  # a set is no tuple
+    if re.fullmatch(r"\d+(?::\d+)+(?:[ap]m)?|\d+[ap]m", gold_text):  # clock times and ratios
+        times = [text.replace(":00", "") + half for half in ("", "am", "pm")]
+        ratio = number(gold_text.replace(":", "/"))
+        return gold_text.replace(":00", "") in times or None not in (value, ratio) and value == ratio
+    if re.fullmatch(r"[\dA-F]+_\{?\w+\}?", gold_text):  # numerals in a stated base
+        return re.sub("[()]", "", text) in (gold_text, gold_text.partition("_")[0])
+    if not value or not gold_value:
+        return None
+    (value, percent), (gold_value, gold_percent) = value, gold_value
+    scaled = value / 100 if percent else value * 100
+    if value == gold_value or percent != gold_percent and scaled == gold_value:
+        return True
+    is_rounded = 10**99 % gold_value.denominator and re.search(r"\.\d{6}", text)  # 0.333333 for 1/3
+    return None if is_rounded and abs(value) > 0.1 else False
+
+
+def without_names(found, gold):
+    """("16", "16") of "A + B = 9 + 7 = 16" and "16", of "x = 16" and "16", of "y = 16" and "y(x) = 16"."""
+    found = found if "mod" in gold else re.sub(r" mod \w+$", "", found)
+    is_list = re.search(r",|\b(?:and|or)\b", found + gold) and max(found.count("="), gold.count("=")) > 1
+    if is_list or words(gold):
+        return found, gold
+    name, gold_name = NAME.match(found), NAME.match(gold)
+    if name and gold_name and name[1].partition("(")[0] == gold_name[1].partition("(")[0]:
+        return found[name.end() :], gold[gold_name.end() :]
+    if gold_name and "=" not in found:
+        return found, gold[gold_name.end() :]
+    is_relation = re.search(r"[=<>]|\\[lgn]e(?![a-z])", gold)
+    return found if is_relation else re.split(r"=|\\equiv(?![a-z])|\\in(?![a-z])", found)[-1].strip(), gold
+
+
+# ---- math-verify, in worker processes ----
+COSTLY = re.compile(  # towers of powers, large factorials, integrals, sums and limits left to do
+    r"(?:\^|\*\*)[\s{(]*\d+\s*(?:\^|\*\*)|\d{4,}[\s})]*!|!\s*!|\\binom\s*\{\d{4,}"
+    r"|\\(?:i*int|oint|sum|prod|lim)(?![a-z])"
+)
+idle = []  # workers waiting for a question
+recent = collections.deque(maxlen=50)  # whether each of the last answers timed out
+os.register_at_fork(after_in_child=idle.clear)  # a forked process must not talk to its parent's workers
+
+
+def ask_worker(found, gold):
+    """Right, wrong or timeout: math-verify's verdict on one pair."""
+    command, pipe = [sys.executable, os.path.abspath(__file__)], subprocess.PIPE
+    start = functools.partial(subprocess.Popen, command, stdin=pipe, stdout=pipe, text=True, process_group=0)
+    worker = idle.pop() if idle else start()
+    limit = HURRY_SECONDS if sum(recent) > 3 else LIMIT_SECONDS
+    worker.stdin.write(json.dumps([limit, found, gold]) + "\n")
     worker.stdin.flush()
     verdict = worker.stdout.readline().strip()
     if not verdict:
-        raise RuntimeError(f"the grading worker ended with exit code {worker.wait()}: is math-verify installed?")
+        raise RuntimeError(f"a grading worker ended with code {worker.wait()}: is math-verify installed?")
     idle.append(worker)
     recent.append(verdict == "timeout")
     return verdict
@@ -151,83 +263,28 @@ def ask_worker(found, answer):
 
 @functools.lru_cache(maxsize=100_000)
 def verdict_on(found, answer):
-    """"right", "wrong" or "timeout"; equal pairs are looked at once."""
-    quick = quick_verdict(found, answer) if max(len(found), len(answer)) <= LONGEST else found == answer
+    """Right, wrong or timeout, for one answer found and the gold answer."""
+    if max(len(found), len(answer)) > LONGEST:
+        return "right" if found == answer else "wrong"
+    ours, gold = without_names(tidy(found), tidy(answer))
+    quick = quick_verdict(ours, gold)
     if quick is not None:
         return "right" if quick else "wrong"
-    mine, gold, _ = bare_answers(found, answer)
-    if brutal(mine) or brutal(gold):
+    if COSTLY.search(f"{ours} {gold}"):
         return "timeout"
-    return verdict_by_parts(mine, gold) or ask_worker(*((tidy(found), tidy(answer)) if "=" in gold else (mine, gold)))
-
-
-SCALAR = r"[-+]?(?:(?:\d+(?:/\d+)?|\\frac\s*\{[^{}]*\}\s*\{[^{}]*\})\s*(?:\\cdot|\\times)?)?"
-
-
-def parts(text):
-    """("()", ["1", "2"]) of "(1, 2)"; ("", ["1", "2"]) of the list "1 and 2" and the set "\\{1, 2\\}"; ("", ["1"]) of "1". A list's
-    1 \\pm a is two of it, and 3(1, 2) is (3 * 1, 3 * 2)."""
-    text = re.sub(r"(?:,\s*)?(?:\\(?:text|mbox)\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|\\cup(?![a-z]))", ",", text)
-    whole = re.fullmatch(rf"({SCALAR})\s*\\?([(\[{{])(\0*)([)\]}}])", outside(text))
-    if not whole:
-        found = [part for part in split_outside(",", text) if part]
-        signs = [("+", "-") if part.count("\\pm") == 1 else ("",) for part in found]
-        return "", [part.replace("\\pm", sign).removeprefix("+").strip() for part, both in zip(found, signs) for sign in both]
-    kind, scalar = whole[2] + whole[4], text[:whole.end(1)].strip()
-    inner, found = parts(text[whole.start(3):whole.end(3)].removesuffix("\\").strip())
-    if not inner and len(found) < 2:  # (x), \{5\}
-        return "", [text]
-    return inner or ("" if kind == "{}" else kind), [f"{scalar}({part})" for part in found] if scalar else found
-
-
-def values_of_names(parts):
-    """["1", "2"] of ["x = 1", "y = 2"], in the order of the letters; None where a part has no name or two have the same."""
-    named = dict(map(split_name, parts))
-    if not all(named) or len(named) < max(2, len(parts)):
-        return None
-    return [named[name] for name in (sorted(named) if all(map(str.isalpha, named)) else named)]  # y = 2, x = 1 is (1, 2)
-
-
-def verdict_by_parts(mine, gold):
-    """A verdict on tuples, intervals, lists and sets part by part; None where there are no parts, or where it takes more."""
-    (kind, ours), (gold_kind, theirs) = parts(mine), parts(gold)
-    if gold_kind == "()" and not kind and (values := values_of_names(ours)):  # x = 1, y = 2 for (1, 2)
-        kind, ours = gold_kind, values
-    if kind == "()" and not gold_kind and (values := values_of_names(theirs)):
-        gold_kind, theirs = kind, values
-    if kind and not gold_kind and len(theirs) > 1 and parts(theirs[0])[0]:  # one tuple for several
-        kind, ours = "", [mine]
-    if {kind, gold_kind} == {"()", "[]"} and len(ours) == len(theirs) > 2:  # no intervals, so vectors
-        kind = gold_kind
-    every = ours + theirs
-    if len(every) < 3 or len(ours) * len(theirs) > 64 or any(re.search(r"\\[pm][pm]|;|\\setminus", part) for part in every):
-        return None
-    if kind != gold_kind and "\\cup" in mine + gold:
-        return None
-    if kind != gold_kind and (kind and gold_kind or "\\{" in mine + gold or "[" in kind + gold_kind or "]" in kind + gold_kind):
-        return "wrong"
-    if re.search(r"\band\b", mine + gold) and re.search(r"[<>]|\\[lg]e ", mine + gold):  # no union
-        return None
-    if kind or gold_kind:
-        verdicts = [verdict_on(*pair) for pair in zip(ours, theirs)] + ["wrong"] * (len(ours) != len(theirs))
-    else:  # in any order
-        verdicts = [min(verdict_on(x, y) for y in theirs) for x in ours] + [min(verdict_on(x, y) for x in ours) for y in theirs]
-    sure = "\\cup" not in mine + gold or max(verdicts) == "right" or len(ours) == len(theirs)  # [0,1) and [1,2] are [0,2]
-    return max(verdicts) if sure else None  # right < timeout < wrong
+    return ask_worker(ours, gold)
 
 
 def grade_one(response, answer):
-    """A Grade for one response; where the gold answer is a list, the last boxes may each hold a part of it."""
     found = extract_answer(response)
     verdict = verdict_on(found, answer) if found else "wrong"
-    if verdict == "wrong" and len(parts(tidy(answer))[1]) > 1 and verdict_on(joined_boxes(response), answer) == "right":
-        found, verdict = joined_boxes(response), "right"
     return Grade(found, verdict == "right", verdict == "timeout")
 
 
 def grade(responses, answers):
-    """A Grade for each response and gold answer: equal pairs once, the hard ones on all cores."""
-    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+    """A Grade for each response and gold answer, on all cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with concurrent.futures.ThreadPoolExecutor(cores) as threads:
         return list(threads.map(lambda pair: grade_one(*pair), zip(responses, answers, strict=True)))
 
 
@@ -237,18 +294,21 @@ def is_correct(response, answer):
 
 
 def serve():
-    """The worker: answers [found, gold] lines on stdin. A fork does the work; when the kernel kills it, the next one goes on."""
-    import logging
-    import resource
-    import signal
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is not an answer
-    sys.path.pop(0)
+    """The worker: a fork answers [limit, found, gold] lines; if the kernel kills it, the next goes on."""
+    verdicts = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is not a verdict
+    sys.path.pop(0)  # this file's directory
     import math_verify
-    parsed = functools.lru_cache(10_000)(lambda text: math_verify.parse(f"\\boxed{{{text}}}", parsing_timeout=None))
+
     logging.disable(logging.CRITICAL)
+    layout = math_verify.parser.NormalizationConfig(malformed_operators=True, nits=True)
+    latex = [math_verify.LatexExtractionConfig(normalization_config=layout)]  # its units drop the t of "2 t"
+    parse_once = functools.partial(math_verify.parse, extraction_config=latex, parsing_timeout=None)
+    parse = functools.lru_cache(10_000)(lambda text: parse_once(f"\\boxed{{{text}}}"))
+    digits = 400  # with the default of 15, 1/20! equals 1/19!
+    settings = {"numeric_precision": digits, "allow_set_relation_comp": True, "timeout_seconds": None}
     for text in ("\\sqrt{8}", "\\cot(x)", "(1,3]", "y=2x+3", "x>3", "\\{1,x\\}", "0.5"):
-        math_verify.verify(parsed(text), parsed(text + "+1"), timeout_seconds=None)  # imports all it needs, once for all forks
+        math_verify.verify(parse(text), parse(f"{text}+1"), **settings)  # imports what forks need
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_MEMORY, LIMIT_MEMORY))
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a worker whose stage was killed ends in silence
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
@@ -256,14 +316,14 @@ def serve():
     while os.fork():
         if os.wait()[1] == 0:
             return  # no more questions
-        print("timeout", file=answers, flush=True)
+        print("timeout", file=verdicts, flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     for line in iter(sys.stdin.readline, ""):
-        limit, found, answer = json.loads(line)
+        limit, found, gold = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, limit)
-        same = math_verify.verify(parsed(answer), parsed(found), allow_set_relation_comp=True, timeout_seconds=None)
+        verdict = "right" if math_verify.verify(parse(gold), parse(found), **settings) else "wrong"
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print("right" if same else "wrong", file=answers, flush=True)
+        print(verdict, file=verdicts, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@
 #   --sft_data        200,000 mathematics prompts of OpenThoughts3; any text will do as their answers
 #   --cold_data       30,000 other prompts of OpenThoughts3
 set -euo pipefail
+((BASH_VERSINFO[0] >= 4)) || { echo "error: needs bash 4 or newer" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 
 OUT=out/paper_b GPUS=1

@@ -12,6 +12,7 @@
 # --steps. None of this has been run at full size yet. Values marked "ours" are not in the paper; the others
 # are from it.
 set -euo pipefail
+((BASH_VERSINFO[0] >= 4)) || { echo "error: needs bash 4 or newer" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 
 OUT=out/qwen3 GPUS=1

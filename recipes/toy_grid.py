@@ -342,7 +342,7 @@ def main(args):
         return report(args.report)
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the forks too
-    study(SIZE, args.out, args.seeds, 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
+    study(SIZE, args.out, args.seeds, 1 if torch.cuda.is_available() else os.cpu_count())
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_no_tensor_of_tokens_by_vocabulary(impl, reduction, monkeypatch):
     """Forward and backward with few and with many tokens: the largest allocation is the chunk, in both."""
-    monkeypatch.setattr(triton_kl, "BLOCK", 4096)
+    if triton_kl is not None:
+        monkeypatch.setattr(triton_kl, "BLOCK", 4096)
     v, chunk = 600, 2
     monkeypatch.setattr(reference, "CHUNK_BYTES", dict.fromkeys(("cpu", "cuda"), chunk * v * 4))
     for n in (4, 12):

@@ -17,6 +17,7 @@ from kernel_helpers import (
     assert_values,
     exact_logits,
     heads,
+    needs_triton,
     randn,
     relative_rms,
     rounding,
@@ -221,7 +222,7 @@ def test_any_vocabulary(impl, vocab):
     assert_close(d_head, d_logits.T @ tensors[0].double())
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("vocab", [151936, 151937])
 def test_full_vocabulary(impl, vocab):
     """Blocks of their real size; KLs from large to 1e-4."""

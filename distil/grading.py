@@ -112,7 +112,7 @@ NOT_UNIT = r"(?!(?:and|or|if|mod|pi|sqrt|infinity|log|sin|cos|tan|choose|hundred
 UNIT = r"(?:cm|mm|km|kg|mg|ft|in|lbs?|oz|m[lL]|yd|mi|sq|Hz|[mgshLJNWVAKCF])"
 UNITS = (  # 5\text{ cm}, 5 km/h, 5 red hats, 5 inches^2
     r"(?:(?<=[\d%})])|(?<=\\pi))(?:¢|\s*\\Omega"
-    rf"|[\s/]*\\text\s*\{{\s*{NOT_UNIT}[^{{}}]*\}}"
+    rf"|[\s/]*\\text\s*\{{\s*{NOT_UNIT}[^{{}}]*\}}(?:/\\text\s*\{{[^{{}}]*\}})?"
     rf"|\s{UNIT}(?:/{UNIT})?|[\s/]{NOT_UNIT}[a-zA-Z]{{3,}}(?:[\s/][a-zA-Z]+)*)\.?(?:\^\{{?\d\}}?)?$"
 )
 LAYOUT = [
@@ -173,8 +173,8 @@ NAME = re.compile(  # of "x = 5", "f(x) = 5", "(x, y) = (1, 2)", "\text{Area} = 
 
 def squeezed(text):
     """The text without spaces and \\text{}, to compare as text: x^2+1 of "x^{2} + 1"."""
-    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", TEXT.sub(r" \1 ", text).strip(" ."))
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).replace("\\cdot", "*").replace("\\times", "*")
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", TEXT.sub(r" \1 ", text).strip(" ."))
+    return re.sub(r"([_^])\{(\w)\}", r"\1\2", text).replace("\\cdot", "*").replace("\\times", "*")
 
 
 def number(text):
@@ -190,7 +190,7 @@ def number(text):
 def words(text):
     """evelyn of "\\text{ Evelyn}.", c of "(C)", "\\text{(C) } 12" and "Option C"; else None."""
     plain = TEXT.sub(r" \1 ", text).replace(",", " and ").strip(" '\"`.")
-    if option := re.match(r"(?:Option |Choice |[Pp]oint )?\(?([A-J])(?:\)|[.:](?=\s|$)|$)(?! *and)", plain):
+    if option := re.match(r"(?:Option |Choice |[Pp]oint )?\(?([A-J])(?:\)|[.:](?!\S)|$)(?! and| or)", plain):
         return option[1].lower()
     pattern = r"[a-z() '-]+" if "\\text" in text else r"yes|no|(?=.{4})[a-z']{2,}(?:[ -][a-z']{2,})*"
     plain = plain.lower() if re.fullmatch(pattern, plain.lower()) else ""
@@ -202,7 +202,7 @@ def quick_verdict(found, gold):
     text, gold_text, value, gold_value = squeezed(found), squeezed(gold), number(found), number(gold)
     if not text or text == gold_text or words(gold):
         return bool(text) and (text == gold_text or words(found) == words(gold))
-    if "\\{" in (found[:2], gold[:2]) and {found[0], *gold[:1]} & {"(", "["}:
+    if re.fullmatch(r"\\\{[^(\[]*\} [(\[].*|[(\[].* \\\{[^(\[]*", f"{found} {gold}"):
         return False  # a set is no tuple
     if re.fullmatch(r"\d+(?::\d+)+(?:[ap]m)?|\d+[ap]m", gold_text):  # clock times and ratios
         times = [text.replace(":00", "") + half for half in ("", "am", "pm")]

@@ -1,5 +1,8 @@
 """Shared by all tests: a tiny toy world, rollouts and scores that stages made, what a refusal looks like."""
 
+import contextlib
+import itertools
+import json
 import os
 import sys
 
@@ -7,9 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test depends on a network, or on there being none
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-os.environ["PYTHONPATH"] = os.path.join(
-    ROOT, "kernels"
-)  # for the stages that tests start, as pytest's own pythonpath
+os.environ["PYTHONPATH"] = os.path.join(ROOT, "kernels")  # for the stages that tests start
 sys.path.insert(0, ROOT)
 
 import pytest  # noqa: E402
@@ -25,39 +26,71 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+def run_line(stage, line):
+    """Runs a stage in this process with the flags in a line; of a repeated flag the last counts."""
+    stage.main(stage.get_args(line.split()))
+
+
+def read_rows(path):
+    return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def untimed(path):
+    """The rows of a file without their times."""
+    return [{key: value for key, value in row.items() if "second" not in key} for row in read_rows(path)]
+
+
+def replace_text(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def swap_ids(model, a, b):
+    """Gives two tokens of a model's tokenizer each other's ids."""
+    tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = tokenizer["model"]["vocab"]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+
+
+class Killed(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def killed_in_call(number, owner, name):
+    """Within it call `number` of owner.name raises Killed, which must end the block."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def killed(*given, **named):
+        if next(calls) == number:
+            raise Killed
+        return real(*given, **named)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, killed)
+        yield
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A toy world's path: train, heldout, test problems; teacher_init, student_init; gold, hasty rollouts."""
     from recipes import toy_world
 
     path = tmp_path_factory.mktemp("toy") / "world"
-    toy_world.main(
-        toy_world.get_args(
-            ["--out", str(path), "--train", "12", "--heldout", "3", "--test", "4", "--terms", "2", "4"]
-        )
-    )
+    run_line(toy_world, f"--out {path} --train 12 --heldout 3 --test 4 --terms 2 4")
     return path
 
 
 @pytest.fixture(scope="session")
 def rollouts(world):
-    """Rollouts of the untrained teacher: 12 short responses, some stopped and some cut off."""
+    """Rollouts of the untrained teacher: 12 short responses, some stopped and some truncated."""
     import rollout
 
     path = world.parent / "rollouts"
-    rollout.main(
-        rollout.get_args(
-            [
-                *"--limit 6 --n 2 --engine hf --dtype float32 --max_response_tokens 12".split(),
-                "--model",
-                str(world / "teacher_init"),
-                "--data",
-                str(world / "train.jsonl"),
-                "--out",
-                str(path),
-            ]
-        )
-    )
+    line = f"--model {world}/teacher_init --data {world}/train.jsonl --out {path} --limit 6 --n 2"
+    run_line(rollout, f"{line} --engine hf --dtype float32 --max_response_tokens 12")
     return path
 
 
@@ -67,20 +100,19 @@ def scores(world, rollouts):
     import score_teacher
 
     path = world.parent / "scores"
-    score_teacher.main(
-        score_teacher.get_args(
-            [
-                *"--dtype float32 --shard_tokens 30".split(),
-                "--out",
-                str(path),
-                "--teacher",
-                str(world / "teacher_init"),
-                "--rollouts",
-                str(rollouts),
-            ]
-        )
-    )
+    line = f"--teacher {world}/teacher_init --rollouts {rollouts} --out {path}"
+    run_line(score_teacher, f"{line} --dtype float32 --shard_tokens 30")
     return path
+
+
+@pytest.fixture(scope="session")
+def prefix_flags(world, rollouts, scores):
+    """For each --prefix the flags of train.py that name its models and data."""
+    student = f"--engine hf --dtype float32 --student {world}/student_init"
+    return {
+        "teacher": f"{student} --prefix teacher --rollouts {rollouts} --scores {scores}",
+        "student": f"{student} --prefix student --teacher {world}/teacher_init --data {world}/train.jsonl",
+    }
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
-"""train.py: objectives against float64 truth, which positions carry loss, the cost ledger, whole runs, exact resume."""
+"""train.py: objectives against float64, which positions carry loss, costs, whole runs, exact resume."""
 
 import argparse
 import functools
-import json
 import math
 import shutil
 import subprocess
@@ -13,32 +12,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import score_teacher
 import train
-from conftest import ROOT
-from distil import training
+from conftest import ROOT, killed_in_call, read_rows, replace_text, run_line, swap_ids, untimed
+from distil import artifacts, training
 from distil.artifacts import read_artifact
 from distil.models import Response, forward, load_model
 from distil.rollouts import read_rollouts, stored_responses
 from distil.teacher import Signal, Teacher, live_teacher, stored_teacher
-from distil.training import optimizer_step, tflops, token_weights
+from distil.training import tflops, token_weights
 from recipes.toy_world import make_model, make_tokenizer
 from train import micro_batch_loss, objective
 
 CELL = {"forward": ("full", 1.0), "reverse": ("full", 0.0), "mix": ("full", 0.3)}
 
 
-def flags(kl="forward", vocab="full", fkl_weight=1.0, normalize="token", micro_batch_tokens=10**6):
-    return argparse.Namespace(
-        kl=kl,
-        vocab=vocab,
-        fkl_weight=fkl_weight,
-        normalize=normalize,
-        micro_batch_tokens=micro_batch_tokens,
-        dtype="float32",
-        k=4,
-        topk_set="student",
-        prefix="teacher",
-    )
+def flags(kl="forward", vocab="full", fkl_weight=1.0, **more):
+    common = {"normalize": "token", "micro_batch_tokens": 10**6, "dtype": "float32", "k": 4}
+    common |= {"topk_set": "student", "prefix": "teacher"}
+    return argparse.Namespace(kl=kl, vocab=vocab, fkl_weight=fkl_weight, **common | more)
 
 
 def kl(p_log, q_log):
@@ -49,26 +41,20 @@ def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The objective at single positions
 
 
 def position_problem(n=6, v=9, padding=3):
-    """Hidden states and heads of a student and a wider teacher, with padding rows in both heads that would dominate if read."""
+    """Hidden states and heads of a student and a wider teacher; the padding rows of both would dominate if read."""
     g = torch.Generator().manual_seed(0)
     student_hidden, student_head = torch.randn(n, 5, generator=g), torch.randn(v + padding, 5, generator=g)
     teacher_hidden, teacher_head = torch.randn(n, 7, generator=g), torch.randn(v + padding, 7, generator=g)
     student_head[v:] *= 50
     teacher_head[v:] *= 50
     tokens = torch.randint(v, (n,), generator=g)
-    return (
-        student_hidden.requires_grad_(),
-        student_head.requires_grad_(),
-        teacher_hidden,
-        teacher_head,
-        tokens,
-        v,
-    )
+    student = student_hidden.requires_grad_(), student_head.requires_grad_()
+    return *student, teacher_hidden, teacher_head, tokens, v
 
 
 def doubled(student_hidden, student_head, teacher_hidden, teacher_head, v):
@@ -83,9 +69,8 @@ def doubled(student_hidden, student_head, teacher_hidden, teacher_head, v):
 def test_objective_is_the_weighted_kl_and_its_gradient(name):
     hidden, head, teacher_hidden, teacher_head, tokens, v = position_problem()
     weight, w = torch.tensor([0.5, 0.0, 1.0, 0.25, 2.0, 1.0]), CELL[name][1]
-    loss, metrics = objective(
-        flags(name, fkl_weight=w), hidden, head[:v], Signal(teacher_hidden, teacher_head[:v]), tokens, weight
-    )
+    teacher = Signal(teacher_hidden, teacher_head[:v])
+    loss, metrics = objective(flags(name, fkl_weight=w), hidden, head[:v], teacher, tokens, weight)
     loss.backward()
 
     hidden64, head64, p_log, q_log = doubled(hidden, head, teacher_hidden, teacher_head, v)
@@ -96,12 +81,9 @@ def test_objective_is_the_weighted_kl_and_its_gradient(name):
     close(head.grad, head64.grad)
     assert not head.grad[v:].any()
     counted = weight > 0
-    for key, value in {
-        "fkl": kl(p_log, q_log),
-        "rkl": kl(q_log, p_log),
-        "student_entropy": -(q_log.exp() * q_log).sum(-1),
-        "teacher_entropy": -(p_log.exp() * p_log).sum(-1),
-    }.items():
+    entropies = {"student_entropy": -(q_log.exp() * q_log).sum(-1)}
+    entropies["teacher_entropy"] = -(p_log.exp() * p_log).sum(-1)
+    for key, value in {"fkl": kl(p_log, q_log), "rkl": kl(q_log, p_log), **entropies}.items():
         close(metrics[key][counted], value[counted].detach())
 
 
@@ -125,20 +107,15 @@ def test_sampled_gradient_is_the_exact_one_on_average(direction):
     hidden64, head64, p_log, q_log = doubled(hidden, head, teacher_hidden, teacher_head, v)
     exact, policy = (kl(p_log, q_log), p_log) if direction == "forward" else (kl(q_log, p_log), q_log)
     exact.sum().backward()
-    loss, _ = objective(
-        flags(direction, "sampled"),
-        hidden.expand(v, -1),
-        head[:v],
-        Signal(teacher_hidden.expand(v, -1), teacher_head[:v]),
-        torch.arange(v),
-        policy[0].detach().exp().float(),
-    )
+    teacher, weight = Signal(teacher_hidden.expand(v, -1), teacher_head[:v]), policy[0].detach().exp().float()
+    args = flags(direction, "sampled")
+    loss, _ = objective(args, hidden.expand(v, -1), head[:v], teacher, torch.arange(v), weight)
     loss.backward()
     close(hidden.grad, hidden64.grad, 1e-4)
     close(head.grad, head64.grad, 1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batches of responses
 
 
@@ -149,7 +126,7 @@ def pair():
     return make_model(tokenizer, 32, 2, 1).eval(), make_model(tokenizer, 48, 1, 1).eval()
 
 
-# Responses of unequal length; id 0 is what rows are padded with and is a stop token too, at an end and in a middle.
+# Responses of unequal length. Id 0 pads rows and is a stop token too: here at an end and in a middle.
 BATCH = [
     Response([1, 3, 20], [21, 22, 0], False),
     Response([1, 9], [2], False),
@@ -202,7 +179,7 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("normalize", ["token", "sequence"])
 def test_gradients_of_a_padded_batch_are_those_of_its_responses_alone(pair, name, normalize):
-    """Response positions and no others carry loss, the stop token's among them; nothing flows into the sampling of a prefix."""
+    """Loss falls on response positions only, the stop token included; no gradient flows through the sampling."""
     student, teacher = pair
     args, loss_of = LOSSES[name]
     args.normalize = normalize
@@ -244,7 +221,7 @@ def test_token_weights():
 
 @pytest.mark.parametrize("horizon", [4, 12])
 def test_cached_and_live_teacher_give_equal_gradients(world, rollouts, scores, horizon):
-    """Also where training cuts the responses: the cache then gives the first hidden states of each."""
+    """Also where training truncates responses: the cache then gives the first hidden states of each."""
     student = load_model(str(world / "student_init"), "-", "float32")
     items = stored_responses(str(rollouts), horizon, 512, 29)
     cached = stored_teacher(str(scores), str(rollouts), items, "full", 16, "student")
@@ -258,58 +235,34 @@ def test_cached_and_live_teacher_give_equal_gradients(world, rollouts, scores, h
     assert tflops(cached.config, 3, 5, forwards=1) == tflops(direct.config, 3, 5, forwards=1) > 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Whole runs
 
-
-def command(world, out, *more, steps=2):
-    given = [
-        "--student",
-        world / "student_init",
-        "--out",
-        out,
-        "--steps",
-        steps,
-        *"--normalize token --batch_size 3 --lr 1e-3 --max_response_tokens 8 --engine hf --dtype float32".split(),
-        *more,
-    ]
-    return [str(word) for word in given]
+COMMON = "--steps 2 --normalize token --batch_size 3 --lr 1e-3 --max_response_tokens 8"
 
 
-def run(*words, **steps):
-    """Two steps of train.py on the toy world, in this process."""
-    train.main(train.get_args(command(*words, **steps)))
+def run(out, flags):
+    """train.py on the toy world, two steps unless the flags say otherwise."""
+    run_line(train, f"{COMMON} --out {out} {flags}")
 
 
-def teacher_prefix(rollouts, scores):
-    return ["--prefix", "teacher", "--rollouts", rollouts, "--scores", scores]
-
-
-def student_prefix(world):
-    return ["--prefix", "student", "--teacher", world / "teacher_init", "--data", world / "train.jsonl"]
-
-
-def read_rows(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
+def final_weights(out):
+    return (out / "final/model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("prefix", ["teacher", "student"])
 @pytest.mark.parametrize("name", ["forward", "reverse", "mix", "sampled"])
-def test_every_cell_trains_and_leaves_a_complete_artifact(world, rollouts, scores, tmp_path, prefix, name):
-    kind = {
-        "mix": ["--kl", "mix", "--fkl_weight", 0.25],
-        "sampled": ["--kl", "forward" if prefix == "teacher" else "reverse", "--vocab", "sampled"],
-    }.get(name, ["--kl", name])
-    source = student_prefix(world) if prefix == "student" else teacher_prefix(rollouts, scores)
+def test_every_cell_trains_and_leaves_a_complete_artifact(
+    world, rollouts, prefix_flags, tmp_path, prefix, name
+):
+    sampled = {"teacher": "forward --vocab sampled", "student": "reverse --vocab sampled"}[prefix]
+    source, kl = prefix_flags[prefix], {"mix": "mix --fkl_weight 0.25", "sampled": sampled}.get(name, name)
     if prefix == "teacher" and name == "sampled":
-        source = source[:4]  # hard labels need no scores
-    run(world, tmp_path / "run", *source, *kind)
+        source = source.split("--scores")[0]  # hard labels need no scores
+    run(tmp_path / "run", f"{source} --kl {kl}")
     meta = read_artifact(str(tmp_path / "run"), "--", "train")
-    assert (
-        meta["cell"]["prefix"] == prefix
-        and meta["args"]["out"] == str(tmp_path / "run")
-        and meta["stop_ids"] == [0, 2]
-    )
+    assert meta["cell"]["prefix"] == prefix
+    assert meta["args"]["out"] == str(tmp_path / "run") and meta["stop_ids"] == [0, 2]
     rows = read_rows(tmp_path / "run/metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert 0 < rows[0]["tflops"] < rows[1]["tflops"] and rows[0]["tflops_uncached"] >= rows[0]["tflops"]
@@ -318,18 +271,17 @@ def test_every_cell_trains_and_leaves_a_complete_artifact(world, rollouts, score
         if name != "sampled":  # with --normalize token the loss is the mixture of the tokens' means
             w = {"forward": 1.0, "reverse": 0.0, "mix": 0.25}[name]
             assert row["loss"] == pytest.approx(w * row["fkl"] + (1 - w) * row["rkl"], rel=1e-5)
-    before, after = (
-        load_file(path / "model.safetensors") for path in (world / "student_init", tmp_path / "run/final")
-    )
+    before = load_file(world / "student_init/model.safetensors")
+    after = load_file(tmp_path / "run/final/model.safetensors")
     assert before.keys() == after.keys() and all(not torch.equal(before[key], after[key]) for key in before)
     assert load_model(str(tmp_path / "run/final"), "-", "float32").generation_config.eos_token_id == [0, 2]
 
 
-def test_bfloat16_is_only_the_arithmetic(world, tmp_path):
-    """The passes are in bfloat16, the trained weights and the saved ones in float32; the loss is near that of float32."""
+def test_bfloat16_is_only_the_arithmetic(prefix_flags, tmp_path):
+    """Passes run in bfloat16; trained and saved weights are float32. The loss is near that of float32."""
     rows = {}
     for dtype in ("float32", "bfloat16"):
-        run(world, tmp_path / dtype, *student_prefix(world), "--kl", "reverse", "--dtype", dtype, steps=1)
+        run(tmp_path / dtype, f"{prefix_flags['student']} --kl reverse --dtype {dtype} --steps 1")
         [rows[dtype]] = read_rows(tmp_path / dtype / "metrics.jsonl")
     weights = load_file(tmp_path / "bfloat16/final/model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
@@ -337,146 +289,89 @@ def test_bfloat16_is_only_the_arithmetic(world, tmp_path):
     assert rows["float32"]["student_entropy"] == pytest.approx(rows["bfloat16"]["student_entropy"], rel=0.05)
 
 
-def test_what_a_run_spent(world, rollouts, scores, tmp_path):
-    """One step over all 12 responses. A stored score costs nothing again; a live teacher is always paid for."""
-    configs = [
-        load_model(str(world / name), "-", "float32").config.to_dict()
-        for name in ("student_init", "teacher_init")
-    ]
-    run(
-        world,
-        tmp_path / "cached",
-        *teacher_prefix(rollouts, scores),
-        *"--kl forward --batch_size 12".split(),
-        steps=1,
-    )
+def test_what_a_run_spent(world, rollouts, prefix_flags, tmp_path):
+    """One step over all 12 responses. Stored scores cost nothing again; a live teacher always costs."""
+    models = [load_model(str(world / f"{name}_init"), "-", "float32") for name in ("student", "teacher")]
+    run(tmp_path / "cached", f"{prefix_flags['teacher']} --kl forward --batch_size 12 --steps 1")
     [row] = read_rows(tmp_path / "cached/metrics.jsonl")
     sizes = [(len(r["prompt_ids"]), min(8, len(r["response_ids"]))) for r in read_rollouts(rollouts)]
-    student, teacher = (sum(tflops(config, *size, forwards=1) for size in sizes) for config in configs)
+    student, teacher = (sum(tflops(m.config.to_dict(), *size, forwards=1) for size in sizes) for m in models)
     assert row["response_tokens"] == sum(response for _, response in sizes)
-    assert row["tflops"] == pytest.approx(3 * student) and row["tflops_uncached"] == pytest.approx(
-        3 * student + teacher
-    )
-    run(world, tmp_path / "live", *student_prefix(world), "--kl", "forward", steps=1)
+    assert row["tflops"] == pytest.approx(3 * student)
+    assert row["tflops_uncached"] == pytest.approx(3 * student + teacher)
+    run(tmp_path / "live", f"{prefix_flags['student']} --kl forward --steps 1")
     [row] = read_rows(tmp_path / "live/metrics.jsonl")
     assert row["tflops"] == row["tflops_uncached"] > 0
 
 
-def test_many_steps_bring_the_student_to_the_teacher(world, rollouts, scores, tmp_path):
-    run(
-        world,
-        tmp_path / "run",
-        *teacher_prefix(rollouts, scores),
-        "--kl",
-        "forward",
-        "--lr",
-        "1e-2",
-        "--batch_size",
-        12,
-        steps=40,
-    )
+def test_many_steps_bring_the_student_to_the_teacher(prefix_flags, tmp_path):
+    run(tmp_path / "run", f"{prefix_flags['teacher']} --kl forward --lr 1e-2 --batch_size 12 --steps 40")
     rows = read_rows(tmp_path / "run/metrics.jsonl")
     assert rows[-1]["fkl"] < 0.3 * rows[0]["fkl"]
 
 
-def test_evaluations_have_a_limit_of_their_own(world, rollouts, scores, tmp_path):
-    flags = ["--kl", "forward", "--eval_data", world / "heldout.jsonl", "--eval_every", 1, "--eval_n", 8]
-    for name, limit in (("same", []), ("longer", ["--eval_max_response_tokens", 30])):
-        run(
-            world,
-            tmp_path / name,
-            *teacher_prefix(rollouts, scores),
-            *flags,
-            *limit,
-            "--max_response_tokens",
-            5,
-            steps=1,
-        )
+def test_evaluations_have_a_limit_of_their_own(world, prefix_flags, tmp_path):
+    flags = f"{prefix_flags['teacher']} --kl forward --steps 1 --max_response_tokens 5"
+    flags += f" --eval_data {world}/heldout.jsonl --eval_every 1 --eval_n 8"
+    for name, limit in (("same", ""), ("longer", "--eval_max_response_tokens 30")):
+        run(tmp_path / name, f"{flags} {limit}")
         assert read_rows(tmp_path / name / "metrics.jsonl")[0]["response_length"] <= 5
     lengths = {name: read_rows(tmp_path / name / "evals.jsonl")[0]["length"] for name in ("same", "longer")}
     assert lengths["same"] <= 5 < lengths["longer"] <= 30
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("prefix", ["teacher", "student"])
-def test_a_killed_run_continues_to_the_same_end_bit_for_bit(
-    world, rollouts, scores, tmp_path, monkeypatch, prefix
-):
-    source = (
-        teacher_prefix(rollouts, scores)
-        if prefix == "teacher"
-        else [*student_prefix(world), "--n", 2, "--refresh_every", 2]
+def test_a_killed_run_continues_to_the_same_end_bit_for_bit(world, prefix_flags, tmp_path, prefix):
+    flags = f"{prefix_flags[prefix]} {'--n 2 --refresh_every 2' if prefix == 'student' else ''}"
+    flags += (
+        f" --kl reverse --steps 6 --save_every 2 --eval_every 3 --eval_n 2 --eval_data {world}/heldout.jsonl"
     )
-    source = [
-        *source,
-        *"--kl reverse --save_every 2 --eval_every 3 --eval_n 2 --eval_data".split(),
-        world / "heldout.jsonl",
-    ]
-    run(world, tmp_path / "whole", *source, steps=6)
-    (tmp_path / "again").mkdir()
-    out = tmp_path / "again/whole"  # the same name: checkpoints hold the run's
-
-    def killed_in_step_6(args, model, optimizer, step, ids):
-        if step == 5:
-            raise Killed
-        return optimizer_step(args, model, optimizer, step, ids)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "optimizer_step", killed_in_step_6)
-        with pytest.raises(Killed):
-            run(world, out, *source, steps=6)
+    whole, out = tmp_path / "whole", tmp_path / "again/whole"  # the same name: checkpoints hold the run's
+    run(whole, flags)
+    with killed_in_call(6, training, "optimizer_step"):
+        run(out, flags)
     assert not (out / "meta.json").exists() and len(read_rows(out / "metrics.jsonl")) == 5
-    run(world, out, *source, "--resume", steps=6)
-
-    def rows(path, name):
-        return [{k: v for k, v in row.items() if "second" not in k} for row in read_rows(path / name)]
-
+    run(out, f"{flags} --resume")
     for name in ("metrics.jsonl", "evals.jsonl"):
-        assert rows(out, name) == rows(tmp_path / "whole", name) != []
-    assert (out / "final/model.safetensors").read_bytes() == (
-        tmp_path / "whole/final/model.safetensors"
-    ).read_bytes()
+        assert untimed(out / name) == untimed(whole / name) != []
+    assert final_weights(out) == final_weights(whole)
 
 
-def test_a_run_killed_while_it_was_finishing_can_be_resumed(world, rollouts, scores, tmp_path, monkeypatch):
-    def killed(*words, **facts):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr("distil.artifacts.finish_artifact", killed)
-        with pytest.raises(Killed):
-            run(world, tmp_path / "run", *teacher_prefix(rollouts, scores), "--kl", "forward")
-    run(world, tmp_path / "run", *teacher_prefix(rollouts, scores), "--kl", "forward", "--resume")
+def test_a_run_killed_while_it_was_finishing_can_be_resumed(prefix_flags, tmp_path):
+    flags = f"{prefix_flags['teacher']} --kl forward"
+    with killed_in_call(1, artifacts, "finish_artifact"):
+        run(tmp_path / "run", flags)
+    run(tmp_path / "run", f"{flags} --resume")
     read_artifact(str(tmp_path / "run"), "--", "train")
 
 
-def test_a_process_that_is_killed_for_real_can_be_resumed(world, rollouts, scores, tmp_path):
-    """SIGKILL in the third step, after the second was saved: nothing was flushed or cleaned up for the occasion."""
-    source = [*teacher_prefix(rollouts, scores), "--kl", "forward", "--save_every", 2]
-    run(world, tmp_path / "whole", *source, steps=4)
-    out = tmp_path / "again/whole"
-    code = (
-        "import os, signal, sys, train\nfrom distil import training\nstep_of = training.optimizer_step\n"
-        "def killed(args, model, optimizer, step, ids):\n"
-        "    return os.kill(os.getpid(), signal.SIGKILL) if step == 2 else step_of(args, model, optimizer, step, ids)\n"
-        "training.optimizer_step = killed\ntrain.main(train.get_args(sys.argv[1:]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command(world, out, *source, steps=4)], cwd=ROOT, capture_output=True
-    )
+KILL = """
+import os, signal, sys, train
+from distil import training
+real_step = training.optimizer_step
+def killed(args, model, optimizer, step, ids):
+    if step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real_step(args, model, optimizer, step, ids)
+training.optimizer_step = killed
+train.main(train.get_args(sys.argv[1:]))
+"""
+
+
+def test_a_process_that_is_killed_for_real_can_be_resumed(prefix_flags, tmp_path):
+    """SIGKILL in the third step, after the second was saved: nothing gets a chance to flush or clean up."""
+    flags = f"{prefix_flags['teacher']} --kl forward --save_every 2 --steps 4"
+    whole, out = tmp_path / "whole", tmp_path / "again/whole"
+    run(whole, flags)
+    command = [sys.executable, "-c", KILL, *f"{COMMON} --out {out} {flags}".split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert done.returncode == -9, done.stderr
-    run(world, out, *source, "--resume", steps=4)
-    assert (out / "final/model.safetensors").read_bytes() == (
-        tmp_path / "whole/final/model.safetensors"
-    ).read_bytes()
+    run(out, f"{flags} --resume")
+    assert final_weights(out) == final_weights(whole)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Bad input
-
 
 TEACHER = "--prefix teacher --student s --rollouts r --out o "
 STUDENT = "--prefix student --student s --teacher t --data d --out o "
@@ -524,100 +419,62 @@ def test_a_legal_line_passes_and_sets_the_weight():
 def other_tokenizer(world, path):
     """A copy of the student whose tokenizer gives two tokens each other's ids."""
     shutil.copytree(world / "student_init", path)
-    text = json.loads((path / "tokenizer.json").read_text())
-    vocabulary = text["model"]["vocab"]
-    vocabulary["0"], vocabulary["1"] = vocabulary["1"], vocabulary["0"]
-    (path / "tokenizer.json").write_text(json.dumps(text))
+    swap_ids(path, "0", "1")
     return path
 
 
 def other_template(world, path):
-    from transformers import AutoTokenizer
-
     shutil.copytree(world / "student_init", path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant ")
-    tokenizer.save_pretrained(path)
+    replace_text(path / "chat_template.jinja", "assistant\n", "assistant ")
     return path
 
 
 @pytest.mark.parametrize("prefix", ["teacher", "student"])
-def test_bad_input_is_refused_and_leaves_no_directory(world, rollouts, scores, tmp_path, refused, prefix):
-    source = [
-        *(teacher_prefix(rollouts, scores) if prefix == "teacher" else student_prefix(world)),
-        *"--kl forward".split(),
-    ]
-    out = tmp_path / "run"
+def test_bad_input_is_refused_and_leaves_no_directory(
+    world, rollouts, prefix_flags, tmp_path, refused, prefix
+):
+    out, absent = tmp_path / "run", tmp_path / "absent"
 
     def is_refused(more, *words):
-        refused(lambda: run(world, out, *source, *more), *words)
+        refused(lambda: run(out, f"{prefix_flags[prefix]} --kl forward {more}"), *words)
         assert not out.exists()
 
-    is_refused(["--student", other_tokenizer(world, tmp_path / "ids")], "--student", "tokenizer")
-    is_refused(
-        ["--student", other_template(world, tmp_path / "template")],
-        "--student",
-        "template",
-        "--take_template",
-    )
-    is_refused(["--student", tmp_path / "absent"], "--student", "absent")
-    is_refused(["--eval_every", 1, "--eval_data", tmp_path / "absent.jsonl"], "absent.jsonl")
-    is_refused(["--eval_every", 1, "--eval_data", "gsm9k"], "gsm9k")
+    is_refused(f"--student {other_tokenizer(world, tmp_path / 'ids')}", "--student", "tokenizer")
+    template = other_template(world, tmp_path / "template")
+    is_refused(f"--student {template}", "--student", "template", "--take_template")
+    is_refused(f"--student {absent}", "--student", "absent")
+    is_refused(f"--eval_every 1 --eval_data {absent}.jsonl", "absent.jsonl")
+    is_refused("--eval_every 1 --eval_data gsm9k", "gsm9k")
     if prefix == "teacher":
-        is_refused(["--rollouts", world], "--rollouts", "toy_world")
-        is_refused(["--rollouts", world / "gold"], "--scores", "other rollouts")
-        is_refused(["--scores", rollouts], "--scores")
+        is_refused(f"--rollouts {world}", "--rollouts", "toy_world")
+        is_refused(f"--rollouts {world}/gold", "--scores", "other rollouts")
+        is_refused(f"--scores {rollouts}", "--scores")
     else:
-        is_refused(["--teacher", other_tokenizer(world, tmp_path / "ids2")], "--teacher", "tokenizer")
-        is_refused(["--teacher", tmp_path / "absent"], "--teacher", "absent")
-        is_refused(["--data", tmp_path / "absent.jsonl"], "absent.jsonl")
-        is_refused(["--max_response_tokens", 600], "train/", "context of 512")
-        is_refused(["--temperature", -1], "--temperature")
+        is_refused(f"--teacher {other_tokenizer(world, tmp_path / 'ids2')}", "--teacher", "tokenizer")
+        is_refused(f"--teacher {absent}", "--teacher", "absent")
+        is_refused(f"--data {absent}.jsonl", "absent.jsonl")
+        is_refused("--max_response_tokens 600", "train/", "context of 512")
+        is_refused("--temperature -1", "--temperature")
 
 
-def test_take_template_gives_the_student_the_teachers(world, rollouts, scores, tmp_path):
+def test_take_template_gives_the_student_the_teachers(world, rollouts, prefix_flags, tmp_path):
     student = other_template(world, tmp_path / "student")
-    run(
-        world,
-        tmp_path / "run",
-        *teacher_prefix(rollouts, scores),
-        "--kl",
-        "forward",
-        "--student",
-        student,
-        "--take_template",
-    )
+    run(tmp_path / "run", f"{prefix_flags['teacher']} --kl forward --student {student} --take_template")
     meta = read_artifact(str(tmp_path / "run"), "--", "train")
     assert meta["template_sha256"] == read_artifact(str(rollouts), "--", "rollout")["template_sha256"]
 
 
-def test_scores_that_are_too_short_and_responses_that_are_too_long(
-    world, rollouts, scores, tmp_path, refused
+def test_scores_too_short_and_responses_too_long_are_refused(
+    world, rollouts, prefix_flags, tmp_path, refused
 ):
-    import score_teacher
-
-    score_teacher.main(
-        score_teacher.get_args(
-            [
-                *"--dtype float32 --max_tokens 4 --teacher".split(),
-                str(world / "teacher_init"),
-                "--rollouts",
-                str(rollouts),
-                "--out",
-                str(tmp_path / "short"),
-            ]
-        )
-    )
-    refused(
-        lambda: run(
-            world, tmp_path / "run", *teacher_prefix(rollouts, tmp_path / "short"), "--kl", "forward"
-        ),
-        "--max_tokens",
-    )
+    short = f"--max_tokens 4 --teacher {world}/teacher_init --rollouts {rollouts} --out {tmp_path}/short"
+    run_line(score_teacher, f"--dtype float32 {short}")
+    flags = f"{prefix_flags['teacher']} --kl forward"
+    refused(lambda: run(tmp_path / "run", f"{flags} --scores {tmp_path}/short"), "--max_tokens")
     model = load_model(str(world / "student_init"), "-", "float32")
     model.config.max_position_embeddings = 14
     model.save_pretrained(tmp_path / "narrow")
     make_tokenizer().save_pretrained(tmp_path / "narrow")
-    source = [*teacher_prefix(rollouts, scores), "--kl", "forward", "--student", tmp_path / "narrow"]
-    refused(lambda: run(world, tmp_path / "run", *source), "context of 14", "train/")
+    narrow = f"{flags} --student {tmp_path}/narrow"
+    refused(lambda: run(tmp_path / "run", narrow), "context of 14", "train/")
     assert not (tmp_path / "run").exists()

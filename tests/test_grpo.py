@@ -1,15 +1,17 @@
-"""grpo.py: advantages and clipping by hand, gradients against PPO on full logits in float64, a bandit that learns, whole runs."""
+"""grpo.py: advantages and clipping by hand, gradients against float64, a bandit that learns, whole runs."""
 
 import argparse
 import copy
 import json
 import math
+import shutil
 from collections import Counter
 
 import pytest
 import torch
 
 import grpo
+from conftest import killed_in_call, read_rows, run_line, swap_ids, untimed
 from distil import training
 from distil.artifacts import read_artifact
 from distil.models import Response
@@ -18,17 +20,8 @@ from distil.training import tflops
 from grpo import accumulate_gradients, add_old_logps, advantages_of, policy_loss, rewards_of, train_step
 from recipes.toy_world import make_model, make_tokenizer
 
-DEFAULTS = {
-    "dtype": "float32",
-    "micro_batch_tokens": 10**6,
-    "normalize": "token",
-    "clip_low": 0.2,
-    "clip_high": 0.2,
-    "updates": 1,
-    "kl_weight": 0.0,
-    "importance_cap": 2.0,
-    "reward": "correct",
-}
+DEFAULTS = {"dtype": "float32", "micro_batch_tokens": 10**6, "normalize": "token", "reward": "correct"}
+DEFAULTS |= {"clip_low": 0.2, "clip_high": 0.2, "updates": 1, "kl_weight": 0.0, "importance_cap": 2.0}
 
 
 def settings(**changes):
@@ -46,17 +39,15 @@ def test_advantages_by_hand():
 
 def test_rewards_are_correct_answers():
     tokenizer = make_tokenizer()
-    groups = [
-        [Response([1], tokenizer(text).input_ids, False) for text in texts]
-        for texts in (["\\boxed{4}<|im_end|>", "4<|im_end|>"], ["\\boxed{4}", "\\boxed{7}<|im_end|>"])
-    ]
+    texts = [["\\boxed{4}<|im_end|>", "4<|im_end|>"], ["\\boxed{4}", "\\boxed{7}<|im_end|>"]]
+    groups = [[Response([1], tokenizer(text).input_ids, False) for text in group] for group in texts]
     problems = [{"answer": "4"}, {"answer": "7"}]
     rewards, verdicts = rewards_of(settings(), tokenizer, problems, groups)
     assert rewards.tolist() == verdicts.tolist() == [[1, 0], [0, 1]]
 
 
 def test_a_reward_of_ones_own(monkeypatch):
-    """It sees flags, problem, response with text, and verdict; the share of correct answers is kept beside it."""
+    """It sees flags, problem, response with text, and verdict; the share of correct answers is kept too."""
     tokenizer, seen = make_tokenizer(), []
 
     def short(args, problem, response, verdict):
@@ -65,9 +56,8 @@ def test_a_reward_of_ones_own(monkeypatch):
 
     monkeypatch.setitem(grpo.REWARDS, "short", short)
     args = grpo.get_args("--model m --data d --out o --reward short --n 2".split())
-    group = [
-        Response([1], tokenizer(text).input_ids, False) for text in ("\\boxed{4}<|im_end|>", "4<|im_end|>")
-    ]
+    texts = "\\boxed{4}<|im_end|>", "4<|im_end|>"
+    group = [Response([1], tokenizer(text).input_ids, False) for text in texts]
     rewards, verdicts = rewards_of(args, tokenizer, [{"id": "a", "answer": "4"}], [group])
     assert rewards.tolist() == [pytest.approx([1 - 0.4, -0.2])] and verdicts.tolist() == [[1, 0]]
     assert seen == [(2, "a", "\\boxed{4}", "4"), (2, "a", "4", None)]
@@ -88,12 +78,11 @@ CLIPPING = [
 
 @pytest.mark.parametrize("ratio, advantage, term, clipped", CLIPPING)
 def test_clipping_by_hand(ratio, advantage, term, clipped):
-    """A clipped token has no gradient; any other that of ratio x advantage, which is itself. Both have a weight of 0.25."""
+    """A clipped token has no gradient; that of any other is ratio x advantage. The token's weight is 0.25."""
+    args, weight = settings(clip_low=0.1, clip_high=0.3), torch.tensor([0.25])
     logps = torch.tensor([-1.0], requires_grad=True)
     old = logps.detach() - math.log(ratio)
-    loss, found = policy_loss(
-        settings(clip_low=0.1, clip_high=0.3), logps, old, torch.tensor([advantage]), torch.tensor([0.25])
-    )
+    loss, found = policy_loss(args, logps, old, torch.tensor([advantage]), weight)
     loss.backward()
     assert loss.item() == pytest.approx(-0.25 * term, rel=1e-5) and found.tolist() == [clipped]
     assert logps.grad.item() == pytest.approx(0.0 if clipped else -0.25 * term, rel=1e-5)
@@ -144,22 +133,16 @@ def truth(args, model, batch, sampler_model=None, reference=None):
                 log_ratio = (old[t, token] - response.sampler_logps[t]).item()
                 metrics["mismatch"] += abs(log_ratio)
                 weight = min(math.exp(log_ratio), args.importance_cap) if args.importance_cap else 1.0
-            plain, bounded = (
-                ratio * response.advantage,
-                ratio.clamp(1 - args.clip_low, 1 + args.clip_high) * response.advantage,
-            )
+            bounded = ratio.clamp(1 - args.clip_low, 1 + args.clip_high) * response.advantage
+            plain = ratio * response.advantage
             metrics["clip_fraction"] += int(bounded < plain)
             metrics["entropy"] -= (full[t].exp() * full[t]).sum().item()
             kl = (full[t].exp() * (full[t] - ref[t])).sum()
             metrics["reference_kl"] += kl.item()
             row.append(-weight * torch.minimum(plain, bounded) + args.kl_weight * kl)
         terms.append(torch.stack(row))
-    loss = (
-        torch.cat(terms).mean()
-        if args.normalize == "token"
-        else torch.stack([row.mean() for row in terms]).mean()
-    )
-    return loss, metrics
+    means = torch.cat(terms) if args.normalize == "token" else torch.stack([row.mean() for row in terms])
+    return means.mean(), metrics
 
 
 @pytest.mark.parametrize("budget", [1, 10**6])
@@ -177,10 +160,9 @@ def truth(args, model, batch, sampler_model=None, reference=None):
     ],
 )
 def test_loss_gradient_and_metrics_are_those_of_full_logits(model, others, budget, changes):
-    """With nothing changed it is REINFORCE over all 11 tokens: the response without an advantage counts in the mean."""
-    args = settings(
-        micro_batch_tokens=budget, **{name: value for name, value in changes.items() if name in DEFAULTS}
-    )
+    """Without changes it is REINFORCE over all 11 tokens; those without an advantage count in the mean."""
+    chosen = {name: value for name, value in changes.items() if name in DEFAULTS}
+    args = settings(micro_batch_tokens=budget, **chosen)
     batch, reference = BATCH, others[1] if args.kl_weight else None
     if "sampler" in changes:
         batch = [response._replace(sampler_logps=logps) for response, logps in zip(batch, SAMPLER)]
@@ -194,9 +176,9 @@ def test_loss_gradient_and_metrics_are_those_of_full_logits(model, others, budge
     loss, expected = truth(args, model, batch, sampler_model, reference)
     loss.backward()
     assert value == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)
-    assert metrics.keys() == {"entropy", "clip_fraction"} | (
-        {"mismatch"} if "sampler" in changes else set()
-    ) | ({"reference_kl"} if reference else set())
+    optional = {"mismatch"} if "sampler" in changes else set()
+    optional |= {"reference_kl"} if reference else set()
+    assert metrics.keys() == {"entropy", "clip_fraction"} | optional
     for name, value in metrics.items():
         assert value == pytest.approx(expected[name], rel=1e-5), name  # sums over tokens
     assert (metrics["clip_fraction"] > 0) == ("old" in changes)  # both cases were met
@@ -213,7 +195,7 @@ def test_equal_groups_have_no_gradient(model):
 
 
 def test_updates_go_through_the_batch_against_the_policy_that_sampled(model):
-    """Two updates of SGD by hand: the second on the second group, whose ratio is to the weights before the first."""
+    """Two updates of SGD by hand. The second group's ratio is to the weights before the first update."""
     groups = [[BATCH[0], BATCH[1]], [BATCH[2]._replace(advantage=-1.0), BATCH[3]]]
     args = settings(updates=2, lr=0.5, warmup=0.0, steps=1, max_grad_norm=1e9, clip_low=0.05, clip_high=0.05)
     ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
@@ -234,7 +216,7 @@ def test_updates_go_through_the_batch_against_the_policy_that_sampled(model):
 
 
 def test_cost_of_an_update(model):
-    """In forward passes: 3 with a gradient, 1 without, 1 more to score it before several updates, 1 of the reference."""
+    """In forward passes: 3 with gradient or 1 without, 1 more before several updates, 1 of the reference."""
     one = tflops(model.config.to_dict(), 3, 3, forwards=1)
 
     def passes(response, reference=None, **changes):
@@ -249,15 +231,14 @@ def test_cost_of_an_update(model):
 
 
 def test_a_bandit_learns():
-    """One problem, one token: reward 1 for an odd digit. 40 steps raise its probability from about 5 / 29 to above 0.9."""
+    """One problem, one token, reward 1 for an odd digit: in 40 steps its probability rises above 0.9."""
     torch.manual_seed(9)
     model = make_model(make_tokenizer(), 32, 1, 1).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     odd, prompt = [i + 11 for i in (1, 3, 5, 7, 9)], [1, 3, 20]
     assert make_tokenizer().convert_ids_to_tokens(odd) == list("13579")
-    sampling = SamplingConfig(
-        n=32, temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=1, stop_ids=[0, 2], vocab_size=29
-    )
+    limits = {"top_p": 1.0, "top_k": 0, "max_response_tokens": 1, "stop_ids": [0, 2], "vocab_size": 29}
+    sampling = SamplingConfig(n=32, temperature=1.0, **limits)
 
     def chance():
         with torch.no_grad():
@@ -266,9 +247,8 @@ def test_a_bandit_learns():
     assert chance() < 0.4
     for step in range(40):
         [group] = sample(model, [prompt], sampling, seed=step)
-        advantages = advantages_of(torch.tensor([[float(one.response_ids[0] in odd) for one in group]]))[
-            0
-        ].tolist()
+        rewards = torch.tensor([[float(one.response_ids[0] in odd) for one in group]])
+        advantages = advantages_of(rewards)[0].tolist()
         batch = [one._replace(advantage=advantage) for one, advantage in zip(group, advantages)]
         accumulate_gradients(settings(), model, None, 29, batch)
         optimizer.step()
@@ -276,26 +256,19 @@ def test_a_bandit_learns():
     assert chance() > 0.9
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Whole runs
 
 
-def run(world, out, *more):
-    given = [
-        "--model",
-        world / "student_init",
-        "--data",
-        world / "train.jsonl",
-        "--out",
-        out,
-        *"--steps 2 --batch_size 2 --n 4 --engine hf --dtype float32 --max_response_tokens 6".split(),
-        *more,
-    ]
-    grpo.main(grpo.get_args([str(word) for word in given]))
+def run(world, out, more=""):
+    models = (
+        f"--model {world}/student_init --data {world}/train.jsonl --out {out} --engine hf --dtype float32"
+    )
+    run_line(grpo, f"{models} --steps 2 --batch_size 2 --n 4 --max_response_tokens 6 {more}")
 
 
-def read_rows(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
+def weights(model):
+    return (model / "model.safetensors").read_bytes()
 
 
 def reward_the_first(args, tokenizer, problems, groups):
@@ -310,105 +283,62 @@ def reward_nothing(args, tokenizer, problems, groups):
 
 
 def test_a_run_keeps_the_cell_it_started_from(world, tmp_path, monkeypatch):
-    import shutil
-
     monkeypatch.setattr(grpo, "rewards_of", reward_the_first)
     shutil.copytree(world / "student_init", tmp_path / "start")
     cell = {"name": "student prefix, mix 0.8 KL", "prefix": "student", "kl": "mix 0.8"}
-    (tmp_path / "start/checkpoint.json").write_text(
-        json.dumps({"run": "a", "cell": cell, "step": 5, "tflops": 0.5})
-    )
-    run(world, tmp_path / "run", "--model", tmp_path / "start")
+    checkpoint = {"run": "a", "cell": cell, "step": 5, "tflops": 0.5}
+    (tmp_path / "start/checkpoint.json").write_text(json.dumps(checkpoint))
+    run(world, tmp_path / "run", f"--model {tmp_path}/start")
     cell["name"] += ", then GRPO"
     assert read_artifact(str(tmp_path / "run"), "--", "grpo")["cell"] == cell
     checkpoint = json.loads((tmp_path / "run/final/checkpoint.json").read_text())
     assert checkpoint["cell"] == cell and checkpoint["step"] == 2 and checkpoint["tflops"] > 0
     rows = read_rows(tmp_path / "run/metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2] and all(
-        row["reward"] == 0.25 and row["equal_groups"] == 0 for row in rows
-    )
-    assert all(row["grad_norm"] > 0 for row in rows)
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["reward"] == 0.25 and row["equal_groups"] == 0 and row["grad_norm"] > 0
 
 
 def test_untrained_checkpoints_and_equal_groups(world, tmp_path, monkeypatch):
-    """All rewards 0: counted, no gradient, weights as they were; and such a run can be resumed."""
+    """All rewards 0: counted, no gradient, weights unchanged. Such a run can be resumed too."""
     monkeypatch.setattr(grpo, "rewards_of", reward_nothing)
-    run(world, tmp_path / "run", "--save_every", 1)
+    run(world, tmp_path / "run", "--save_every 1")
     assert read_artifact(str(tmp_path / "run"), "--", "grpo")["cell"]["prefix"] == "-"
     for row in read_rows(tmp_path / "run/metrics.jsonl"):
         assert row["equal_groups"] == 1 and row["grad_norm"] == 0 and row["reward"] == 0
-    assert (tmp_path / "run/final/model.safetensors").read_bytes() == (
-        world / "student_init/model.safetensors"
-    ).read_bytes()
-
-
-class Killed(Exception):
-    pass
+    assert weights(tmp_path / "run/final") == weights(world / "student_init")
 
 
 @pytest.mark.parametrize("rewards", [reward_the_first, reward_nothing])
 def test_a_killed_run_continues_to_the_same_end(world, tmp_path, monkeypatch, rewards):
     monkeypatch.setattr(grpo, "rewards_of", rewards)
-    more = ["--steps", 3, "--save_every", 1]
-    run(world, tmp_path / "whole", *more)
-    (tmp_path / "again").mkdir()
-    out, step_of = tmp_path / "again/whole", training.optimizer_step
-
-    def killed_in_step_3(args, model, optimizer, step, ids):
-        if step == 2:
-            raise Killed
-        return step_of(args, model, optimizer, step, ids)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "optimizer_step", killed_in_step_3)
-        with pytest.raises(Killed):
-            run(world, out, *more)
-    run(world, out, *more, "--resume")
-    assert (out / "final/model.safetensors").read_bytes() == (
-        tmp_path / "whole/final/model.safetensors"
-    ).read_bytes()
-
-    def rows(path):
-        return [
-            {k: v for k, v in row.items() if "second" not in k} for row in read_rows(path / "metrics.jsonl")
-        ]
-
-    assert rows(out) == rows(tmp_path / "whole")
+    whole, out = tmp_path / "whole", tmp_path / "again/whole"  # the same name: checkpoints hold the run's
+    run(world, whole, "--steps 3 --save_every 1")
+    with killed_in_call(3, training, "optimizer_step"):
+        run(world, out, "--steps 3 --save_every 1")
+    run(world, out, "--steps 3 --save_every 1 --resume")
+    assert weights(out / "final") == weights(whole / "final")
+    assert untimed(out / "metrics.jsonl") == untimed(whole / "metrics.jsonl")
 
 
 def test_a_run_with_every_choice_resumes_to_the_same_end(world, tmp_path, monkeypatch):
-    """Two updates a batch, a reference, responses that are cut off masked, means over responses, nothing divided."""
+    """Two updates a batch, a reference, truncated responses masked, means over responses, no scaling."""
     monkeypatch.setattr(grpo, "rewards_of", reward_the_first)
-    more = [
-        *"--updates 2 --kl_weight 0.1 --overlong mask --normalize sequence --scale_advantages none --steps 2 --save_every 1 --lr 0.001 --max_response_tokens 12".split()
-    ]
-    run(world, tmp_path / "whole", *more)
-    first, second = read_rows(tmp_path / "whole/metrics.jsonl")
+    more = "--updates 2 --kl_weight 0.1 --overlong mask --normalize sequence --scale_advantages none"
+    more += " --save_every 1 --lr 0.001 --max_response_tokens 12"
+    whole, out = tmp_path / "whole", tmp_path / "again/whole"
+    run(world, whole, more)
+    first, second = read_rows(whole / "metrics.jsonl")
     assert 0 < first["truncated"] < 1 and first["entropy"] > 0
     assert 0 <= first["reference_kl"] < second["reference_kl"]  # the reference stays where the model started
-    (tmp_path / "again").mkdir()
-    out = tmp_path / "again/whole"
-    with monkeypatch.context() as patch:
-        patch.setattr(grpo, "train_step", kill_in_step(2, grpo.train_step))
-        with pytest.raises(Killed):
-            run(world, out, *more)
-    run(world, out, *more, "--resume")
-    assert (out / "final/model.safetensors").read_bytes() == (
-        tmp_path / "whole/final/model.safetensors"
-    ).read_bytes()
-
-
-def kill_in_step(number, train_step):
-    def killed(args, run, reference, groups, step):
-        if step + 1 == number:
-            raise Killed
-        return train_step(args, run, reference, groups, step)
-
-    return killed
+    with killed_in_call(2, grpo, "train_step"):
+        run(world, out, more)
+    run(world, out, f"{more} --resume")
+    assert weights(out / "final") == weights(whole / "final")
 
 
 def test_masked_responses_carry_no_loss_but_their_rewards_count(world, tmp_path, monkeypatch):
-    """One response of each group ends; it has the reward, so its advantage is 0.75 with or without the others."""
+    """One response of each group ends and gets the reward; its advantage is 0.75 with or without the rest."""
     monkeypatch.setattr(grpo, "rewards_of", reward_the_first)
 
     def with_logps(self, prompts, sampling, seed):
@@ -419,28 +349,15 @@ def test_masked_responses_carry_no_loss_but_their_rewards_count(world, tmp_path,
 
     monkeypatch.setattr(training.Run, "sample", with_logps)
     steps = []
-    monkeypatch.setattr(
-        grpo, "train_step", lambda args, run, reference, groups, step: steps.append(groups) or {}
-    )
+    record = lambda args, run, reference, groups, step: steps.append(groups) or {}
+    monkeypatch.setattr(grpo, "train_step", record)
     for word in ("keep", "mask"):
-        run(
-            world,
-            tmp_path / word,
-            "--overlong",
-            word,
-            "--steps",
-            1,
-            "--scale_advantages",
-            "none",
-            "--log_every",
-            2,
-        )
+        more = "--steps 1 --scale_advantages none --log_every 2"
+        run(world, tmp_path / word, f"{more} --overlong {word}")
         [row] = read_rows(tmp_path / word / "metrics.jsonl")
         assert row["truncated"] == 0.75 and row["reward"] == 0.25 and row["response_length"] == 2.75
-    assert [[[r.advantage for r in group] for group in groups] for groups in steps] == [
-        [[0.75, -0.25, -0.25, -0.25]] * 2,
-        [[0.75]] * 2,
-    ]
+    kept, masked = [[[r.advantage for r in group] for group in groups] for groups in steps]
+    assert kept == [[0.75, -0.25, -0.25, -0.25]] * 2 and masked == [[0.75]] * 2
     assert all(group[0].sampler_logps == [-1.0, -2.0] for groups in steps for group in groups)
 
 
@@ -453,25 +370,11 @@ def test_a_batch_of_which_nothing_is_left_changes_nothing(model):
 
 
 def test_a_reference_with_another_tokenizer_is_refused(world, tmp_path, refused):
-    import shutil
-
     shutil.copytree(world / "student_init", tmp_path / "other")
-    file = tmp_path / "other/tokenizer.json"
-    swapped = (
-        file.read_text(encoding="utf-8")
-        .replace('"a":', '"-":')
-        .replace('"b":', '"a":')
-        .replace('"-":', '"b":')
-    )
-    file.write_text(swapped, encoding="utf-8")
-    refused(
-        lambda: run(world, tmp_path / "out", "--kl_weight", 1, "--reference", tmp_path / "other"),
-        "--reference",
-    )
-    refused(
-        lambda: run(world, tmp_path / "out", "--kl_weight", 1, "--reference", tmp_path / "absent"),
-        "--reference",
-    )
+    swap_ids(tmp_path / "other", "a", "b")
+    for reference in ("other", "absent"):
+        more = f"--kl_weight 1 --reference {tmp_path}/{reference}"
+        refused(lambda: run(world, tmp_path / "out", more), "--reference")
     assert not (tmp_path / "out").exists()
 
 
@@ -495,20 +398,16 @@ def test_a_reference_with_another_tokenizer_is_refused(world, tmp_path, refused)
     ],
 )
 def test_bad_flags_are_refused(line, word, refused):
-    assert (
-        word
-        in refused(lambda: grpo.get_args(["--model", "m", "--data", "d", "--out", "o", *line.split()])).split(
-            "error:"
-        )[1]
-    )
+    message = refused(lambda: grpo.get_args(f"--model m --data d --out o {line}".split()))
+    assert word in message.split("error:")[1]
 
 
 def test_bad_input_is_refused_and_leaves_no_directory(world, tmp_path, refused):
     for more, word in [
-        (["--model", tmp_path / "absent"], "--model"),
-        (["--data", "gsm9k"], "gsm9k"),
-        (["--max_response_tokens", 600], "context of 512"),
-        (["--eval_every", 1, "--eval_data", tmp_path / "absent.jsonl"], "absent.jsonl"),
+        (f"--model {tmp_path}/absent", "--model"),
+        ("--data gsm9k", "gsm9k"),
+        ("--max_response_tokens 600", "context of 512"),
+        (f"--eval_every 1 --eval_data {tmp_path}/absent.jsonl", "absent.jsonl"),
     ]:
-        refused(lambda: run(world, tmp_path / "out", *more), word)
+        refused(lambda: run(world, tmp_path / "out", more), word)
         assert not (tmp_path / "out").exists()

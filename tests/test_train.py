@@ -46,7 +46,7 @@ def close(a, b, tolerance=1e-5):
 
 
 def position_problem(n=6, v=9, padding=3):
-    """Hidden states and heads of a student and a wider teacher; the padding rows of both would dominate if read."""
+    """Hidden states and heads of a student and a wider teacher. Padding rows of the heads would dominate."""
     g = torch.Generator().manual_seed(0)
     student_hidden, student_head = torch.randn(n, 5, generator=g), torch.randn(v + padding, 5, generator=g)
     teacher_hidden, teacher_head = torch.randn(n, 7, generator=g), torch.randn(v + padding, 7, generator=g)
@@ -102,7 +102,7 @@ def test_sampled_forward_is_cross_entropy():
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_sampled_gradient_is_the_exact_one_on_average(direction):
-    """Proposition 1, by enumeration: every token once, weighted by its probability under the sampling policy."""
+    """Proposition 1, by enumeration: every token, weighted by its probability under the sampling policy."""
     hidden, head, teacher_hidden, teacher_head, _, v = position_problem(n=1)
     hidden64, head64, p_log, q_log = doubled(hidden, head, teacher_hidden, teacher_head, v)
     exact, policy = (kl(p_log, q_log), p_log) if direction == "forward" else (kl(q_log, p_log), q_log)
@@ -179,7 +179,7 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("normalize", ["token", "sequence"])
 def test_gradients_of_a_padded_batch_are_those_of_its_responses_alone(pair, name, normalize):
-    """Loss falls on response positions only, the stop token included; no gradient flows through the sampling."""
+    """Only response positions carry loss, the stop token included. No gradient flows through the sampling."""
     student, teacher = pair
     args, loss_of = LOSSES[name]
     args.normalize = normalize
@@ -252,9 +252,7 @@ def final_weights(out):
 
 @pytest.mark.parametrize("prefix", ["teacher", "student"])
 @pytest.mark.parametrize("name", ["forward", "reverse", "mix", "sampled"])
-def test_every_cell_trains_and_leaves_a_complete_artifact(
-    world, rollouts, prefix_flags, tmp_path, prefix, name
-):
+def test_every_cell_trains_and_leaves_a_complete_artifact(world, prefix_flags, tmp_path, prefix, name):
     sampled = {"teacher": "forward --vocab sampled", "student": "reverse --vocab sampled"}[prefix]
     source, kl = prefix_flags[prefix], {"mix": "mix --fkl_weight 0.25", "sampled": sampled}.get(name, name)
     if prefix == "teacher" and name == "sampled":
@@ -430,9 +428,7 @@ def other_template(world, path):
 
 
 @pytest.mark.parametrize("prefix", ["teacher", "student"])
-def test_bad_input_is_refused_and_leaves_no_directory(
-    world, rollouts, prefix_flags, tmp_path, refused, prefix
-):
+def test_bad_input_is_refused_and_leaves_no_directory(world, prefix_flags, tmp_path, refused, prefix):
     out, absent = tmp_path / "run", tmp_path / "absent"
 
     def is_refused(more, *words):
@@ -448,7 +444,7 @@ def test_bad_input_is_refused_and_leaves_no_directory(
     if prefix == "teacher":
         is_refused(f"--rollouts {world}", "--rollouts", "toy_world")
         is_refused(f"--rollouts {world}/gold", "--scores", "other rollouts")
-        is_refused(f"--scores {rollouts}", "--scores")
+        is_refused(f"--scores {world.parent}/rollouts", "--scores")
     else:
         is_refused(f"--teacher {other_tokenizer(world, tmp_path / 'ids2')}", "--teacher", "tokenizer")
         is_refused(f"--teacher {absent}", "--teacher", "absent")
@@ -464,9 +460,7 @@ def test_take_template_gives_the_student_the_teachers(world, rollouts, prefix_fl
     assert meta["template_sha256"] == read_artifact(str(rollouts), "--", "rollout")["template_sha256"]
 
 
-def test_scores_too_short_and_responses_too_long_are_refused(
-    world, rollouts, prefix_flags, tmp_path, refused
-):
+def test_short_scores_and_long_responses_are_refused(world, rollouts, prefix_flags, tmp_path, refused):
     short = f"--max_tokens 4 --teacher {world}/teacher_init --rollouts {rollouts} --out {tmp_path}/short"
     run_line(score_teacher, f"--dtype float32 {short}")
     flags = f"{prefix_flags['teacher']} --kl forward"

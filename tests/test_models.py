@@ -1,4 +1,4 @@
-"""distil/models.py: batches, hidden states, log-probabilities, output heads, against single sequences in float64."""
+"""distil/models.py: batches, hidden states, log-probabilities, output heads, against float64."""
 
 import pytest
 import torch
@@ -28,11 +28,9 @@ def test_batches_hold_each_index_once_within_the_budget():
         lengths = torch.randint(1, 40, (50,), generator=g).tolist()
         batches = batches_by_tokens(lengths, budget)
         assert sorted(i for batch in batches for i in batch) == list(range(50))
-        assert all(
-            len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget for batch in batches
-        )
         for batch in batches:  # a tenth may be padding, or more of what is less than a 32nd of the budget
             rows = sorted(lengths[i] for i in batch)
+            assert len(rows) == 1 or len(rows) * rows[-1] <= budget
             assert sum(rows) >= 0.9 * len(rows) * rows[-1] or sum(rows[:-1]) < budget / 32 or len(rows) == 1
     assert len(batches) < 15  # not one row a batch where the budget has room
     assert batches_by_tokens([60, 90, 62, 2], 1024) == [[3, 0], [2], [1]]
@@ -43,7 +41,7 @@ PROMPTS, RESPONSES = [[1, 3, 20], [1], [1, 9, 12, 13]], [[21, 0, 2], [5, 6, 7, 8
 
 
 def test_response_hidden_is_that_of_each_sequence_alone(model):
-    """The state at position t is the one whose logits predict token t + 1: from the prompt's last token to the last but one."""
+    """The state at position t predicts token t + 1, so a response's states begin one token before it."""
     with torch.no_grad():
         states = response_hidden(model, PROMPTS, RESPONSES).split([3, 6, 1])
         for prompt, response, found in zip(PROMPTS, RESPONSES, states):
@@ -61,10 +59,7 @@ def test_response_hidden_is_that_of_each_sequence_alone(model):
 def test_token_logps_and_their_gradient(chunk, monkeypatch):
     monkeypatch.setattr(models, "chunk_of", lambda head: chunk)
     g = torch.Generator().manual_seed(0)
-    hidden, head = (
-        torch.randn(7, 5, generator=g, requires_grad=True),
-        torch.randn(12, 5, generator=g, requires_grad=True),
-    )
+    hidden, head = (torch.randn(rows, 5, generator=g, requires_grad=True) for rows in (7, 12))
     tokens, upstream = torch.randint(9, (7,), generator=g), torch.randn(7, generator=g)
     found = token_logps(hidden, head[:9], tokens)
     (found * upstream).sum().backward()
@@ -130,20 +125,10 @@ def test_the_first_tokens_of_a_response():
 def test_heads_that_do_more_than_a_product_are_refused(model, refused):
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    tiny = dict(
-        vocab_size=9,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    refused(
-        lambda: output_head(Gemma2ForCausalLM(Gemma2Config(**tiny)), "--teacher"),
-        "--teacher",
-        "final_logit_softcapping",
-    )
+    tiny = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "head_dim": 8, "num_hidden_layers": 1}
+    tiny |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+    gemma = Gemma2ForCausalLM(Gemma2Config(**tiny))
+    refused(lambda: output_head(gemma, "--teacher"), "--teacher", "final_logit_softcapping")
     plain = make_model(make_tokenizer(), 32, 1, 1)
     plain.lm_head = torch.nn.Linear(32, 29, bias=True)
     refused(lambda: output_head(plain, "--student"), "--student", "bias")

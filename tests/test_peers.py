@@ -1,4 +1,4 @@
-"""Other projects' packages as judges. `python -m pytest -m peer -rs` says what was skipped because it is not installed."""
+"""Other projects' packages as judges. `python -m pytest -m peer -rs` lists those not installed."""
 
 import argparse
 
@@ -19,13 +19,12 @@ SAMPLER = [[-2.0, -5.0, -3.5], [-9.0, -2.5], [-3.0, -3.1, -3.2, -3.3, -3.4], [-6
 
 
 def padded(rows, side, dtype=torch.long):
-    """(B, T) and its mask of ones, padded on one side, as TRL pads prompts on the left and responses on the right."""
+    """(B, T) and its mask of ones. TRL pads prompts on the left and responses on the right."""
     width = max(map(len, rows))
     fill = [[0] * (width - len(row)) for row in rows]
-    values = [zeros + row if side == "left" else row + zeros for zeros, row in zip(fill, rows)]
-    mask = [
-        zeros + [1] * len(row) if side == "left" else [1] * len(row) + zeros for zeros, row in zip(fill, rows)
-    ]
+    ones = [[1] * len(row) for row in rows]
+    join = (lambda zeros, row: zeros + row) if side == "left" else (lambda zeros, row: row + zeros)
+    values, mask = list(map(join, fill, rows)), list(map(join, fill, ones))
     return torch.tensor(values, dtype=dtype), torch.tensor(mask)
 
 
@@ -33,7 +32,7 @@ def padded(rows, side, dtype=torch.long):
 @pytest.mark.parametrize("moved", [False, True])  # whether the policy has left the one that sampled
 @pytest.mark.parametrize("sampler", [False, True])  # whether vLLM's log-probabilities are known
 def test_grpo_loss_and_gradient_are_trls(normalize, moved, sampler, tmp_path, record_property):
-    """loss_type dapo is the mean over tokens, grpo over responses. No KL: TRL's is a one-sample estimate, ours is exact."""
+    """TRL's dapo is a mean over tokens, its grpo over responses. No KL: TRL only estimates it."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     record_property("trl", trl.__version__)
@@ -41,43 +40,25 @@ def test_grpo_loss_and_gradient_are_trls(normalize, moved, sampler, tmp_path, re
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, 32, 2, 1).eval()
     old = [-3.2 + 0.5 * torch.randn(len(tokens)) for tokens in TOKENS] if moved else None
-    config = trl.GRPOConfig(
-        loss_type={"token": "dapo", "sequence": "grpo"}[normalize],
-        beta=0.0,
-        epsilon=0.2,
-        epsilon_high=0.28,
-        temperature=1.0,
-        num_generations=2,
-        per_device_train_batch_size=4,
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        gradient_checkpointing=False,
-        vllm_importance_sampling_correction=True,
-    )
-    trainer = trl.GRPOTrainer(
-        model=model,
-        reward_funcs=lambda completions, **_: [0.0] * len(completions),
-        args=config,
-        train_dataset=datasets.Dataset.from_dict({"prompt": ["a=1"] * 4}),
-        processing_class=tokenizer,
-    )
+    off = {"beta": 0.0, "bf16": False, "report_to": [], "gradient_checkpointing": False}
+    settings = {"output_dir": str(tmp_path), "use_cpu": True, "vllm_importance_sampling_correction": True}
+    settings |= {"epsilon": 0.2, "epsilon_high": 0.28, "num_generations": 2, "per_device_train_batch_size": 4}
+    loss_type = {"token": "dapo", "sequence": "grpo"}[normalize]
+    config = trl.GRPOConfig(loss_type=loss_type, temperature=1.0, **settings, **off)
+    no_reward = lambda completions, **_: [0.0] * len(completions)
+    data = datasets.Dataset.from_dict({"prompt": ["a=1"] * 4})
+    trainer = trl.GRPOTrainer(model, no_reward, config, data, processing_class=tokenizer)
     trainer.use_vllm = sampler  # only the loss asks: nothing is sampled here
     model.eval()
     inputs = dict(zip(("prompt_ids", "prompt_mask"), padded(PROMPTS, "left")))
     inputs |= dict(zip(("completion_ids", "completion_mask"), padded(TOKENS, "right")))
-    inputs |= {
-        "advantages": torch.tensor(ADVANTAGES),
-        "num_items_in_batch": torch.tensor(sum(map(len, TOKENS))),
-    }
+    count = torch.tensor(sum(map(len, TOKENS)))
+    inputs |= {"advantages": torch.tensor(ADVANTAGES), "num_items_in_batch": count}
     if moved:
         inputs["old_per_token_logps"] = padded([row.tolist() for row in old], "right", torch.float32)[0]
     if sampler:
-        now = [row.tolist() for row in old] if moved else own_logps(model)
-        ratios = [
-            torch.exp(torch.tensor(a) - torch.tensor(b)).clamp(max=2.0).tolist() for a, b in zip(now, SAMPLER)
-        ]
+        now = old if moved else own_logps(model)
+        ratios = [torch.exp(a - torch.tensor(b)).clamp(max=2.0).tolist() for a, b in zip(now, SAMPLER)]
         inputs["importance_sampling_ratio"] = padded(ratios, "right", torch.float32)[0]
     expected = trainer._compute_loss(model, inputs)
     expected.backward()
@@ -85,15 +66,8 @@ def test_grpo_loss_and_gradient_are_trls(normalize, moved, sampler, tmp_path, re
     metrics = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
     model.zero_grad(set_to_none=True)
 
-    args = argparse.Namespace(
-        dtype="float32",
-        micro_batch_tokens=10**6,
-        normalize=normalize,
-        clip_low=0.2,
-        clip_high=0.28,
-        kl_weight=0.0,
-        importance_cap=2.0,
-    )
+    args = {"dtype": "float32", "micro_batch_tokens": 10**6, "normalize": normalize, "importance_cap": 2.0}
+    args = argparse.Namespace(**args, clip_low=0.2, clip_high=0.28, kl_weight=0.0)
     batch = []
     for i, (prompt, tokens) in enumerate(zip(PROMPTS, TOKENS)):
         known = {"sampler_logps": SAMPLER[i] if sampler else None, "old_logps": old[i] if moved else None}
@@ -111,16 +85,15 @@ def test_grpo_loss_and_gradient_are_trls(normalize, moved, sampler, tmp_path, re
 def own_logps(model):
     found = []
     for prompt, tokens in zip(PROMPTS, TOKENS):
-        logps = (
-            model(input_ids=torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
-        )
-        found.append(logps[torch.arange(len(tokens)), tokens].tolist())
+        logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0]
+        logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        found.append(logps[torch.arange(len(tokens)), tokens])
     return found
 
 
 @pytest.mark.parametrize("beta, fkl_weight", [(0.0, 1.0), (1.0, 0.0)])
 def test_the_kls_and_their_gradients_are_trls_at_the_ends(beta, fkl_weight, record_property):
-    """GKD's generalised Jensen-Shannon divergence is the forward KL at beta 0 and the reverse KL at beta 1."""
+    """GKD's generalised Jensen-Shannon divergence is forward KL at beta 0 and reverse KL at beta 1."""
     trl = pytest.importorskip("trl")
     gkd = pytest.importorskip("trl.experimental.gkd")
     record_property("trl", trl.__version__)
@@ -130,13 +103,9 @@ def test_the_kls_and_their_gradients_are_trls_at_the_ends(beta, fkl_weight, reco
     theirs, ours = student.clone().requires_grad_(), student.clone().requires_grad_()
     loss = gkd.GKDTrainer.generalized_jsd_loss(theirs, teacher, labels, beta=beta)
     loss.backward()
-    out = streaming_kl(
-        ours.view(-1, 1000),
-        teacher.view(-1, 1000),
-        fkl_weight=fkl_weight,
-        weight=(labels.view(-1) > 0).float(),
-        reduction="mean",
-    )
+    weight = (labels.view(-1) > 0).float()
+    ours_flat, teacher_flat = ours.view(-1, 1000), teacher.view(-1, 1000)
+    out = streaming_kl(ours_flat, teacher_flat, fkl_weight=fkl_weight, weight=weight, reduction="mean")
     out.loss.backward()
     torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)

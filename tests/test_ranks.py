@@ -1,6 +1,5 @@
-"""Two ranks on a CPU (gloo) give what one process gives. Ranks are forked from the tests' process, which has imported all there is."""
+"""Two ranks on a CPU (gloo) give what one process gives. Ranks are forks, so nothing is imported again."""
 
-import json
 import os
 import re
 import socket
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 
 import grpo
 import train
-from conftest import ROOT
+from conftest import ROOT, run_line, untimed
 from distil import models, ranks, training
 from distil.prompts import load_tokenizer
 from recipes.toy_world import make_model
@@ -28,14 +27,9 @@ def free_port():
 
 
 def as_rank(rank, count, port, work, words):
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "test",
-    }  # what torchrun sets
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+    values |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
+    os.environ |= {name: str(value) for name, value in values.items()}  # what torchrun sets
     ranks.start()
     work(*words)
     ranks.end()
@@ -45,20 +39,9 @@ def on_ranks(work, *words, count=2):
     mp.start_processes(as_rank, (count, free_port(), work, words), nprocs=count, start_method="fork")
 
 
-def run_stage(stage, words):
-    stage.main(stage.get_args([str(word) for word in words]))
-
-
-def rows_of(file):
-    return [
-        {name: value for name, value in json.loads(line).items() if "second" not in name}
-        for line in open(file)
-    ]
-
-
 def flat(row):
-    """A row without the evaluations' intervals and the gates' words."""
-    return {name: value for name, value in row.items() if not isinstance(value, (dict, list, str))}
+    """A row's numbers, but for the padding: other micro-batches have another."""
+    return {k: v for k, v in row.items() if k != "padding" and not isinstance(v, (dict, list, str))}
 
 
 @pytest.fixture(scope="module")
@@ -74,55 +57,27 @@ def untied(world):
     return path
 
 
-def flags_of(case, world, rollouts, scores, student):
-    teacher_prefix = ["--prefix", "teacher", "--rollouts", rollouts, "--scores", scores, "--student", student]
-    student_prefix = [
-        *"--prefix student --teacher".split(),
-        world / "teacher_init",
-        "--data",
-        world / "train.jsonl",
-        "--student",
-        student,
-    ]
-    evaluation = ["--eval_data", world / "heldout.jsonl", "--eval_every", 2, "--eval_n", 2]
-    common = "--engine hf --dtype float32 --steps 4 --lr 2e-3 --max_response_tokens 12 --save_every 2".split()
-    model = [
-        "--model",
-        student,
-        "--data",
-        world / "train.jsonl",
-        *"--batch_size 4 --n 3 --updates 2 --kl_weight 0.1".split(),
-    ]
-    return {
-        "teacher forward": [
+def command_of(case, world, prefix_flags, student):
+    """(stage, its flags but for --out)."""
+    data, evaluation = f"{world}/train.jsonl", f"--eval_data {world}/heldout.jsonl --eval_every 2 --eval_n 2"
+    stage, flags = {
+        "teacher forward": (train, f"--kl forward --batch_size 5 --micro_batch_tokens 60 {evaluation}"),
+        "teacher reverse": (train, "--kl reverse --batch_size 3 --normalize token"),
+        "student forward": (train, "--kl forward --batch_size 4"),
+        "student reverse": (train, f"--kl reverse --batch_size 3 --n 2 {evaluation}"),
+        "student, one response": (train, "--kl reverse --batch_size 1 --vocab sampled"),
+        "student, curriculum": (
             train,
-            *teacher_prefix,
-            *"--kl forward --batch_size 5 --micro_batch_tokens 60".split(),
-            *evaluation,
-        ],
-        "teacher reverse": [train, *teacher_prefix, *"--kl reverse --batch_size 3 --normalize token".split()],
-        "student forward": [train, *student_prefix, "--kl", "forward", "--batch_size", 4],
-        "student reverse": [
-            train,
-            *student_prefix,
-            *"--kl reverse --batch_size 3 --n 2".split(),
-            *evaluation,
-        ],
-        "one response": [train, *student_prefix, "--kl", "reverse", "--batch_size", 1, "--vocab", "sampled"],
-        "curriculum": [
-            train,
-            *student_prefix,
-            *"--kl mix --fkl_weight 0.3 --batch_size 4 --curriculum entropy".split(),
-            *"--horizons 4,8,12 --entropy_floor 0.5 --gate_every 1".split(),
-            *evaluation,
-        ],
-        "grpo": [grpo, *model, *evaluation],
-        "grpo, equal groups": [
-            grpo,
-            *model[:4],
-            *"--batch_size 2 --n 2 --overlong mask --scale_advantages none".split(),
-        ],
-    }[case] + common
+            "--kl mix --fkl_weight 0.3 --batch_size 4 --curriculum entropy --horizons 4,8,12"
+            f" --entropy_floor 0.5 --gate_every 1 {evaluation}",
+        ),
+        "grpo": (grpo, f"--batch_size 4 --n 3 --updates 2 --kl_weight 0.1 {evaluation}"),
+        "grpo, equal groups": (grpo, "--batch_size 2 --n 2 --overlong mask --scale_advantages none"),
+    }[case]
+    common = "--engine hf --dtype float32 --steps 4 --lr 2e-3 --max_response_tokens 12 --save_every 2"
+    if stage is grpo:
+        return grpo, f"--model {student} --data {data} {flags} {common}"
+    return train, f"{prefix_flags[case[:7]]} --student {student} {flags} {common}"
 
 
 @pytest.mark.parametrize(
@@ -132,57 +87,53 @@ def flags_of(case, world, rollouts, scores, student):
         ("teacher reverse", False),
         ("student forward", False),
         ("student reverse", True),
-        ("one response", True),
-        ("curriculum", True),
+        ("student, one response", True),
+        ("student, curriculum", True),
         ("grpo", True),
         ("grpo", False),
         ("grpo, equal groups", True),
     ],
 )
-def test_two_ranks_end_as_one_process_does(
-    world, rollouts, scores, untied, tmp_path, monkeypatch, case, tied
-):
+def test_two_ranks_end_as_one_process_does(world, prefix_flags, untied, tmp_path, monkeypatch, case, tied):
     def parity(args, problem, response, verdict):  # untrained models are never right
         return sum(response.response_ids) % 2
 
     monkeypatch.setitem(grpo.REWARDS, "correct", parity)
-    stage, *flags = flags_of(case, world, rollouts, scores, world / "student_init" if tied else untied)
-    run_stage(stage, [*flags, "--out", tmp_path / "one"])
-    on_ranks(run_stage, stage, [*flags, "--out", tmp_path / "two"])
+    student = world / "student_init" if tied else untied
+    stage, flags = command_of(case, world, prefix_flags, student)
+    run_line(stage, f"{flags} --out {tmp_path}/one")
+    on_ranks(run_line, stage, f"{flags} --out {tmp_path}/two")
     for name in ("metrics.jsonl", "evals.jsonl", "gates.jsonl"):
-        one, two = rows_of(tmp_path / "one" / name), rows_of(tmp_path / "two" / name)
+        one, two = untimed(tmp_path / "one" / name), untimed(tmp_path / "two" / name)
         assert len(one) == len(two) and (one or name != "metrics.jsonl")
         for a, b in zip(one, two):
-            a.pop("padding", None), b.pop("padding", None)  # micro-batches are cut in another way
             assert flat(a) == pytest.approx(flat(b), rel=1e-2, abs=1e-4)
+    start = load_file(student / "model.safetensors")
     for checkpoint in ("step_000002", "final"):
         one, two = (load_file(tmp_path / run / checkpoint / "model.safetensors") for run in ("one", "two"))
-        start = load_file((world / "student_init" if tied else untied) / "model.safetensors")
         assert one.keys() == two.keys() == start.keys()
         for name in one:  # where a gradient is all rounding, Adam makes a step of it
             torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-3)
             assert (one[name] - two[name]).abs().mean() < 2e-5
-        assert (
-            max((one[name] - start[name]).abs().max() for name in one) > 1e-3
-        )  # Adam moves by the learning rate
+        moved = max((one[name] - start[name]).abs().max() for name in one)
+        assert moved > 1e-3  # Adam moves by the learning rate
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_ranks_resume_what_two_ranks_have_saved(world, rollouts, scores, tmp_path, count):
+def test_ranks_resume_what_two_ranks_have_saved(world, prefix_flags, tmp_path, count):
     """On two bit for bit; on one, to rounding: a checkpoint does not depend on the number of ranks."""
-    stage, *flags = flags_of("student reverse", world, rollouts, scores, world / "student_init")
-    (tmp_path / "again").mkdir()
+    stage, flags = command_of("student reverse", world, prefix_flags, world / "student_init")
     out = tmp_path / "again/run"
-    on_ranks(run_stage, stage, [*flags, "--out", tmp_path / "run"])
+    on_ranks(run_line, stage, f"{flags} --out {tmp_path}/run")
     with pytest.raises(Exception, match="cut short"):
-        on_ranks(cut_short, stage, [*flags, "--out", out])
+        on_ranks(cut_short, stage, f"{flags} --out {out}")
     assert not (out / "final").exists()
     if count == 1:
-        run_stage(stage, [*flags, "--out", out, "--resume"])
+        run_line(stage, f"{flags} --out {out} --resume")
     else:
-        on_ranks(run_stage, stage, [*flags, "--out", out, "--resume"])
+        on_ranks(run_line, stage, f"{flags} --out {out} --resume")
     for name in ("metrics.jsonl", "evals.jsonl"):
-        for a, b in zip(rows_of(out / name), rows_of(tmp_path / "run" / name), strict=True):
+        for a, b in zip(untimed(out / name), untimed(tmp_path / "run" / name), strict=True):
             a.pop("padding", None), b.pop("padding", None)
             assert (a == b) if count == 2 else flat(a) == pytest.approx(flat(b), rel=1e-2, abs=1e-4)
     whole, resumed = (load_file(path / "final/model.safetensors") for path in (tmp_path / "run", out))
@@ -190,14 +141,14 @@ def test_ranks_resume_what_two_ranks_have_saved(world, rollouts, scores, tmp_pat
         torch.testing.assert_close(whole[name], resumed[name], rtol=0, atol=0 if count == 2 else 1e-3)
 
 
-def cut_short(stage, words):
+def cut_short(stage, line):
     def step(args, model, optimizer, step, ids):
         if step == 3:
             raise RuntimeError("cut short")
         return whole_step(args, model, optimizer, step, ids)
 
     whole_step, training.optimizer_step = training.optimizer_step, step
-    run_stage(stage, words)
+    run_line(stage, line)
 
 
 def test_a_rank_holds_its_share_of_weights_gradients_and_moments(world, tmp_path):
@@ -206,11 +157,8 @@ def test_a_rank_holds_its_share_of_weights_gradients_and_moments(world, tmp_path
         optimizer = torch.optim.AdamW(model.parameters())
         models.response_hidden(model, [[3, 4]], [[5, 6, 7]]).sum().backward()
         optimizer.step()
-        held = [
-            *model.parameters(),
-            *(p.grad for p in model.parameters()),
-            *(t for s in optimizer.state.values() for t in s.values()),
-        ]
+        moments = [t for s in optimizer.state.values() for t in s.values()]
+        held = [*model.parameters(), *(p.grad for p in model.parameters()), *moments]
         local = [t.to_local() if hasattr(t, "to_local") else t for t in held]
         (out / str(ranks.rank())).write_text(str(sum(t.numel() * t.element_size() for t in local)))
 
@@ -226,10 +174,8 @@ def test_a_rank_holds_its_share_of_weights_gradients_and_moments(world, tmp_path
 def test_shares_and_sums(tmp_path):
     def check(out):
         n = ranks.world_size()
-        assert (
-            ranks.gather(list(range(7))[ranks.rank_slice(7)]) == list(range(7))
-            and ranks.gather([][ranks.rank_slice(0)]) == []
-        )
+        assert ranks.gather(list(range(7))[ranks.rank_slice(7)]) == list(range(7))
+        assert ranks.gather([][ranks.rank_slice(0)]) == []
         for batches in ([[0, 1, 2]], [[0], [1], [2], [3]], [[0, 1], [2, 3, 4, 5, 6], [7]], [[0]], []):
             dealt = ranks.split_micro_batches(batches)
             assert len(ranks.gather([len(dealt)])) == n and len(set(ranks.gather([len(dealt)]))) == 1
@@ -241,9 +187,8 @@ def test_shares_and_sums(tmp_path):
 
     on_ranks(check, tmp_path, count=3)
     assert len(list(tmp_path.iterdir())) == 3
-    assert ranks.split_micro_batches([[0, 1], [2]]) == [([0, 1], True), ([2], True)] and ranks.rank_slice(
-        5
-    ) == slice(0, 5)
+    assert ranks.split_micro_batches([[0, 1], [2]]) == [([0, 1], True), ([2], True)]
+    assert ranks.rank_slice(5) == slice(0, 5)
 
 
 FAILS = """
@@ -259,33 +204,28 @@ train.main(train.get_args(sys.argv[1:]))
 """
 
 
-def torchrun(*words):
-    return subprocess.run(
-        [
-            sys.executable,
-            *"-m torch.distributed.run --standalone --nproc_per_node 2 --".split(),
-            *map(str, words),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"PYTHONPATH": ROOT},
-    )
+def torchrun(line):
+    words = [
+        sys.executable,
+        *"-m torch.distributed.run --standalone --nproc_per_node 2 --".split(),
+        *line.split(),
+    ]
+    env = os.environ | {"PYTHONPATH": ROOT}
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240, env=env)
 
 
-def test_torchrun_ends_when_one_rank_fails_and_shows_why(world, rollouts, scores, tmp_path):
+def test_torchrun_ends_when_one_rank_fails_and_shows_why(world, prefix_flags, tmp_path):
     (tmp_path / "fails.py").write_text(FAILS)
-    _, *flags = flags_of("teacher reverse", world, rollouts, scores, world / "student_init")
+    _, flags = command_of("teacher reverse", world, prefix_flags, world / "student_init")
     started = time.monotonic()
-    done = torchrun(tmp_path / "fails.py", *flags, "--out", tmp_path / "run")
+    done = torchrun(f"{tmp_path}/fails.py {flags} --out {tmp_path}/run")
     assert done.returncode == 1 and "this rank has lost its GPU" in done.stderr
     assert time.monotonic() - started < 120 and not (tmp_path / "run/meta.json").exists()
     assert done.stdout.count("step 1/4") == 1  # printed by one rank
 
 
-def test_bad_input_is_refused_once(world, rollouts, scores, tmp_path):
-    _, *flags = flags_of("teacher reverse", world, rollouts, scores, tmp_path / "absent")
-    done = torchrun("train.py", *flags, "--out", tmp_path / "run")
+def test_bad_input_is_refused_once(world, prefix_flags, tmp_path):
+    _, flags = command_of("teacher reverse", world, prefix_flags, tmp_path / "absent")
+    done = torchrun(f"train.py {flags} --out {tmp_path}/run")
     assert done.returncode == 1 and len(re.findall("error: --student .*absent", done.stderr)) == 1
     assert not (tmp_path / "run").exists()

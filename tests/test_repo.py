@@ -16,15 +16,10 @@ from conftest import ROOT
 ROOT = pathlib.Path(ROOT)
 STAGES = ["rollout", "score_teacher", "train", "grpo", "evaluate"]
 MODULES = sorted((ROOT / "distil").glob("*.py"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # test_readme parses their commands
 KERNEL = sorted((ROOT / "kernels").rglob("*.py"))
 OURS = {*STAGES, "distil", "streaming_kl", "recipes", "benchmarks", "tests"}
-OWN_HELP = {
-    "model",
-    "teacher",
-    "student",
-    "rollouts",
-    "dtype",
-}  # of these each stage says what it does with them
+OWN_HELP = {"model", "teacher", "student", "rollouts", "dtype"}  # each stage says what it does with these
 
 
 def source(name):
@@ -52,7 +47,7 @@ def actions_of(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_flag_is_read(stage):
-    """As args.NAME or as a name in a list, in the stage or in distil/; that get_args reads it is not enough."""
+    """As args.NAME or as a name in a list, in distil/ or in the stage outside get_args."""
     text = "".join(file.read_text(encoding="utf-8") for file in MODULES)
     text += re.sub(r"(?ms)^def get_args.*?(?=^(?:def|class|#|if) )", "", source(stage))
     for flag in actions_of(stage):
@@ -68,27 +63,26 @@ def test_shared_flags_agree():
             assert re.fullmatch(r"[a-z_]+", flag) and action.option_strings == [f"--{flag}"]
             help_text = None if flag in OWN_HELP else action.help
             kind = (action.type, action.nargs, type(action).__name__, help_text)
-            assert first.setdefault(flag, kind) == kind, (
-                f"--{flag} of {stage}.py differs from another stage's"
-            )
+            assert first.setdefault(flag, kind) == kind, f"--{flag} of {stage}.py"
 
 
 def imported(file, everywhere=True):
-    """Names of the modules that a file imports, in full ("distil.models"); only at its top unless everywhere."""
+    """Full names of the modules that a file imports ("distil.models"); only at its top unless everywhere."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names = [file.parent.name] * node.level + [node.module] * bool(node.module)  # at most `from .`
+            yield ".".join(names)
+            yield from (".".join([*names, alias.name]) for alias in node.names)
 
 
 def packages(file, **options):
     return {name.split(".")[0] for name in imported(file, **options)}
 
 
-def test_the_stages_are_the_only_files_at_the_door():
+def test_the_stages_are_the_only_python_files_at_the_top():
     assert {file.stem for file in ROOT.glob("*.py")} == set(STAGES)
 
 
@@ -102,15 +96,14 @@ def test_distil_imports_no_stage(file):
     assert packages(file) & OURS <= {"distil", "streaming_kl"}
 
 
-def test_the_modules_of_distil_import_no_module_in_a_circle():
-    below = {
-        file.stem: {name.split(".")[1] for name in imported(file) if name.startswith("distil.")}
-        for file in MODULES
-    }
+def test_distil_has_no_circular_imports():
+    below = {}
+    for file in MODULES:
+        below[file.stem] = {name.split(".")[1] for name in imported(file) if name.startswith("distil.")}
     while free := [name for name, others in below.items() if not others & below.keys()]:
         for name in free:
             del below[name]
-    assert not below, f"in a circle: {sorted(below)}"
+    assert not below, f"circular imports: {sorted(below)}"
 
 
 @pytest.mark.parametrize("file", KERNEL, ids=lambda file: file.stem)
@@ -119,9 +112,9 @@ def test_the_kernel_stands_alone(file):
 
 
 def flags_read(tree):
-    """Names X of every args.X and getattr(args, "X") in a syntax tree."""
+    """The names X of every args.X and self.args.X in a syntax tree."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args":
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args"):
             yield node.attr
 
 
@@ -130,14 +123,10 @@ def test_distil_reads_a_flag_only_where_it_is_added(file):
     """Functions take the values they use. Only artifacts, which records all flags, and Run keep them."""
     text = file.read_text(encoding="utf-8")
     added = set(re.findall(r"add_argument\(\s*\"--(\w+)\"", text))
-    tree = ast.parse(text)
-    keep = {"artifacts": [], "training": ["Run", "optimizer_step"], "rollouts": ["finish_rollouts"]}.get(
-        file.stem
-    )
-    for node in tree.body:
-        if file.stem == "artifacts" or keep and getattr(node, "name", None) in keep:
-            continue
-        assert set(flags_read(node)) <= added, f"{file.stem}.py, line {node.lineno}"
+    keep = {"training": ["Run", "optimizer_step"], "rollouts": ["finish_rollouts"]}.get(file.stem, [])
+    for node in [] if file.stem == "artifacts" else ast.parse(text).body:
+        if getattr(node, "name", None) not in keep:
+            assert set(flags_read(node)) <= added, f"{file.stem}.py, line {node.lineno}"
 
 
 def test_nothing_heavy_is_imported_at_the_top():
@@ -149,7 +138,9 @@ def test_nothing_heavy_is_imported_at_the_top():
 
 
 def commands(text):
-    """(stage, words) of each `python STAGE.py ...` or `torchrun ... -- STAGE.py ...` line. Two spaces or a # begin a comment; a backslash continues a line."""
+    """(stage, words) of each `python STAGE.py ...` or `torchrun ... -- STAGE.py ...` line.
+
+    Two spaces or a # begin a comment; a backslash continues a line."""
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         found = re.match(r"\s*(?:python|torchrun [^#]*--) (\w+)\.py\b(?! \.\.\.)(.*)", line)
         if found:
@@ -172,34 +163,29 @@ def test_the_command_in_each_docstring_parses(stage):
         parses(name, words)
 
 
-@pytest.fixture
-def readme():
-    if not (ROOT / "README.md").is_file():
-        pytest.skip("there is no README.md yet")
-    return (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_readme_commands_parse(readme):
-    fences = re.findall(r"(?ms)^```\w*\n(.*?)^```", readme)
+def test_the_readme_has_a_command_of_every_stage_and_all_parse():
+    fences = re.findall(r"(?ms)^```\w*\n(.*?)^```", PAGES[0].read_text(encoding="utf-8"))
     shown = [command for fence in fences for command in commands(fence)]
     assert {stage for stage, _ in shown} == set(STAGES)
     for stage, words in shown:
         parses(stage, words)
 
 
-def test_readme_names_only_flags_that_exist(readme):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_name_only_flags_that_exist(page):
     known = {f"--{flag}" for stage in STAGES for flag in actions_of(stage)} | {"--help"}
     known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}  # torchrun's
     known.add("--dist")  # pytest's
     for file in [*ROOT.glob("recipes/*"), *ROOT.glob("benchmarks/*")]:
         if file.is_file():
             known |= set(re.findall(r"--[a-z_]+", file.read_text(encoding="utf-8")))
-    assert set(re.findall(r"(?<![\w-])--[a-z_]+", readme)) <= known
+    assert set(re.findall(r"(?<![\w-])--[a-z_]+", page.read_text(encoding="utf-8"))) <= known
 
 
-def test_readme_names_only_make_targets_that_exist(readme):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_name_only_make_targets_that_exist(page):
     targets = set(re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8")))
-    assert set(re.findall(r"(?m)(?:^|`)make ([a-z]+)", readme)) <= targets
+    assert set(re.findall(r"(?m)(?:^|`)make ([a-z]+)", page.read_text(encoding="utf-8"))) <= targets
 
 
 def test_no_tracked_file_holds_a_path_of_one_machine():

@@ -1,4 +1,4 @@
-"""run.py: the order of the data, the optimizer step, the cost ledger. Whole runs are in test_train and test_grpo."""
+"""distil/training.py: data order, optimizer step, costs. Whole runs are in test_train and test_grpo."""
 
 import argparse
 import math
@@ -39,40 +39,25 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(ba
     model = torch.nn.Linear(2, 1, bias=False)
     before = model.weight.detach().clone()
     model.weight.grad = torch.tensor([[bad, 1.0]])
-    refused(
-        lambda: optimizer_step(args, model, torch.optim.SGD(model.parameters()), 6, ["a/1"]),
-        "step 7",
-        tmp_path,
-        code=1,
-    )
+    step = lambda: optimizer_step(args, model, torch.optim.SGD(model.parameters()), 6, ["a/1"])
+    refused(step, "step 7", tmp_path, code=1)
     assert torch.equal(model.weight, before)
 
 
+def config_of(hidden, intermediate, layers, heads, kv_heads, vocab, **more):
+    config = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    config |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab}
+    return config | more
+
+
 def test_tflops_are_those_the_paper_prints():
-    """Appendix H.1: prompts of 92, responses of 128, batch 32. Its formula takes the query width to be the hidden size."""
-    both = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
-    student = {
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 8,
-        **both,
-    }
-    teacher = {
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 20,
-        **both,
-    }
-    step = {
-        "F_s": 32 * tflops(student, 92, 128, forwards=1),
-        "C_off": 32 * tflops(student, 92, 128, forwards=3),
-        "G_s": 32 * tflops(student, 92, 128, generations=1),
-        "F_t": 32 * tflops(teacher, 92, 128, forwards=1),
-        "C_on": 32
-        * (tflops(student, 92, 128, forwards=3, generations=1) + tflops(teacher, 92, 128, forwards=1)),
-    }
+    """Appendix H.1: prompts of 92, responses of 128, batch 32, query width equal to the hidden size."""
+    student = config_of(1024, 3072, 28, 8, 8, 151936, head_dim=128)
+    teacher = config_of(2560, 9728, 36, 20, 8, 151936, head_dim=128)
+    cost = lambda config, **passes: 32 * tflops(config, 92, 128, **passes)
+    step = {"F_s": cost(student, forwards=1), "C_off": cost(student, forwards=3)}
+    step |= {"G_s": cost(student, generations=1), "F_t": cost(teacher, forwards=1)}
+    step["C_on"] = cost(student, forwards=3, generations=1) + step["F_t"]
     step["B_s"] = step["C_off"] - step["F_s"]
     printed = {"F_s": 7.73, "B_s": 15.46, "C_off": 23.19, "G_s": 7.66, "F_t": 53.13, "C_on": 83.98}
     assert step == pytest.approx(printed, rel=0.005)
@@ -80,13 +65,6 @@ def test_tflops_are_those_the_paper_prints():
 
 
 def test_tflops_without_head_dim_take_it_from_the_hidden_size():
-    config = {
-        "hidden_size": 8,
-        "intermediate_size": 3,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 10,
-    }
+    config = config_of(8, 3, 2, 4, 2, 10)
     per_token = 2 * (2 * 8 * (8 + 2 * 4) + 2 * 8 * 8 + 6 * 8 * 3) + 2 * 8 * 10 + 2 * 4 * 8 * 5
     assert tflops(config, 2, 3, forwards=1) == pytest.approx(5 * per_token / 1e12)

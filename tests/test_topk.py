@@ -1,6 +1,7 @@
-"""Top-k KL and the overlap metrics against direct computations, position by position, in float64; the cached signals."""
+"""Top-k KL and the overlap metrics against float64, position by position; the cached signals."""
 
 import argparse
+import random
 
 import pytest
 import torch
@@ -16,25 +17,16 @@ N, H, V, K = 7, 6, 11, 4
 
 @pytest.fixture
 def case():
-    """(student hidden, student head, Signal, weight): the student is the teacher disturbed, so their likeliest tokens overlap in part."""
+    """Student hidden and head, Signal, weight. The student, a disturbed teacher, shares some top tokens."""
     torch.manual_seed(0)
-    teacher_hidden, teacher_head = torch.randn(N, H), torch.randn(V, H)
-    student_hidden, student_head = (
-        teacher_hidden + 0.7 * torch.randn(N, H),
-        teacher_head + 0.7 * torch.randn(V, H),
-    )
-    return (
-        student_hidden.requires_grad_(),
-        student_head.requires_grad_(),
-        Signal(teacher_hidden, teacher_head),
-        torch.rand(N),
-    )
+    teacher = torch.randn(N, H), torch.randn(V, H)
+    hidden, head = ((x + 0.7 * torch.randn_like(x)).requires_grad_() for x in teacher)
+    return hidden, head, Signal(*teacher), torch.rand(N)
 
 
 def flags(**changes):
-    return argparse.Namespace(
-        **({"vocab": "topk", "k": K, "topk_set": "student", "kl": "mix", "fkl_weight": 0.3} | changes)
-    )
+    defaults = {"vocab": "topk", "k": K, "topk_set": "student", "kl": "mix", "fkl_weight": 0.3}
+    return argparse.Namespace(**defaults | changes)
 
 
 def direct(case, kind, w, k=K):
@@ -59,16 +51,14 @@ def test_topk_loss_gradient_and_tails(case, kind, w):
     loss, metrics = objective(flags(topk_set=kind, fkl_weight=w), hidden, head, teacher, None, weight)
     truth, sets = direct(case, kind, w)
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-6)
-    for found, right in zip(
-        torch.autograd.grad(loss, [hidden, head]), torch.autograd.grad(truth, [hidden, head])
-    ):
+    gradients, expected = (torch.autograd.grad(x, [hidden, head]) for x in (loss, truth))
+    for found, right in zip(gradients, expected):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
     for name, h, e in (("student", hidden, head), ("teacher", teacher.hidden, teacher.head)):
         probability = (h.double() @ e.double().T).softmax(-1)
         tail = torch.stack([1 - row[chosen].sum() for row, chosen in zip(probability, sets)])
-        torch.testing.assert_close(
-            metrics[f"{name}_tail_mass"].double(), tail.detach(), rtol=0, atol=1e-5
-        )  # 1 - a sum of up to 1
+        found = metrics[f"{name}_tail_mass"].double()  # 1 - a sum of up to 1
+        torch.testing.assert_close(found, tail.detach(), rtol=0, atol=1e-5)
 
 
 def test_an_empty_intersection_has_no_loss_and_no_gradient():
@@ -83,28 +73,18 @@ def test_topk_with_the_whole_vocabulary_is_the_full_kl(case, kind):
     hidden, head, teacher, weight = case
     found = objective(flags(k=V, topk_set=kind), hidden, head, teacher, None, weight)[0]
     full = linear_streaming_kl(hidden, head, teacher.hidden, teacher.head, fkl_weight=0.3, weight=weight).loss
-    for a, b in zip(
-        [found, *torch.autograd.grad(found, [hidden, head])],
-        [full, *torch.autograd.grad(full, [hidden, head])],
-    ):
+    for a, b in zip(*([loss, *torch.autograd.grad(loss, [hidden, head])] for loss in (found, full))):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_the_cached_top_tokens_give_the_live_loss_and_metrics(case):
     hidden, head, teacher, weight = case
     logps, ids = top_tokens(teacher.hidden, teacher.head, K + 2)  # a cache may hold more than is used
-    cached = Signal(top_logps=logps, top_ids=ids)
-    losses, metrics = zip(
-        *(
-            objective(flags(topk_set="teacher"), hidden, head, signal, None, weight)
-            for signal in (teacher, cached)
-        )
-    )
+    signals, args = [teacher, Signal(top_logps=logps, top_ids=ids)], flags(topk_set="teacher")
+    losses, metrics = zip(*(objective(args, hidden, head, signal, None, weight) for signal in signals))
     torch.testing.assert_close(*losses)
-    live, stored = (
-        m | measure(hidden.detach(), head.detach(), signal, K, known=m)
-        for m, signal in zip(metrics, (teacher, cached))
-    )
+    states = hidden.detach(), head.detach()
+    live, stored = (m | measure(*states, signal, K, known=m) for m, signal in zip(metrics, signals))
     assert live.keys() - stored.keys() == {"fkl", "rkl", "student_entropy", "teacher_entropy", "entropy_gap"}
     for name in stored:
         torch.testing.assert_close(live[name], stored[name], rtol=1e-5, atol=1e-6)
@@ -114,56 +94,28 @@ def test_the_cached_top_tokens_give_the_live_loss_and_metrics(case):
 def test_the_diagnostics_of_both_papers(case, vocab):
     hidden, head, teacher, weight = case
     _, metrics = objective(flags(vocab=vocab), hidden, head, teacher, None, weight)
-    found = metrics | measure(hidden.detach(), head.detach(), teacher, K, known=metrics)
-    log_q, log_p = (
-        (h.double() @ e.double().T).log_softmax(-1)
-        for h, e in ((hidden.detach(), head.detach()), teacher[:2])
-    )
-    right = {
-        name: []
-        for name in (
-            "fkl",
-            "rkl",
-            "student_entropy",
-            "teacher_entropy",
-            "entropy_gap",
-            "overlap_ratio",
-            "overlap_mass",
-            "overlap_mass_teacher",
-            "overlap_advantage",
-        )
-    }
+    states = hidden.detach(), head.detach()
+    found = metrics | measure(*states, teacher, K, known=metrics)
+    log_q, log_p = ((h.double() @ e.double().T).log_softmax(-1) for h, e in (states, teacher[:2]))
+    right = []
     for q, p in zip(log_q, log_p):
         h_q, h_p = -(q.exp() * q).sum(), -(p.exp() * p).sum()
         both = sorted(set(q.topk(K).indices.tolist()) & set(p.topk(K).indices.tolist()))
         q_bar, p_bar = q[both] - q[both].exp().sum().log(), p[both] - p[both].exp().sum().log()
         advantage = (q_bar.exp() * (p_bar - q_bar)).mean() if both else torch.zeros(())
-        for name, value in zip(
-            right,
-            (
-                (p.exp() * (p - q)).sum(),
-                (q.exp() * (q - p)).sum(),
-                h_q,
-                h_p,
-                (h_p - h_q).abs(),
-                len(both) / K,
-                q[both].exp().sum(),
-                p[both].exp().sum(),
-                advantage,
-            ),
-        ):
-            right[name].append(float(value))
-    assert 0 < sum(right["overlap_ratio"]) < N  # neither none nor all overlap
-    for name, values in right.items():
-        torch.testing.assert_close(
-            found[name].double(), torch.tensor(values, dtype=torch.float64), rtol=1e-5, atol=2e-6, msg=name
-        )
+        row = {"fkl": (p.exp() * (p - q)).sum(), "rkl": (q.exp() * (q - p)).sum()}
+        row |= {"student_entropy": h_q, "teacher_entropy": h_p, "entropy_gap": (h_p - h_q).abs()}
+        row |= {"overlap_ratio": len(both) / K, "overlap_advantage": advantage}
+        row |= {"overlap_mass": q[both].exp().sum(), "overlap_mass_teacher": p[both].exp().sum()}
+        right.append({name: float(value) for name, value in row.items()})
+    assert 0 < sum(row["overlap_ratio"] for row in right) < N  # neither none nor all overlap
+    for name in right[0]:
+        values = torch.tensor([row[name] for row in right], dtype=torch.float64)
+        torch.testing.assert_close(found[name].double(), values, rtol=1e-5, atol=2e-6, msg=name)
 
 
 def test_micro_batches_waste_little_on_lengths_like_real_ones():
-    """Log-normal lengths of 100 to 4200 tokens, batches of 32: under a tenth is padding, in few micro-batches."""
-    import random
-
+    """Log-normal lengths of 100 to 4200 tokens, batches of 32: few micro-batches, less than 10% padding."""
     rng, waste, count = random.Random(0), [], []
     for _ in range(100):
         lengths = [min(4200, 100 + int(rng.lognormvariate(6.0, 0.9))) for _ in range(32)]

@@ -320,10 +320,8 @@ def test_evaluations_have_a_limit_of_their_own(world, prefix_flags, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["teacher", "student"])
 def test_a_killed_run_continues_to_the_same_end_bit_for_bit(world, prefix_flags, tmp_path, prefix):
-    flags = f"{prefix_flags[prefix]} {'--n 2 --refresh_every 2' if prefix == 'student' else ''}"
-    flags += (
-        f" --kl reverse --steps 6 --save_every 2 --eval_every 3 --eval_n 2 --eval_data {world}/heldout.jsonl"
-    )
+    flags = f"{prefix_flags[prefix]} {'--n 2 --refresh_every 2' if prefix == 'student' else ''} --kl reverse"
+    flags += f" --steps 6 --save_every 2 --eval_every 3 --eval_n 2 --eval_data {world}/heldout.jsonl"
     whole, out = tmp_path / "whole", tmp_path / "again/whole"  # the same name: checkpoints hold the run's
     run(whole, flags)
     with killed_in_call(6, training, "optimizer_step"):

@@ -33,11 +33,12 @@ def change_weights(model, change):
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
 
-def resize_head(model, rows, scale_of_the_new=1):
+def resize_head(model, rows, scale=1):
+    """Gives a saved model a head of `rows` rows; those beyond the 29 tokens are scaled."""
     loaded = AutoModelForCausalLM.from_pretrained(model)
     loaded.resize_token_embeddings(rows)
     with torch.no_grad():
-        loaded.get_output_embeddings().weight[29:] *= scale_of_the_new
+        loaded.get_output_embeddings().weight[29:] *= scale
     loaded.save_pretrained(model)
 
 
@@ -49,8 +50,8 @@ def set_stops(model, *ids):
 def test_a_sound_pair_passes_without_a_warning(pair, capsys):
     preflight(*pair)
     out = capsys.readouterr().out
-    titles = "token maps, padded rows, stop ids, prompt, KL of teacher with itself, entropies"
-    for line in [*titles.split(", "), "overlap of the top 16"]:
+    first = "token maps, padded rows, stop ids, prompt, KL of teacher with itself, entropies".split(", ")
+    for line in [*first, "overlap of the top 16"]:
         assert f"preflight: {line}" in out
     assert "WARNING" not in out and "equal, 29 tokens" in out
 
@@ -138,12 +139,9 @@ def train_on(prefix_flags, scores, out, flags):
 
 def test_each_signal_trains_like_the_hidden_states_do(prefix_flags, signals, tmp_path):
     """Top-k and sampled-token training give the same losses from hidden states and from their own signal."""
+    topk = "--kl reverse --vocab topk --topk_set teacher --k 5"
     for signal, flags, names in [
-        (
-            "topk",
-            "--kl reverse --vocab topk --topk_set teacher --k 5",
-            "loss topk_rkl teacher_tail_mass overlap_ratio",
-        ),
+        ("topk", topk, "loss topk_rkl teacher_tail_mass overlap_ratio"),
         ("sampled", "--kl forward --vocab sampled", "loss nll log_ratio"),
     ]:
         whole = train_on(prefix_flags, signals["hidden"], tmp_path / f"{signal}_whole", flags)

@@ -36,7 +36,7 @@ class Grade(NamedTuple):
 BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*(\\?[^\s$\\{][^\s$\\]*)?")  # group 1: a word without braces
 GAP = r"(?:[\s$.&*-]|\\[\[\]()\\]|\\q?quad)*"
 JOINT = re.compile(  # between boxes that are one list: "$, and $x ="
-    rf"{GAP}(?:[,;]|\\text\s*\{{[^{{}}]*\}}|and|or){GAP}(?:(?:and|or){GAP})?(?:[a-zA-Z](?:_\{{?\d\}}?)?\s*=\s*)?"
+    rf"{GAP}(?:[,;]|\\text\s*\{{[^{{}}]*\}}|and|or){GAP}(?:(?:and|or){GAP})?(?:\w(?:_\{{?\d\}}?)?\s*=\s*)?"
 )
 STATED = re.compile(  # "the answer is", "Answer:", "## Answer", "**Final answer**:", "A: 18"
     r"(?im)\banswer\b\W{0,6}\s?(?:is|:|=)|^[#* ]*(?:the )?(?:final )?answer[* ]*$"

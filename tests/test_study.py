@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
 from conftest import ROOT
 from distil import artifacts, evaluation, training
 from recipes import toy_grid, toy_grid_report, toy_world
@@ -51,7 +50,7 @@ def finished(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(artifacts, "provenance", functools.cache(artifacts.provenance))
-        patch.setattr(train, "optimizer_step", interrupted)
+        patch.setattr(training, "optimizer_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             toy_grid.study(MINI, out, [1], 1)
         assert not os.path.exists(f"{out}/curriculum_1/meta.json")
@@ -63,7 +62,7 @@ def finished(tmp_path_factory):
         }
         done = {"world", "teacher", "rollouts", "scores", "student_reverse_long_1", "mix_0.8_1"}
         assert done <= set(before)
-        patch.setattr(train, "optimizer_step", real)
+        patch.setattr(training, "optimizer_step", real)
         toy_grid.study(MINI, out, [1], 1)
     for name, time in before.items():  # what was finished is kept
         assert os.stat(f"{out}/{name}/meta.json").st_mtime_ns == time

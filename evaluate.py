@@ -37,6 +37,7 @@ from distil.artifacts import (
     write_json,
 )
 from distil.evaluation import EVAL_SAMPLING, PAPER_N, data_name, evaluate_problems, origin_of, summarise
+from distil.flags import stage_parser
 from distil.jsonl import GrowingFile, read_jsonl
 from distil.models import default_dtype, load_model
 from distil.problems import add_problem_flags
@@ -46,8 +47,7 @@ from distil.vllm_engine import load_vllm
 
 
 def get_args(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = stage_parser(__doc__)
     p = parser.add_argument_group("what to show; without any of these, a model is evaluated")
     table_help = "print one table of these directories that evaluate.py wrote"
     p.add_argument("--table", nargs="+", metavar="EVAL", help=table_help)
@@ -69,7 +69,7 @@ def get_args(argv=None):
     p.add_argument("--micro_batch_tokens", type=int, default=16384, help=tokens_help)
     dtypes = ["float32", "bfloat16", "float16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="dtype of the model")
-    p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--seed", type=int, default=42, help="of data order and sampling")
     add_output_flags(parser, required=False)
     args = parser.parse_args(argv)
     if args.figure and not args.runs:

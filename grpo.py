@@ -18,12 +18,11 @@ are all equal has no policy gradient; those groups are counted.
 
     python grpo.py --model out/run/final --data deepscaler --out out/run_grpo
 
-PAPER: the division by the deviation, the mean over tokens, the clipping and what happens to truncated
-responses are not stated. Tokens are sampled with top-p 0.95 there and here, while pi and
+Not stated in arXiv 2605.16826: the division by the deviation, the mean over tokens, the clipping, what
+happens to truncated responses. Tokens are sampled with top-p 0.95 there and here, while pi and
 pi_old are the whole softmax.
 """
 
-import argparse
 import functools
 from collections import Counter
 
@@ -31,6 +30,7 @@ import torch
 
 from distil import artifacts, models, ranks, sampling, training
 from distil.evaluation import origin_of
+from distil.flags import stage_parser
 from distil.grading import grade
 from distil.models import forward, token_logps
 from distil.preflight import check_tokenizers
@@ -53,8 +53,7 @@ REWARDS = {"correct": correct}
 
 
 def get_args(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = stage_parser(__doc__)
     p = parser.add_argument_group("what goes in")
     p.add_argument("--model", required=True, help="directory or hub id of the model to start from")
     add_problem_flags(p)
@@ -65,15 +64,13 @@ def get_args(argv=None):
     scales_help = "whether advantages are divided by the deviation of the group's rewards"
     p.add_argument("--scale_advantages", choices=["group", "none"], default="group", help=scales_help)
     units = ["token", "sequence"]
-    p.add_argument("--normalize", choices=units, default="token", help="what weighs the same")
+    p.add_argument("--normalize", choices=units, default="token", help="what the loss is a mean of")
     p.add_argument("--clip_low", type=float, default=0.2, help="the ratio is clipped at 1 - this")
     p.add_argument("--clip_high", type=float, default=0.2, help="the ratio is clipped at 1 + this")
     p.add_argument(
         "--updates", type=int, default=1, help="split a sampled batch into N parts, an update each"
     )
-    p.add_argument(
-        "--kl_weight", type=float, default=0.0, help="of the KL to the reference (0: none is loaded)"
-    )
+    p.add_argument("--kl_weight", type=float, default=0.0, help="weight of the KL to the reference; 0: none")
     p.add_argument("--reference", help="directory or hub id, with --kl_weight (default: --model)")
     overlong_help = "whether truncated responses are trained on; their rewards count either way"
     p.add_argument("--overlong", choices=["keep", "mask"], default="keep", help=overlong_help)
@@ -249,7 +246,7 @@ def add_costs(args, run, reference, sampled, trained):
         run.spent["response_tokens"] += len(r.response_ids)
     for r in trained:
         size = len(r.prompt_ids), len(r.response_ids)
-        passes = (3 if has_gradient(args, r) else 1) + (args.updates > 1)
+        passes = (3 if has_gradient(args, r) else 1) + (args.updates > 1)  # 1 more for old_logps
         cost += training.tflops(run.config, *size, forwards=passes)
         if reference is not None:
             cost += training.tflops(reference.config.to_dict(), *size, forwards=1)
@@ -263,7 +260,7 @@ def main(args):
     task = sampling.load_task(args.model, args.data, args.limit, args.prompt_suffix, sampling_of)
     config = task.sampling._replace(logprobs=True)
     reference = load_reference(args, task.tokenizer) if args.kl_weight else None
-    cell = origin_of(task.directory, args.model)["cell"]  # in which the checkpoint was distilled, if it was
+    cell = origin_of(task.directory, args.model)["cell"]  # it was distilled in, if any
     cell = cell | {"name": cell.get("name", args.model) + ", then GRPO"}
     run = training.Run(args, task.directory, task.tokenizer, config.stop_ids, cell)
 
@@ -278,8 +275,8 @@ def main(args):
         graded = training.clock()
         trained = []
         for problem, group, row in zip(problems, groups, advantages.tolist(), strict=True):
-            known = [r._replace(id=problem["id"], advantage=a) for r, a in zip(group, row, strict=True)]
-            trained.append([r for r in known if not r.truncated or args.overlong == "keep"])
+            labelled = [r._replace(id=problem["id"], advantage=a) for r, a in zip(group, row, strict=True)]
+            trained.append([r for r in labelled if not r.truncated or args.overlong == "keep"])
         metrics = train_step(args, run, reference, trained, step)
         ended = training.clock()
 

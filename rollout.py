@@ -12,7 +12,6 @@ token, and "length" if --max_response_tokens truncated the response.
 --attempts times in all, and then dropped (arXiv 2604.13016 and its code).
 """
 
-import argparse
 import functools
 import os
 from collections import Counter
@@ -20,6 +19,7 @@ from collections import Counter
 from tqdm import tqdm
 
 from distil.artifacts import add_output_flags, check_out, run_stage, start_artifact, stop, stop_requested
+from distil.flags import stage_parser
 from distil.jsonl import GrowingFile
 from distil.models import default_dtype, load_model
 from distil.problems import add_problem_flags
@@ -29,8 +29,7 @@ from distil.vllm_engine import load_vllm
 
 
 def get_args(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = stage_parser(__doc__)
     p = parser.add_argument_group("what goes in")
     p.add_argument("--model", required=True, help="Hugging Face directory or hub id of the model to sample")
     add_problem_flags(p)
@@ -38,7 +37,7 @@ def get_args(argv=None):
     add_sampling_flags(p)
     dtypes = ["float32", "bfloat16", "float16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="dtype of the model")
-    p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--seed", type=int, default=42, help="of data order and sampling")
     p = parser.add_argument_group("filters of a cold start")
     p.add_argument(
         "--drop",

@@ -17,7 +17,6 @@ Whether a teacher and a student can work together is checked by train.py before 
     python score_teacher.py --preflight --teacher Qwen/Qwen3-4B --student Qwen/Qwen3-0.6B-Base
 """
 
-import argparse
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from distil import artifacts, models, preflight, sampling
+from distil.flags import stage_parser
 from distil.jsonl import GrowingFile, read_jsonl
 from distil.models import Response, forward, token_logps, top_tokens
 from distil.prompts import (
@@ -49,15 +49,14 @@ PROBES = [
 
 
 def get_args(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = stage_parser(__doc__)
     p = parser.add_argument_group("what goes in")
     p.add_argument("--teacher", required=True, help="directory or hub id of the teacher")
     p.add_argument("--rollouts", help="directory written by rollout.py")
     p = parser.add_argument_group("what is stored")
     signals = ["hidden", "topk", "sampled"]
     p.add_argument("--signal", choices=signals, default="hidden", help="what is stored of each position")
-    p.add_argument("--k", type=int, default=16, help="likeliest tokens: --vocab topk, overlap")
+    p.add_argument("--k", type=int, default=16, help="number of likeliest tokens, in top-k and overlap")
     p.add_argument(
         "--max_tokens", type=int, default=0, help="score the first N tokens of a response (0: all)"
     )

@@ -17,12 +17,11 @@ no loss; the stop token does.
     or problems, sampled and scored live     run/evals.jsonl, run/meta.json; names: docs/metrics.md
 
     python train.py --prefix teacher --kl forward --student Qwen/Qwen3-0.6B-Base \\
-        --rollouts out/rollouts --scores out/scores --out out/run
+        --rollouts out/rollouts --scores out/scores --take_template --out out/run
     python train.py --prefix student --kl reverse --student Qwen/Qwen3-0.6B-Base \\
-        --teacher Qwen/Qwen3-4B --data deepscaler --out out/run
+        --teacher Qwen/Qwen3-4B --take_template --data deepscaler --out out/run
 """
 
-import argparse
 import functools
 import os
 from collections import Counter
@@ -30,6 +29,7 @@ from collections import Counter
 import torch
 
 from distil import artifacts, diagnostics, models, preflight, ranks, sampling, training
+from distil.flags import stage_parser
 from distil.models import forward, token_logps, top_tokens
 from distil.problems import add_problem_flags, load_problems
 from distil.prompts import encode_problems, load_tokenizer, stop_ids
@@ -46,8 +46,7 @@ SHOWN += ("response_length", "truncated")
 
 
 def get_args(argv=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = stage_parser(__doc__)
     p = parser.add_argument_group("the cell")
     kls = ["forward", "reverse", "mix", *DIVERGENCES]
     p.add_argument("--prefix", choices=["teacher", "student"], required=True, help="whose responses")
@@ -55,30 +54,30 @@ def get_args(argv=None):
     p.add_argument("--fkl_weight", type=float, help="weight of the forward KL, with --kl mix only")
     vocab_help = "the exact KL; the KL on the --k likeliest tokens; or one sample, the response's own tokens"
     p.add_argument("--vocab", choices=["full", "topk", "sampled"], default="full", help=vocab_help)
-    p.add_argument("--k", type=int, default=16, help="likeliest tokens: --vocab topk, overlap")
+    p.add_argument("--k", type=int, default=16, help="number of likeliest tokens, in top-k and overlap")
     sets = ["student", "teacher", "union", "intersection"]
     p.add_argument("--topk_set", choices=sets, default="student", help="whose likeliest tokens")
     units = ["token", "sequence"]
-    p.add_argument("--normalize", choices=units, default="sequence", help="what weighs the same")
+    p.add_argument("--normalize", choices=units, default="sequence", help="what the loss is a mean of")
     p = parser.add_argument_group("what goes in")
     p.add_argument("--student", required=True, help="directory or hub id of the model to start from")
     p.add_argument("--teacher", help="directory or hub id of the teacher (student prefix)")
     p.add_argument("--rollouts", help="directory written by rollout.py (teacher prefix)")
     p.add_argument("--scores", help="directory that score_teacher.py wrote for --rollouts (teacher prefix)")
     add_problem_flags(p, required=False)
-    p.add_argument("--take_template", action="store_true", help="give the student the teacher's")
+    p.add_argument("--take_template", action="store_true", help="give the student the teacher's prompt")
     ends = ["both", "student", "teacher"]
     p.add_argument("--stop_ids", choices=ends, default="both", help="whose end tokens end a response")
     p = parser.add_argument_group("sampling (student prefix)")
     sampling.add_sampling_flags(p, gpu_memory_utilization=0.3)
-    p.add_argument("--refresh_every", type=int, default=1, help="sample for N steps at once")
+    p.add_argument("--refresh_every", type=int, default=1, help="steps between samplings; 1: on-policy")
     p = parser.add_argument_group("entropy-gated length curriculum; its held-out problems are --eval_data")
     p.add_argument("--curriculum", choices=["entropy"], help="grow the responses while entropy lasts")
     limits_help = "rising limits of response tokens; the last takes the place of --max_response_tokens"
     p.add_argument("--horizons", type=comma_separated, metavar="L0,L1,...", help=limits_help)
     p.add_argument("--entropy_floor", type=float, help="nats; below it the limit stays as it is")
-    p.add_argument("--gate_every", type=int, help="steps at each horizon")
-    p.add_argument("--on_gate_fail", choices=["hold", "stop"], default="hold", help="or end the run")
+    p.add_argument("--gate_every", type=int, help="steps between decisions")
+    p.add_argument("--on_gate_fail", choices=["hold", "stop"], default="hold", help="keep the limit, or end")
     training.add_training_flags(parser, steps=1000, batch_size=32, lr=5e-7)
     artifacts.add_output_flags(parser)
     args = parser.parse_args(argv)
@@ -142,11 +141,11 @@ def objective(args, hidden, head, signal, tokens, weight):
 
     The student's hidden (N, H) predict the tokens (N,) by its head (V, H); signal: the teacher at the same
     positions (teacher.Signal); weight (N,)."""
-    both = hidden, head, signal.hidden, signal.head
+    pair = hidden, head, signal.hidden, signal.head
     if args.kl in DIVERGENCES:
-        return linear_divergence(DIVERGENCES[args.kl], *both, weight=weight), {}
+        return linear_divergence(DIVERGENCES[args.kl], *pair, weight=weight), {}
     if args.vocab == "full":
-        out = linear_streaming_kl(*both, fkl_weight=args.fkl_weight, weight=weight)
+        out = linear_streaming_kl(*pair, fkl_weight=args.fkl_weight, weight=weight)
         return out.loss, diagnostics.exact_metrics(out)
     if args.vocab == "topk":
         return topk_objective(args, hidden, head, signal, weight)
@@ -175,12 +174,12 @@ def topk_objective(args, hidden, head, signal, weight):
     student_ids = top_tokens(hidden.detach(), head.detach(), args.k)[1]  # (N, k)
     teacher_ids = diagnostics.teacher_top(signal, args.k)[1]  # (N, k)
     shared = (student_ids[:, :, None] == teacher_ids[:, None]).any(2)  # (N, k): student's that are teacher's
-    every = torch.ones_like(shared)
+    keep_all = torch.ones_like(shared)
     sets = {
-        "student": (student_ids, every),
-        "teacher": (teacher_ids, every),
+        "student": (student_ids, keep_all),
+        "teacher": (teacher_ids, keep_all),
         "intersection": (student_ids, shared),
-        "union": (torch.cat([student_ids, teacher_ids], 1), torch.cat([~shared, every], 1)),
+        "union": (torch.cat([student_ids, teacher_ids], 1), torch.cat([~shared, keep_all], 1)),
     }
     ids, keep = sets[args.topk_set]  # (N, m), and which of them are in the set
     log_q = token_logps(hidden, head, ids)
@@ -189,6 +188,7 @@ def topk_objective(args, hidden, head, signal, weight):
     else:
         with torch.no_grad():
             log_p = token_logps(signal.hidden, signal.head, ids)
+    # finite, not -inf: an empty intersection then gives 0, not NaN
     log_q_set = log_q.masked_fill(~keep, -1e30).log_softmax(1)
     log_p_set = log_p.masked_fill(~keep, -1e30).log_softmax(1)
     fkl = (log_p_set.exp() * (log_p_set - log_q_set)).sum(1)
@@ -243,7 +243,7 @@ def gate(args, run, step):
     results = run.measure(horizon)
     entropy = results["entropy"]
     passed = entropy >= args.entropy_floor
-    run.curriculum = {"level": state["level"] + passed, "open": passed}
+    run.curriculum = {"level": state["level"] + int(passed), "open": passed}
     decision = "advance" if passed else args.on_gate_fail
     row = {"step": step, "horizon": horizon, "entropy": entropy, "entropy_floor": args.entropy_floor}
     row |= {"length": results["length"], "avg": results["avg"], "decision": decision}
@@ -333,23 +333,24 @@ def main(args):
             first = [group[0] for group in run.sample(prompts[:8], few, args.seed)]
         else:
             first = [response.first(256) for response in stored[:8]]
-        stops_of_pair = student_stops, teacher, teacher_stops
-        preflight.preflight(run.model, tokenizer, *stops_of_pair, first, args.k, args.dtype)
+        compared = tokenizer, student_stops, teacher, teacher_stops, first
+        preflight.preflight(run.model, *compared, args.k, args.dtype)
     if on_policy and not sampling.is_plain(config):
         flags = f"--temperature {args.temperature} --top_p {args.top_p} --top_k {args.top_k}"
         run.say(f"WARNING: {flags}: not plain samples of the student; sampler_kl says how far they are")
     if args.curriculum:
         run.curriculum = run.curriculum or {"level": 0, "open": True}
 
-    step, waiting = run.first_step, []  # steps done; responses sampled for later steps
+    step, sampled_ahead = run.first_step, []  # steps done; responses sampled for later steps
     while step < args.steps and not gate_ended(args, run):
         started = training.clock()
         horizon = args.horizons[run.curriculum["level"]] if args.curriculum else args.max_response_tokens
         if on_policy:
             if step % args.refresh_every == 0:
                 limited = config._replace(max_response_tokens=horizon)
-                waiting = sampled_responses(args, run, problems, prompts, limited, step)
-            batch, waiting = waiting[: args.batch_size * args.n], waiting[args.batch_size * args.n :]
+                sampled_ahead = sampled_responses(args, run, problems, prompts, limited, step)
+            size = args.batch_size * args.n
+            batch, sampled_ahead = sampled_ahead[:size], sampled_ahead[size:]
         else:
             picked = training.batch_indices(len(stored), args.batch_size, step, args.seed)
             batch = [stored[i].first(horizon) for i in picked]

@@ -1,8 +1,7 @@
 """Is a response's final answer the right one?
 
 Equal texts, numbers, option letters and words are decided here, everything else by math-verify. Some answers
-would keep it busy for ever (9^{9^{9^9}}), so it runs in worker processes whose CPU time the kernel limits.
-They are plain subprocesses, usable from any thread or process.
+would keep it busy for ever (9^{9^{9^9}}), so it runs in subprocesses whose CPU time the kernel limits.
 """
 
 import collections
@@ -255,7 +254,7 @@ def ask_worker(found, gold):
     worker.stdin.flush()
     verdict = worker.stdout.readline().strip()
     if not verdict:
-        raise RuntimeError(f"a grading worker ended with code {worker.wait()}: is math-verify installed?")
+        raise RuntimeError(f"a grading worker ended with code {worker.wait()}: its error is above")
     idle.append(worker)
     recent.append(verdict == "timeout")
     return verdict
@@ -309,7 +308,8 @@ def serve():
     settings = {"numeric_precision": digits, "allow_set_relation_comp": True, "timeout_seconds": None}
     for text in ("\\sqrt{8}", "\\cot(x)", "(1,3]", "y=2x+3", "x>3", "\\{1,x\\}", "0.5"):
         math_verify.verify(parse(text), parse(f"{text}+1"), **settings)  # imports what forks need
-    resource.setrlimit(resource.RLIMIT_AS, (LIMIT_MEMORY, LIMIT_MEMORY))
+    if sys.platform == "linux":  # macOS refuses it
+        resource.setrlimit(resource.RLIMIT_AS, (LIMIT_MEMORY, LIMIT_MEMORY))
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a worker whose stage was killed ends in silence
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})

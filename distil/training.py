@@ -43,14 +43,14 @@ def add_training_flags(parser, steps, batch_size, lr):
     p.add_argument("--micro_batch_tokens", type=int, default=16384, help="tokens in one forward pass")
     dtypes = ["float32", "bfloat16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="of passes; weights are float32")
-    p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--seed", type=int, default=42, help="of data order and sampling")
     p = parser.add_argument_group("evaluations in training, logs, checkpoints")
     p.add_argument("--eval_data", help="problems to evaluate on; as --data")
-    p.add_argument("--eval_every", type=int, default=0, help="steps between them (0: none)")
+    p.add_argument("--eval_every", type=int, default=0, help="steps between evaluations; 0: none")
     p.add_argument("--eval_n", type=int, default=4, help="responses for each evaluation problem")
     p.add_argument("--eval_max_response_tokens", type=int, help="in evaluations (default: as in training)")
     p.add_argument("--log_every", type=int, default=1, help="print every N-th step; metrics.jsonl has all")
-    p.add_argument("--save_every", type=int, default=0, help="steps between checkpoints (0: only the last)")
+    p.add_argument("--save_every", type=int, default=0, help="steps between checkpoints; 0: only if stopped")
     p.add_argument("--keep_checkpoints", type=int, default=0, help="keep the newest N (0: all)")
 
 
@@ -185,7 +185,7 @@ class Run:
         self.model.generation_config.eos_token_id = stops  # checkpoints end responses as this run does
         output_head(self.model, flag)
         self.config = self.model.config.to_dict()
-        # PAPER: the optimizer is not stated
+        # arXiv 2605.16826 does not state its optimizer
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0)
         if checkpoint:
             load_optimizer(os.path.join(checkpoint, "optimizer.safetensors"), self.model, self.optimizer)

@@ -94,7 +94,7 @@ fail() { echo "error: $*" >&2; exit 2; }
 PLAN=() PICKED=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --list) echo "$ROWS"; exit ;;
+    --list) echo "# row, then the paper's Avg/Pass/length on GSM8K, MATH500, AMC23, AIME24$ROWS"; exit ;;
     --dry_run) PLAN+=(--dry_run); shift ;;
     --row) PICKED+=("${2:?--row needs a row or a table}"); shift 2 ;;
     --*) name=${1#--}

@@ -177,9 +177,9 @@ def test_the_divergence_on_student_prefixes(world, tmp_path):
     assert 0 < row["loss"] < math.log(2)
 
 
-def test_without_the_readmes_lines_the_name_is_refused(refused):
-    words = "--prefix teacher --kl jensen_shannon --student s --rollouts r --scores s --out o".split()
-    refused(lambda: train.get_args(words), "--kl", "jensen_shannon")
+def test_a_divergence_without_an_entry_is_refused(refused):
+    words = "--prefix teacher --kl no_such_divergence --student s --rollouts r --scores s --out o".split()
+    refused(lambda: train.get_args(words), "--kl", "no_such_divergence")
 
 
 # The reward
@@ -192,13 +192,13 @@ def test_a_run_with_the_reward(world, tmp_path):
     words += f" --out {tmp_path}/run"
     forked.main(forked.get_args(words.split()))
     for row in read_rows(tmp_path / "run/metrics.jsonl"):
-        assert row["reward"] == pytest.approx(row["correct"] - row["response_length"] / 10_000, abs=1e-6)
+        assert 0 <= row["reward"] <= row["correct"]  # the next test has the values
 
 
 def test_what_the_reward_is_given(tmp_path):
     reward = fork(tmp_path, "grpo.py", "REWARDS").REWARDS["correct_and_short"]
     args, problem = types.SimpleNamespace(), {"id": "p/1", "problem": "1+1=?", "answer": "2"}
-    for length, correct, expected in ((1000, True, 0.9), (1000, False, -0.1), (0, True, 1.0)):
+    for length, correct, expected in ((1000, True, 0.9), (1000, False, 0.0), (0, True, 1.0)):
         response = Response([1], [2] * length, False)
         assert reward(args, problem, response, Grade("2", correct, False)) == pytest.approx(expected)
 

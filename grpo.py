@@ -24,6 +24,7 @@ pi_old are the whole softmax.
 """
 
 import functools
+import math
 from collections import Counter
 
 import torch
@@ -117,8 +118,10 @@ def rewards_of(args, tokenizer, problems, groups):
     reward = REWARDS[args.reward]
     found = []
     for (problem, response), text, verdict in zip(pairs, texts, verdicts, strict=True):
-        value = reward(args, problem, response._replace(text=text), verdict)
-        found.append((float(value), float(verdict.correct)))
+        value = float(reward(args, problem, response._replace(text=text), verdict))
+        if not math.isfinite(value):
+            artifacts.refuse(f"--reward {args.reward}: {value} for a response to {problem['id']}", code=1)
+        found.append((value, float(verdict.correct)))
     rewards, verdicts = torch.tensor(ranks.gather(found)).unbind(1)
     return rewards.view(len(groups), -1), verdicts.view(len(groups), -1)
 
@@ -128,6 +131,8 @@ def advantages_of(rewards, scale="group"):
 
     advantages_of([[1, 0], [1, 1]]) ~ [[0.71, -0.71], [0, 0]], by "none" [[0.5, -0.5], [0, 0]]"""
     centred = rewards - rewards.mean(1, keepdim=True)
+    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    centred = centred.masked_fill(equal, 0.0)  # exactly: the mean of equal numbers is rounded
     return centred if scale == "none" else centred / (rewards.std(1, keepdim=True) + 1e-4)
 
 

@@ -49,6 +49,7 @@ def get_args(argv=None):
     parser = stage_parser(__doc__)
     p = parser.add_argument_group("the cell")
     kls = ["forward", "reverse", "mix", *DIVERGENCES]
+    assert len({*kls}) == len(kls), "an entry of DIVERGENCES has the name of a KL"
     p.add_argument("--prefix", choices=["teacher", "student"], required=True, help="whose responses")
     p.add_argument("--kl", choices=kls, required=True, help="the token-level divergence")
     p.add_argument("--fkl_weight", type=float, help="weight of the forward KL, with --kl mix only")

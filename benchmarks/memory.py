@@ -180,7 +180,7 @@ def hold(out, trained, *models):
 
 def run(module, words, log):
     sys.stdout = sys.stderr = open(log, "a", encoding="utf-8")
-    train.first_look = lambda *args: None  # the preflight
+    train.preflight.preflight = lambda *args: None
     module.main(module.get_args(words.split()))
 
 

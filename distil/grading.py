@@ -107,11 +107,14 @@ def answer_in_words(text, stated):
 COMMANDS = re.findall(r"(.)(\w+) ?", "≤le ≥ge ≠ne πpi ∞infty ×times ·cdot ∪cup ∈in ∅emptyset √sqrt")
 SYMBOLS = str.maketrans({"−": "-", "–": "-"} | {symbol: f"\\{name} " for symbol, name in COMMANDS})
 SUPERSCRIPTS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
-NOT_UNIT = r"(?!(?:and|or|if|mod|pi|sqrt|infinity|log|sin|cos|tan|choose|hundred|thousand|[mbtr]+illion)\b)"
+NOT_UNIT = (
+    "and|or|if|is|not|mod|pi|sqrt|infinity|log|choose|plus|minus|times|over|squared|dozen|[mbtr]+illions?"
+)
+NOT_UNIT = rf"(?!(?:{NOT_UNIT}|(?:arc)?(?:sin|cos|tan|csc|cot)h?|sec [a-z]|(?:hundred|thousand)(?:th)?s?)\b)"
 UNIT = r"(?:cm|mm|km|kg|mg|ft|in|lbs?|oz|m[lL]|yd|mi|sq|Hz|[mgshLJNWVAKCF])"
 UNITS = (  # 5\text{ cm}, 5 km/h, 5 red hats, 5 inches^2
     r"(?:(?<=[\d%})])|(?<=\\pi))(?:¢|\s*\\Omega"
-    rf"|[\s/]*\\text\s*\{{\s*{NOT_UNIT}[^{{}}]*\}}(?:/\\text\s*\{{[^{{}}]*\}})?"
+    rf"|[\s/]*\\text\s*\{{\s*+{NOT_UNIT}[^{{}}]*\}}(?:/\\text\s*\{{[^{{}}]*\}})?"
     rf"|\s{UNIT}(?:/{UNIT})?|[\s/]{NOT_UNIT}[a-zA-Z]{{3,}}(?:[\s/][a-zA-Z]+)*)\.?(?:\^\{{?\d\}}?)?$"
 )
 LAYOUT = [
@@ -128,7 +131,7 @@ LAYOUT = [
     (r"(\\frac\s*\{[^{}]*\})\s*(\d|[a-zA-Z]|\\pi)", r"\1{\2}"),
     (r"\\sqrt\s*(\d+|[a-zA-Z]|\\pi)", r"\\sqrt{\1}"),
     (r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|°|\bdegrees?\b)(?:\s*\\text\{[CF]\}|[CF]\b)?", ""),
-    (r"\\([lgn])eq?(?:slant)?(?![a-z])|([<>])=", lambda match: f"\\{match[1] or 'lg'[match[2] == '>']}e "),
+    (r"\\([lgn])eq?(?:slant)?(?![a-z])|([<>!]|\\not ?)=", lambda m: f"\\{m[1] or 'lgn'['<>'.find(m[2])]}e "),
     (r"\\([%$])", r"\1"),
     (r"(?:^|(?<==))(\s*-?)\s*(?:\\text\s*\{\s*)?[$€£¥]\s*\}?(?=[\d.\\-])", r"\1"),  # currency
     (r"(?i)(?<=\d)\s*(?:\\text\s*\{)?\s*([ap])\.?m\b\.?\s*\}?$", lambda match: match[1].lower() + "m"),
@@ -158,11 +161,11 @@ def tidy(text):
     return text.rstrip(" .,;:")
 
 
-# ---- What is decided at once: texts, numbers, option letters, words ----
 TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+OPTION = re.compile(r"(?:Option |Choice |[Pp]oint )?\(?([A-J])(?:\)|[.:](?!\S)|$)(?! and| or|.*\b[B-J]\b)")
 FRACTION = re.compile(r"(\d*)\s*\\frac\s*\{\s*(-?)\s*([\d.]+)\s*\}\s*\{\s*(-?[\d.]+)\s*\}")
 NUMERAL = re.compile(  # sign, whole part of a mixed number, numerator, denominator, exponent of ten, percent
-    r"([-+]?)\s*(?:(\d+) )?(\d+\.?\d*|\.\d+)(?:/(-?\d+\.?\d*))?"
+    r"([-+]?)\s*(?:(\d+) )?(\d++\.?\d*+|\.\d+)(?:/(-?\d++\.?\d*+))?"
     r"(?:(?:[eE]|\s*(?:\\times|\\cdot|\*)\s*10\s*\^)\s*\{?([-+]?\d{1,4})\}?)?(%?)"
 )
 NAME = re.compile(  # of "x = 5", "f(x) = 5", "(x, y) = (1, 2)", "\text{Area} = 5", "x \in [1, 2]"
@@ -189,7 +192,7 @@ def number(text):
 def words(text):
     """evelyn of "\\text{ Evelyn}.", c of "(C)", "\\text{(C) } 12" and "Option C"; else None."""
     plain = TEXT.sub(r" \1 ", text).replace(",", " and ").strip(" '\"`.")
-    if option := re.match(r"(?:Option |Choice |[Pp]oint )?\(?([A-J])(?:\)|[.:](?!\S)|$)(?! and| or)", plain):
+    if option := OPTION.match(plain):
         return option[1].lower()
     pattern = r"[a-z() '-]+" if "\\text" in text else r"yes|no|(?=.{4})[a-z']{2,}(?:[ -][a-z']{2,})*"
     plain = plain.lower() if re.fullmatch(pattern, plain.lower()) else ""
@@ -230,11 +233,10 @@ def without_names(found, gold):
         return found[name.end() :], gold[gold_name.end() :]
     if gold_name and "=" not in found:
         return found, gold[gold_name.end() :]
-    is_relation = re.search(r"[=<>]|\\[lgn]e(?![a-z])", gold)
+    is_relation = re.search(r"=", gold) or re.search(r"[<>]|\\(?:[lgn]e|not)(?![a-z])", found + gold)
     return found if is_relation else re.split(r"=|\\equiv(?![a-z])|\\in(?![a-z])", found)[-1].strip(), gold
 
 
-# ---- math-verify, in worker processes ----
 COSTLY = re.compile(  # towers of powers, large factorials, integrals, sums and limits left to do
     r"(?:\^|\*\*)[\s{(]*\d+\s*(?:\^|\*\*)|\d{4,}[\s})]*!|!\s*!|\\binom\s*\{\d{4,}"
     r"|\\(?:i*int|oint|sum|prod|lim)(?![a-z])"
@@ -250,8 +252,7 @@ def ask_worker(found, gold):
     start = functools.partial(subprocess.Popen, command, stdin=pipe, stdout=pipe, text=True, process_group=0)
     worker = idle.pop() if idle else start()
     limit = HURRY_SECONDS if sum(recent) > 3 else LIMIT_SECONDS
-    worker.stdin.write(json.dumps([limit, found, gold]) + "\n")
-    worker.stdin.flush()
+    print(json.dumps([limit, found, gold]), file=worker.stdin, flush=True)
     verdict = worker.stdout.readline().strip()
     if not verdict:
         raise RuntimeError(f"a grading worker ended with code {worker.wait()}: its error is above")
@@ -282,8 +283,7 @@ def grade_one(response, answer):
 
 def grade(responses, answers):
     """A Grade for each response and gold answer, on all cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with concurrent.futures.ThreadPoolExecutor(cores) as threads:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
         return list(threads.map(lambda pair: grade_one(*pair), zip(responses, answers, strict=True)))
 
 

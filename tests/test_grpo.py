@@ -37,6 +37,13 @@ def test_advantages_by_hand():
     assert not found[1:].any() and not advantages_of(rewards, "none")[1:].any()
 
 
+@pytest.mark.parametrize("n", [3, 8, 16])
+def test_equal_rewards_have_advantages_of_exactly_zero(n):
+    """In float32 the mean of eight times 0.7 is not 0.7."""
+    for value in (0.1, 0.3, 0.7, -0.9):
+        assert not advantages_of(torch.full((2, n), value)).any()
+
+
 def test_rewards_are_correct_answers():
     tokenizer = make_tokenizer()
     texts = [["\\boxed{4}<|im_end|>", "4<|im_end|>"], ["\\boxed{4}", "\\boxed{7}<|im_end|>"]]
@@ -61,6 +68,15 @@ def test_a_reward_of_ones_own(monkeypatch):
     rewards, verdicts = rewards_of(args, tokenizer, [{"id": "a", "answer": "4"}], [group])
     assert rewards.tolist() == [pytest.approx([1 - 0.4, -0.2])] and verdicts.tolist() == [[1, 0]]
     assert seen == [(2, "a", "\\boxed{4}", "4"), (2, "a", "4", None)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_is_refused_by_name(value, monkeypatch, refused):
+    monkeypatch.setitem(grpo.REWARDS, "correct", lambda *given: value)
+    group = [Response([1], make_tokenizer()("4").input_ids, False)]
+    problem = {"id": "train/7", "answer": "4"}
+    call = lambda: rewards_of(settings(), make_tokenizer(), [problem], [group])
+    refused(call, "--reward correct", "train/7", code=1)
 
 
 # ratio, advantage -> the term that is maximised, whether it is clipped; by hand, for bounds of 0.9 and 1.3

@@ -99,3 +99,19 @@ def test_jensen_shannon_of_bfloat16_models(example):
     gradients = torch.autograd.grad(losses.sum(), tensors[:2])
     limit = rounding("torch", torch.bfloat16)
     assert_close(gradients, torch.autograd.grad(expected.sum(), exact[:2]), limit)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda s, t: (s - t).sum(),
+        lambda s, t: s - t,
+        lambda s, t: (s - t).sum(-1, keepdim=True),
+        lambda s, t: (s - t).sum(-1).detach(),
+        lambda s, t: None,
+    ],
+    ids=["scalar", "(n, V)", "(n, 1)", "no gradient", "None"],
+)
+def test_a_function_that_returns_something_else_is_refused(wrong):
+    with pytest.raises(ValueError, match="losses with gradients"):
+        linear_divergence(wrong, *heads())

@@ -90,6 +90,10 @@ def linear_divergence(
         with torch.enable_grad():
             student_logits = student_logits.detach().requires_grad_()
             losses = fn(student_logits, teacher_logits)
+            if getattr(losses, "shape", None) != student_logits.shape[:1] or not losses.requires_grad:
+                raise ValueError(
+                    f"fn must return {len(student_logits)} losses with gradients, not {losses!r}"
+                )
             (gradient,) = torch.autograd.grad(losses, student_logits, c.to(losses.dtype))
         return losses.detach().unsqueeze(0), gradient
 

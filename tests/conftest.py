@@ -15,6 +15,7 @@ sys.path.insert(0, ROOT)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402  which reads TORCHDYNAMO_DISABLE once: before vLLM's tests set it
 
 torch.set_num_threads(1)
 

@@ -56,6 +56,7 @@ def padded_model(seed):
 def no_trace():
     """vLLM leaves environment variables, a process group and torch.compile switched off to the next file."""
     environment = dict(os.environ)
+    torch._dynamo.config.disable = True
     yield
     os.environ.clear()
     os.environ.update(environment)

@@ -220,8 +220,7 @@ def has_gradient(args, response):
 @torch.no_grad()
 def add_old_logps(args, model, vocab_size, responses):
     """The Responses with their log-probabilities under the model as it is now."""
-    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in responses]
-    batches = models.batches_by_tokens(lengths, args.micro_batch_tokens)
+    batches = models.batches_by_tokens([r.length for r in responses], args.micro_batch_tokens)
     found = {}
     for indices, _ in ranks.split_micro_batches(batches):
         batch = [responses[i] for i in indices]

@@ -98,8 +98,7 @@ def split_into_shards(lengths, shard_tokens):
 def score(model, responses, vocab_size, signal, k, micro_batch_tokens):
     """What --signal stores of each Response: a list of {name: (T, ...) tensor on the CPU}."""
     scored = [None] * len(responses)
-    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in responses]
-    for indices in models.batches_by_tokens(lengths, micro_batch_tokens):
+    for indices in models.batches_by_tokens([r.length for r in responses], micro_batch_tokens):
         batch = [responses[i] for i in indices]
         hidden, head = forward(model, batch, vocab_size)  # (N, H), (V, H)
         if signal == "hidden":

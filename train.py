@@ -222,12 +222,11 @@ def micro_batch_loss(args, student, teacher, vocab_size, seconds, responses, tok
 def train_step(args, run, teacher, batch, step, seconds):
     """One optimizer step on a batch of Responses: {metric: value}."""
     tokens = sum(len(r.response_ids) for r in batch)
-    positions = sum(len(r.prompt_ids) for r in batch) + tokens
     weights = training.token_weights(batch, args.normalize)
     loss_of = functools.partial(micro_batch_loss, args, run.model, teacher, len(run.tokenizer), seconds)
     sums = training.accumulate_gradients(run.model.device, batch, weights, args.micro_batch_tokens, loss_of)
     grad_norm, lr = training.optimizer_step(args, run.model, run.optimizer, step, [r.id for r in batch])
-    metrics = {"loss": sums.pop("loss"), "padding": 1 - positions / sums.pop("positions")}
+    metrics = {"loss": sums.pop("loss"), "padding": 1 - sum(r.length for r in batch) / sums.pop("positions")}
     metrics |= {name: total / tokens for name, total in sums.items()}
     return metrics | {"grad_norm": grad_norm, "lr": lr}
 

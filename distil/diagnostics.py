@@ -13,9 +13,7 @@ def measure(hidden, head, signal, k, known):
     hidden (N, H) and head (V, H) are the student's. known: names that the loss has computed already."""
     metrics = {}
     if signal.hidden is not None and "fkl" not in known:
-        out = linear_streaming_kl(
-            hidden, head, signal.hidden, signal.head, fkl_weight=1.0, logits_dtype=torch.float32
-        )
+        out = linear_streaming_kl(hidden, head, signal.hidden, signal.head, fkl_weight=1.0)
         metrics |= exact_metrics(out)
     if signal.hidden is not None or signal.top_ids is not None:
         metrics |= overlap(*top_tokens(hidden, head, k), *teacher_top(signal, k))

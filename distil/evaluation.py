@@ -91,12 +91,11 @@ def interval(values, weights=None):
 @torch.no_grad()
 def predictive_entropy(model, responses, vocab_size, micro_batch_tokens, dtype=None):
     """Mean full-softmax entropy of each Response's tokens, in nats, temperature 1; dtype as in forward()."""
-    lengths = [len(response.prompt_ids) + len(response.response_ids) for response in responses]
+    lengths = [response.length for response in responses]
     means = {}
     for indices, _ in ranks.split_micro_batches(batches_by_tokens(lengths, micro_batch_tokens)):
         batch = [responses[i] for i in indices]
-        hidden, head = forward(model, batch, vocab_size, dtype)
-        both = hidden, head.detach()
+        both = forward(model, batch, vocab_size, dtype)  # hidden states, head
         entropy = linear_streaming_kl(*both, *both, fkl_weight=1.0).student_entropy  # (N,)
         per_response = entropy.split([len(response.response_ids) for response in batch])
         means |= {i: values.mean().item() for i, values in zip(indices, per_response)}

@@ -27,6 +27,11 @@ class Response(NamedTuple):
     old_logps: torch.Tensor | None = None  # (T,) under the policy that sampled; None: the model as it is
     text: str = ""  # decoded, where somebody needs it
 
+    @property
+    def length(self):
+        """Tokens of prompt and response."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
     def first(self, count):
         """The Response with its first `count` tokens."""
         truncated = self.truncated or len(self.response_ids) > count

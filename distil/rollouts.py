@@ -52,11 +52,10 @@ def stored_responses(path, max_response_tokens, context, vocab_size):
         truncated = stored["finish_reason"] == "length"
         response = Response(prompt_ids, response_ids, truncated, stored["id"], row=row)
         response = response.first(max_response_tokens)
-        length = len(prompt_ids) + len(response.response_ids)
-        if length > context:
+        if response.length > context:
             refuse(
-                f"--rollouts {path}: {stored['id']} has {length} tokens, more than the student's context of "
-                f"{context}; give a smaller --max_response_tokens"
+                f"--rollouts {path}: {stored['id']} has {response.length} tokens, more than the student's "
+                f"context of {context}; give a smaller --max_response_tokens"
             )
         responses.append(response)
     return responses

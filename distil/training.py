@@ -115,7 +115,7 @@ def accumulate_gradients(device, responses, weights, micro_batch_tokens, micro_b
     micro_batch_loss(responses, tokens (N,), weight (N,)) returns sum_i weight_i loss_i over N response
     tokens and metrics {name: (N,)}, detached; weights: of each response's tokens. Returns {metric: sum over
     all tokens}, the loss, and `positions`: how many went through the model, padding included."""
-    lengths = [len(r.prompt_ids) + len(r.response_ids) for r in responses]
+    lengths = [r.length for r in responses]
     sums = Counter(loss=0.0, positions=0)
     for indices, is_real in ranks.split_micro_batches(batches_by_tokens(lengths, micro_batch_tokens)):
         micro_batch = [responses[i] for i in indices]

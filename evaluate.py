@@ -24,6 +24,7 @@ import functools
 import json
 import os
 
+from distil import flags
 from distil.artifacts import (
     add_output_flags,
     check_out,
@@ -37,7 +38,6 @@ from distil.artifacts import (
     write_json,
 )
 from distil.evaluation import EVAL_SAMPLING, PAPER_N, data_name, evaluate_problems, origin_of, summarise
-from distil.flags import stage_parser
 from distil.jsonl import GrowingFile, read_jsonl
 from distil.models import default_dtype, load_model
 from distil.problems import add_problem_flags
@@ -47,29 +47,29 @@ from distil.vllm_engine import load_vllm
 
 
 def get_args(argv=None):
-    parser = stage_parser(__doc__)
+    parser = flags.stage_parser(__doc__)
     p = parser.add_argument_group("what to show; without any of these, a model is evaluated")
     table_help = "print one table of these directories that evaluate.py wrote"
-    p.add_argument("--table", nargs="+", metavar="EVAL", help=table_help)
+    p.add_argument("--table", type=flags.path, nargs="+", metavar="EVAL", help=table_help)
     compare_help = "print how the second evaluation differs from the first"
-    p.add_argument("--compare", nargs=2, metavar="EVAL", help=compare_help)
-    p.add_argument("--figure", metavar="PNG", help="draw the in-training evaluations of --runs")
+    p.add_argument("--compare", type=flags.path, nargs=2, metavar="EVAL", help=compare_help)
+    p.add_argument("--figure", type=flags.path, metavar="PNG", help="draw evaluations of --runs in training")
     runs_help = "directories that train.py or grpo.py wrote with --eval_every"
-    p.add_argument("--runs", nargs="+", metavar="RUN", help=runs_help)
+    p.add_argument("--runs", type=flags.path, nargs="+", metavar="RUN", help=runs_help)
     p.add_argument("--x", choices=["step", "tflops"], default="step", help="what --figure draws them against")
     p = parser.add_argument_group("what goes in")
-    p.add_argument("--model", help="Hugging Face directory or hub id of the model to evaluate")
+    p.add_argument("--model", type=flags.path, help="directory or hub id of the model to evaluate")
     add_problem_flags(p, required=False)
     benchmarks_help = "several data sets, each as --data; --out/NAME gets it"
-    p.add_argument("--benchmarks", nargs="+", metavar="DATA", help=benchmarks_help)
+    p.add_argument("--benchmarks", type=flags.path, nargs="+", metavar="DATA", help=benchmarks_help)
     p = parser.add_argument_group("sampling and measuring")
     add_sampling_flags(p, n=None, **EVAL_SAMPLING, max_response_tokens=8192, gpu_memory_utilization=0.6)
-    p.add_argument("--k", type=int, nargs="+", help="k of Pass@k and Maj@k, one or more (default: n)")
+    p.add_argument("--k", type=flags.positive_int, nargs="+", help="k of Pass@k and Maj@k (default: n)")
     tokens_help = "tokens in one forward pass"
-    p.add_argument("--micro_batch_tokens", type=int, default=16384, help=tokens_help)
+    p.add_argument("--micro_batch_tokens", type=flags.positive_int, default=16384, help=tokens_help)
     dtypes = ["float32", "bfloat16", "float16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="dtype of the model")
-    p.add_argument("--seed", type=int, default=42, help="of data order and sampling")
+    p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")
     add_output_flags(parser, required=False)
     args = parser.parse_args(argv)
     if args.figure and not args.runs:
@@ -89,9 +89,9 @@ def check_evaluation_flags(p, args):
     if len(set(names)) < len(names):
         p.error(f"--benchmarks {' '.join(args.benchmarks)}: two of them would have the same name")
     for one in evaluations_of(args):
-        if max(one.k) > one.n or min(one.k) < 1:
+        if max(one.k) > one.n:
             ks = " ".join(map(str, one.k))
-            p.error(f"--k {ks}: needs 1 <= k <= n, and n is {one.n} for {one.data} (see --n)")
+            p.error(f"--k {ks}: needs k <= n, and n is {one.n} for {one.data} (see --n)")
 
 
 def evaluations_of(args):

@@ -29,9 +29,8 @@ from collections import Counter
 
 import torch
 
-from distil import artifacts, models, ranks, sampling, training
+from distil import artifacts, flags, models, ranks, sampling, training
 from distil.evaluation import origin_of
-from distil.flags import stage_parser
 from distil.grading import grade
 from distil.models import forward, token_logps
 from distil.preflight import check_tokenizers
@@ -54,9 +53,9 @@ REWARDS = {"correct": correct}
 
 
 def get_args(argv=None):
-    parser = stage_parser(__doc__)
+    parser = flags.stage_parser(__doc__)
     p = parser.add_argument_group("what goes in")
-    p.add_argument("--model", required=True, help="directory or hub id of the model to start from")
+    p.add_argument("--model", type=flags.path, required=True, help="directory or hub id to start from")
     add_problem_flags(p)
     p = parser.add_argument_group("sampling; --n is the group size")
     sampling.add_sampling_flags(p, n=8, top_p=0.95, gpu_memory_utilization=0.3)
@@ -66,17 +65,22 @@ def get_args(argv=None):
     p.add_argument("--scale_advantages", choices=["group", "none"], default="group", help=scales_help)
     units = ["token", "sequence"]
     p.add_argument("--normalize", choices=units, default="token", help="what the loss is a mean of")
-    p.add_argument("--clip_low", type=float, default=0.2, help="the ratio is clipped at 1 - this")
-    p.add_argument("--clip_high", type=float, default=0.2, help="the ratio is clipped at 1 + this")
+    p.add_argument("--clip_low", type=flags.fraction, default=0.2, help="ratios are clipped at 1 - this")
+    p.add_argument("--clip_high", type=flags.non_negative, default=0.2, help="ratios are clipped at 1 + this")
     p.add_argument(
-        "--updates", type=int, default=1, help="split a sampled batch into N parts, an update each"
+        "--updates",
+        type=flags.positive_int,
+        default=1,
+        help="split a sampled batch into N parts, an update each",
     )
-    p.add_argument("--kl_weight", type=float, default=0.0, help="weight of the KL to the reference; 0: none")
-    p.add_argument("--reference", help="directory or hub id, with --kl_weight (default: --model)")
+    p.add_argument(
+        "--kl_weight", type=flags.non_negative, default=0.0, help="weight of the KL to --reference"
+    )
+    p.add_argument("--reference", type=flags.path, help="directory or hub id (default: --model)")
     overlong_help = "whether truncated responses are trained on; their rewards count either way"
     p.add_argument("--overlong", choices=["keep", "mask"], default="keep", help=overlong_help)
     cap_help = "largest weight of a token for being likelier to the trainer than to vLLM (0: no weights)"
-    p.add_argument("--importance_cap", type=float, default=2.0, help=cap_help)
+    p.add_argument("--importance_cap", type=flags.non_negative, default=2.0, help=cap_help)
     training.add_training_flags(parser, steps=1000, batch_size=32, lr=1e-6)
     artifacts.add_output_flags(parser)
     args = parser.parse_args(argv)
@@ -91,14 +95,8 @@ def check_args(parser, args):
     if args.temperature == 0:
         parser.error("--temperature 0: the responses of a group would be the same")
     training.check_training_flags(parser, args)
-    if not 0 <= args.clip_low <= 1:
-        parser.error(f"--clip_low {args.clip_low:g}: must lie in [0, 1]")
-    if args.clip_high < 0:
-        parser.error(f"--clip_high {args.clip_high:g}: must be at least 0")
-    if args.updates < 1 or args.batch_size % args.updates:
+    if args.batch_size % args.updates:
         parser.error(f"--updates {args.updates}: must divide the --batch_size of {args.batch_size} problems")
-    if args.kl_weight < 0 or args.importance_cap < 0:
-        parser.error("--kl_weight and --importance_cap must be at least 0")
     if args.reference and not args.kl_weight:
         parser.error("--reference needs a --kl_weight above 0")
 

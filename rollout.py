@@ -18,8 +18,8 @@ from collections import Counter
 
 from tqdm import tqdm
 
+from distil import flags
 from distil.artifacts import add_output_flags, check_out, run_stage, start_artifact, stop, stop_requested
-from distil.flags import stage_parser
 from distil.jsonl import GrowingFile
 from distil.models import default_dtype, load_model
 from distil.problems import add_problem_flags
@@ -29,15 +29,17 @@ from distil.vllm_engine import load_vllm
 
 
 def get_args(argv=None):
-    parser = stage_parser(__doc__)
+    parser = flags.stage_parser(__doc__)
     p = parser.add_argument_group("what goes in")
-    p.add_argument("--model", required=True, help="Hugging Face directory or hub id of the model to sample")
+    p.add_argument(
+        "--model", type=flags.path, required=True, help="directory or hub id of the model to sample"
+    )
     add_problem_flags(p)
     p = parser.add_argument_group("sampling")
     add_sampling_flags(p)
     dtypes = ["float32", "bfloat16", "float16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="dtype of the model")
-    p.add_argument("--seed", type=int, default=42, help="of data order and sampling")
+    p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")
     p = parser.add_argument_group("filters of a cold start")
     p.add_argument(
         "--drop",
@@ -47,12 +49,9 @@ def get_args(argv=None):
         help="resample, then drop, responses that have no boxed answer, are truncated, or repeat themselves",
     )
     attempts_help = "with --drop, times a response is sampled before it is dropped"
-    p.add_argument("--attempts", type=int, default=3, help=attempts_help)
+    p.add_argument("--attempts", type=flags.positive_int, default=3, help=attempts_help)
     add_output_flags(parser)
-    args = parser.parse_args(argv)
-    if args.attempts < 1:
-        parser.error("--attempts must be at least 1")
-    return args
+    return parser.parse_args(argv)
 
 
 # ----------------------------------------------------------------------------------------------------------

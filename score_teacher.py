@@ -25,8 +25,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from distil import artifacts, models, preflight, sampling
-from distil.flags import stage_parser
+from distil import artifacts, flags, models, preflight, sampling
 from distil.jsonl import GrowingFile, read_jsonl
 from distil.models import Response, forward, token_logps, top_tokens
 from distil.prompts import (
@@ -49,26 +48,30 @@ PROBES = [
 
 
 def get_args(argv=None):
-    parser = stage_parser(__doc__)
+    parser = flags.stage_parser(__doc__)
     p = parser.add_argument_group("what goes in")
-    p.add_argument("--teacher", required=True, help="directory or hub id of the teacher")
-    p.add_argument("--rollouts", help="directory written by rollout.py")
+    p.add_argument("--teacher", type=flags.path, required=True, help="directory or hub id of the teacher")
+    p.add_argument("--rollouts", type=flags.path, help="directory written by rollout.py")
     p = parser.add_argument_group("what is stored")
     signals = ["hidden", "topk", "sampled"]
     p.add_argument("--signal", choices=signals, default="hidden", help="what is stored of each position")
-    p.add_argument("--k", type=int, default=16, help="number of likeliest tokens, in top-k and overlap")
+    p.add_argument("--k", type=flags.positive_int, default=16, help="likeliest tokens, in top-k and overlap")
     p.add_argument(
-        "--max_tokens", type=int, default=0, help="score the first N tokens of a response (0: all)"
+        "--max_tokens", type=flags.non_negative_int, default=0, help="score a response's first N (0: all)"
     )
-    p.add_argument("--shard_tokens", type=int, default=200_000, help="response tokens in one shard")
+    p.add_argument(
+        "--shard_tokens", type=flags.positive_int, default=200_000, help="response tokens in a shard"
+    )
     p = parser.add_argument_group("computation")
-    p.add_argument("--micro_batch_tokens", type=int, default=16384, help="tokens in one forward pass")
+    p.add_argument(
+        "--micro_batch_tokens", type=flags.positive_int, default=16384, help="tokens in one forward pass"
+    )
     dtypes = ["float32", "bfloat16", "float16"]
     p.add_argument("--dtype", choices=dtypes, default=models.default_dtype(), help="dtype of the teacher")
     artifacts.add_output_flags(parser, required=False)
     p = parser.add_argument_group("only check whether a pair can work")
     p.add_argument("--preflight", action="store_true", help="check --teacher against --student, and end")
-    p.add_argument("--student", help="directory or hub id of the student, with --preflight only")
+    p.add_argument("--student", type=flags.path, help="student, with --preflight only")
     args = parser.parse_args(argv)
     given = bool(args.rollouts), bool(args.out), bool(args.student)
     if given != (not args.preflight, not args.preflight, args.preflight):
@@ -171,8 +174,8 @@ def main(args):
             f"--rollouts {args.rollouts}: were made with another prompt template than the teacher's; "
             "a teacher that scores prompts it was not trained on gives a wrong signal"
         )
-    if not 1 <= args.k <= size:
-        artifacts.refuse(f"--k {args.k}: must lie between 1 and the {size} tokens of the vocabulary")
+    if args.k > size:
+        artifacts.refuse(f"--k {args.k}: the vocabulary has {size} tokens")
     limit = args.max_tokens or None
     lengths = [len(row["response_ids"][:limit]) for row in read_rollouts(args.rollouts, size)]
     shards = split_into_shards(lengths, args.shard_tokens)

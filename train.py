@@ -28,8 +28,7 @@ from collections import Counter
 
 import torch
 
-from distil import artifacts, diagnostics, models, preflight, ranks, sampling, training
-from distil.flags import stage_parser
+from distil import artifacts, diagnostics, flags, models, preflight, ranks, sampling, training
 from distil.models import forward, token_logps, top_tokens
 from distil.problems import add_problem_flags, load_problems
 from distil.prompts import encode_problems, load_tokenizer, stop_ids
@@ -46,38 +45,38 @@ SHOWN += ("response_length", "truncated")
 
 
 def get_args(argv=None):
-    parser = stage_parser(__doc__)
+    parser = flags.stage_parser(__doc__)
     p = parser.add_argument_group("the cell")
     kls = ["forward", "reverse", "mix", *DIVERGENCES]
     assert len({*kls}) == len(kls), "an entry of DIVERGENCES has the name of a KL"
     p.add_argument("--prefix", choices=["teacher", "student"], required=True, help="whose responses")
     p.add_argument("--kl", choices=kls, required=True, help="the token-level divergence")
-    p.add_argument("--fkl_weight", type=float, help="weight of the forward KL, with --kl mix only")
+    p.add_argument("--fkl_weight", type=flags.fraction, help="weight of the forward KL, with --kl mix only")
     vocab_help = "the exact KL; the KL on the --k likeliest tokens; or one sample, the response's own tokens"
     p.add_argument("--vocab", choices=["full", "topk", "sampled"], default="full", help=vocab_help)
-    p.add_argument("--k", type=int, default=16, help="number of likeliest tokens, in top-k and overlap")
+    p.add_argument("--k", type=flags.positive_int, default=16, help="likeliest tokens, in top-k and overlap")
     sets = ["student", "teacher", "union", "intersection"]
     p.add_argument("--topk_set", choices=sets, default="student", help="whose likeliest tokens")
     units = ["token", "sequence"]
     p.add_argument("--normalize", choices=units, default="sequence", help="what the loss is a mean of")
     p = parser.add_argument_group("what goes in")
-    p.add_argument("--student", required=True, help="directory or hub id of the model to start from")
-    p.add_argument("--teacher", help="directory or hub id of the teacher (student prefix)")
-    p.add_argument("--rollouts", help="directory written by rollout.py (teacher prefix)")
-    p.add_argument("--scores", help="directory that score_teacher.py wrote for --rollouts (teacher prefix)")
+    p.add_argument("--student", type=flags.path, required=True, help="directory or hub id to start from")
+    p.add_argument("--teacher", type=flags.path, help="directory or hub id of the teacher (student prefix)")
+    p.add_argument("--rollouts", type=flags.path, help="directory written by rollout.py (teacher prefix)")
+    p.add_argument("--scores", type=flags.path, help="directory written by score_teacher.py (teacher prefix)")
     add_problem_flags(p, required=False)
     p.add_argument("--take_template", action="store_true", help="give the student the teacher's prompt")
     ends = ["both", "student", "teacher"]
     p.add_argument("--stop_ids", choices=ends, default="both", help="whose end tokens end a response")
     p = parser.add_argument_group("sampling (student prefix)")
     sampling.add_sampling_flags(p, gpu_memory_utilization=0.3)
-    p.add_argument("--refresh_every", type=int, default=1, help="steps between samplings; 1: on-policy")
+    p.add_argument("--refresh_every", type=flags.positive_int, default=1, help="steps between samplings")
     p = parser.add_argument_group("entropy-gated length curriculum; its held-out problems are --eval_data")
     p.add_argument("--curriculum", choices=["entropy"], help="grow the responses while entropy lasts")
     limits_help = "rising limits of response tokens; the last takes the place of --max_response_tokens"
-    p.add_argument("--horizons", type=comma_separated, metavar="L0,L1,...", help=limits_help)
-    p.add_argument("--entropy_floor", type=float, help="nats; below it the limit stays as it is")
-    p.add_argument("--gate_every", type=int, help="steps between decisions")
+    p.add_argument("--horizons", type=flags.rising, metavar="L0,L1,...", help=limits_help)
+    p.add_argument("--entropy_floor", type=flags.non_negative, help="nats; below it the limit stays as it is")
+    p.add_argument("--gate_every", type=flags.positive_int, help="steps between decisions")
     p.add_argument("--on_gate_fail", choices=["hold", "stop"], default="hold", help="keep the limit, or end")
     training.add_training_flags(parser, steps=1000, batch_size=32, lr=5e-7)
     artifacts.add_output_flags(parser)
@@ -87,16 +86,10 @@ def get_args(argv=None):
     return args
 
 
-def comma_separated(text):
-    return [int(number) for number in text.split(",")]
-
-
 def check_args(parser, args):
     """Refuse combinations of flags that mean nothing."""
     if (args.kl == "mix") != (args.fkl_weight is not None):
         parser.error("--fkl_weight goes with --kl mix, and only with it")
-    if args.kl == "mix" and not 0 <= args.fkl_weight <= 1:
-        parser.error(f"--fkl_weight {args.fkl_weight}: must lie in [0, 1]")
     if args.kl in DIVERGENCES and args.vocab != "full":
         parser.error(f"--vocab {args.vocab}: --kl {args.kl} needs the full vocabulary")
     # Only there are a response's own tokens samples of the KL's expectation.
@@ -113,8 +106,8 @@ def check_args(parser, args):
                 parser.error(f"--prefix {args.prefix} does not use --{name}")
             if not given and args.prefix == prefix:
                 parser.error(f"--prefix {args.prefix} needs --{name}")
-    if args.refresh_every < 1 or args.save_every % args.refresh_every:
-        parser.error("--refresh_every must be at least 1 and divide --save_every")
+    if args.save_every % args.refresh_every:
+        parser.error("--refresh_every must divide --save_every")
     if args.curriculum:
         check_curriculum(parser, args)
         args.max_response_tokens = args.horizons[-1]
@@ -126,11 +119,8 @@ def check_args(parser, args):
 def check_curriculum(parser, args):
     if not args.horizons or args.entropy_floor is None or not args.gate_every or not args.eval_data:
         parser.error("--curriculum entropy needs --horizons, --entropy_floor, --gate_every and --eval_data")
-    rising = all(a < b for a, b in zip(args.horizons, args.horizons[1:]))
-    if args.horizons[0] < 1 or not rising:
-        parser.error(f"--horizons {','.join(map(str, args.horizons))}: must be positive and rise")
-    if args.gate_every < 1 or args.gate_every % args.refresh_every:
-        parser.error("--gate_every must be at least 1 and a multiple of --refresh_every")
+    if args.gate_every % args.refresh_every:
+        parser.error("--gate_every must be a multiple of --refresh_every")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -285,8 +275,8 @@ def match_teacher(args, tokenizer):
         stops = meta["stop_ids"]
     flag = "--teacher" if args.prefix == "student" else "--rollouts"
     preflight.match_tokenizers(tokenizer, teacher_tokenizer, flag, args.take_template)
-    if not 1 <= args.k <= len(tokenizer):
-        artifacts.refuse(f"--k {args.k}: must lie between 1 and the {len(tokenizer)} tokens there are")
+    if args.k > len(tokenizer):
+        artifacts.refuse(f"--k {args.k}: there are only {len(tokenizer)} tokens")
     return stops
 
 

@@ -21,6 +21,8 @@ from importlib.metadata import distributions
 
 import torch
 
+from distil import flags
+
 SCHEMA = 2
 WORKING = ("meta.partial.json", "progress.jsonl", "shards.jsonl", "samples.jsonl.tmp", "meta.lock")
 INPUTS = "model teacher student reference gguf rollouts scores data eval_data against".split()  # flags
@@ -98,7 +100,7 @@ def stop(args, number=None):
 
 def add_output_flags(parser, required=True, resume=True):
     p = parser.add_argument_group("what comes out")
-    p.add_argument("--out", required=required, help="directory to write; a non-empty one is refused")
+    p.add_argument("--out", type=flags.path, required=required, help="directory to write, new or empty")
     p.add_argument("--overwrite", action="store_true", help="replace what an earlier run left in --out")
     parser.set_defaults(resume=False)
     if resume:
@@ -110,8 +112,9 @@ def check_out(args):
 
     A non-empty directory needs --overwrite (only for what this project wrote) or --resume (same flags and
     inputs). --resume exits with 0 if the artifact is finished, and becomes False if nothing was begun."""
-    if os.path.exists(args.out) and not os.path.isdir(args.out):
-        refuse(f"--out {args.out}: is a file")
+    if os.path.lexists(args.out) and not os.path.isdir(args.out):
+        kind = "a file" if os.path.exists(args.out) else "a link to nothing"
+        refuse(f"--out {args.out}: is {kind}; choose another directory")
     for flag, path in input_paths(args).items():
         if (os.path.realpath(path) + os.sep).startswith(os.path.realpath(args.out) + os.sep):
             refuse(f"--out {args.out}: holds the input --{flag} {path}; choose another directory")

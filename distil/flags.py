@@ -1,6 +1,11 @@
-"""The command line of every stage: its docstring as it stands, flags in groups, each with its default."""
+"""The command line of every stage: its docstring as it stands, flags in groups with their defaults, and the
+types of their values. A value outside its range is refused by name while the command line is read."""
 
 import argparse
+import math
+import os
+
+LARGEST = 2**31 - 1  # what torch and vLLM take for a count
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -8,4 +13,46 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def stage_parser(docstring):
-    return argparse.ArgumentParser(description=docstring, formatter_class=HelpFormatter)
+    return argparse.ArgumentParser(description=docstring, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def number(kind, allowed, words):
+    """An argparse type. kind: int or float; allowed(value): whether it is in the range that `words` names."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (allowed(value) and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must be {words}, not {text!r}")
+        return value
+
+    return read
+
+
+positive_int = number(int, lambda n: 1 <= n <= LARGEST, f"an integer from 1 to {LARGEST}")
+non_negative_int = number(int, lambda n: 0 <= n <= LARGEST, f"an integer from 0 to {LARGEST}")
+positive = number(float, lambda x: x > 0, "a number above 0")
+non_negative = number(float, lambda x: x >= 0, "a number of at least 0")
+fraction = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+positive_fraction = number(float, lambda x: 0 < x <= 1, "a number above 0 and of at most 1")
+# vLLM would raise a smaller one to 0.01
+temperature = number(float, lambda x: x == 0 or x >= 0.01, "0, or a number of at least 0.01")
+
+
+def rising(text):
+    """Positive integers that rise: "16,32" -> [16, 32]."""
+    numbers = [positive_int(part) for part in text.split(",")]
+    if any(a >= b for a, b in zip(numbers, numbers[1:])):
+        raise argparse.ArgumentTypeError(
+            f"must be positive integers that rise, such as 256,512, not {text!r}"
+        )
+    return numbers
+
+
+def path(text):
+    """A path with ~ expanded; a hub id or the name of a data set stays as it is."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError(f"must name a file or directory, not {text!r}")
+    return os.path.expanduser(text)

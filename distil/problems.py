@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from typing import NamedTuple
 
+from distil import flags
 from distil.artifacts import refuse
 from distil.jsonl import read_jsonl
 
@@ -33,8 +34,10 @@ DATA_HELP = f"problems: {', '.join(DATASETS)}, a hub id name[:configuration[:spl
 
 
 def add_problem_flags(p, required=True):
-    p.add_argument("--data", required=required, help=DATA_HELP)
-    p.add_argument("--limit", type=int, default=0, help="use only the first N problems (0: all)")
+    p.add_argument("--data", type=flags.path, required=required, help=DATA_HELP)
+    p.add_argument(
+        "--limit", type=flags.non_negative_int, default=0, help="only the first N problems (0: all)"
+    )
     p.add_argument("--prompt_suffix", default="", help="text put after every problem, inside the user turn")
 
 

@@ -98,6 +98,8 @@ def compare(paths):
 
 def figure(path, runs, x):
     """Draw accuracy, entropy and length against x, "step" or "tflops", a line per run, as in the paper."""
+    if os.path.isdir(path) or not path.lower().endswith((".png", ".pdf", ".svg")):
+        refuse(f"--figure {path}: must be a file that ends in .png, .pdf or .svg")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from distil import ranks
+from distil import flags, ranks
 from distil.artifacts import refuse
 from distil.models import Response, context_of, model_dir
 from distil.problems import load_problems
@@ -19,15 +19,26 @@ def add_sampling_flags(
     """The sampling flags of every stage, each with its own defaults."""
     engine = "vllm" if torch.cuda.is_available() else "hf"
     p.add_argument("--engine", choices=["vllm", "hf"], default=engine, help="vLLM, or transformers (hf)")
-    p.add_argument("--n", type=int, default=n, help="responses sampled for each problem")
-    p.add_argument("--temperature", type=float, default=temperature, help="0: greedy")
-    p.add_argument("--top_p", type=float, default=top_p, help="1: off")
-    p.add_argument("--top_k", type=int, default=top_k, help="0: off")
-    p.add_argument("--max_response_tokens", type=int, default=max_response_tokens, help="then truncated")
-    p.add_argument("--extra_stop_ids", type=int, nargs="+", default=[], help="more ids that end a response")
-    p.add_argument("--sample_batch", type=int, default=256, help="responses sampled together")
-    p.add_argument("--tensor_parallel", type=int, default=1, help="GPUs of a vLLM engine; 1 in training")
-    p.add_argument("--gpu_memory_utilization", type=float, default=gpu_memory_utilization, help="for vLLM")
+    p.add_argument("--n", type=flags.positive_int, default=n, help="responses sampled for each problem")
+    p.add_argument("--temperature", type=flags.temperature, default=temperature, help="0: greedy")
+    p.add_argument("--top_p", type=flags.positive_fraction, default=top_p, help="1: off")
+    p.add_argument("--top_k", type=flags.non_negative_int, default=top_k, help="0: off")
+    p.add_argument(
+        "--max_response_tokens", type=flags.positive_int, default=max_response_tokens, help="then truncated"
+    )
+    p.add_argument(
+        "--extra_stop_ids", type=flags.non_negative_int, nargs="+", default=[], help="more end tokens"
+    )
+    p.add_argument("--sample_batch", type=flags.positive_int, default=256, help="responses sampled together")
+    p.add_argument(
+        "--tensor_parallel", type=flags.positive_int, default=1, help="GPUs for vLLM; 1 in training"
+    )
+    p.add_argument(
+        "--gpu_memory_utilization",
+        type=flags.positive_fraction,
+        default=gpu_memory_utilization,
+        help="for vLLM",
+    )
 
 
 class SamplingConfig(NamedTuple):
@@ -55,12 +66,8 @@ def sampling_from(args, tokenizer, stops, **changes):
     fields = {name: getattr(args, name) for name in names} | changes
     size = len(tokenizer)
     config = SamplingConfig(stop_ids=sorted({*stops, *args.extra_stop_ids}), vocab_size=size, **fields)
-    if not all(0 <= i < size for i in args.extra_stop_ids):
+    if not all(i < size for i in args.extra_stop_ids):
         refuse(f"--extra_stop_ids: the tokenizer has the ids 0 to {size - 1}")
-    if config.n < 1 or config.max_response_tokens < 1 or config.sample_batch < 1:
-        refuse("--n, --max_response_tokens and --sample_batch must be at least 1")
-    if config.temperature < 0 or not 0 < config.top_p <= 1 or config.top_k < 0:
-        refuse("--temperature and --top_k must be at least 0, --top_p in (0, 1]")
     return config
 
 

@@ -20,7 +20,7 @@ from collections import Counter
 import torch
 from safetensors.torch import load_file, save_file
 
-from distil import artifacts, ranks
+from distil import artifacts, flags, ranks
 from distil.evaluation import EVAL_SAMPLING, evaluate
 from distil.jsonl import rewind_log
 from distil.models import autocast, batches_by_tokens, context_of, default_dtype, load_model, output_head
@@ -35,35 +35,34 @@ LOGS = ("metrics.jsonl", "evals.jsonl", "gates.jsonl")
 def add_training_flags(parser, steps, batch_size, lr):
     """The flags that train.py and grpo.py share."""
     p = parser.add_argument_group("optimisation")
-    p.add_argument("--steps", type=int, default=steps, help="optimizer steps")
-    p.add_argument("--batch_size", type=int, default=batch_size, help="problems, or stored responses")
-    p.add_argument("--lr", type=float, default=lr, help="constant after the warm-up")
-    p.add_argument("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
-    p.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
-    p.add_argument("--micro_batch_tokens", type=int, default=16384, help="tokens in one forward pass")
+    p.add_argument("--steps", type=flags.positive_int, default=steps, help="optimizer steps")
+    p.add_argument("--batch_size", type=flags.positive_int, default=batch_size, help="problems or responses")
+    p.add_argument("--lr", type=flags.positive, default=lr, help="constant after the warm-up")
+    p.add_argument(
+        "--warmup", type=flags.fraction, default=0.05, help="share of steps in which the rate rises"
+    )
+    p.add_argument("--max_grad_norm", type=flags.positive, default=1.0, help="of gradients, by clipping")
+    p.add_argument(
+        "--micro_batch_tokens", type=flags.positive_int, default=16384, help="tokens in one forward pass"
+    )
     dtypes = ["float32", "bfloat16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="of passes; weights are float32")
-    p.add_argument("--seed", type=int, default=42, help="of data order and sampling")
+    p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")
     p = parser.add_argument_group("evaluations in training, logs, checkpoints")
-    p.add_argument("--eval_data", help="problems to evaluate on; as --data")
-    p.add_argument("--eval_every", type=int, default=0, help="steps between evaluations; 0: none")
-    p.add_argument("--eval_n", type=int, default=4, help="responses for each evaluation problem")
-    p.add_argument("--eval_max_response_tokens", type=int, help="in evaluations (default: as in training)")
-    p.add_argument("--log_every", type=int, default=1, help="print every N-th step; metrics.jsonl has all")
-    p.add_argument("--save_every", type=int, default=0, help="steps between checkpoints; 0: only if stopped")
-    p.add_argument("--keep_checkpoints", type=int, default=0, help="keep the newest N (0: all)")
+    p.add_argument("--eval_data", type=flags.path, help="problems to evaluate on; as --data")
+    p.add_argument("--eval_every", type=flags.non_negative_int, default=0, help="steps between them; 0: none")
+    p.add_argument("--eval_n", type=flags.positive_int, default=4, help="responses for each problem")
+    p.add_argument("--eval_max_response_tokens", type=flags.positive_int, help="default: as in training")
+    p.add_argument("--log_every", type=flags.positive_int, default=1, help="print every N-th step")
+    p.add_argument(
+        "--save_every", type=flags.non_negative_int, default=0, help="steps between them; 0: only if stopped"
+    )
+    p.add_argument("--keep_checkpoints", type=flags.non_negative_int, default=0, help="the newest N (0: all)")
 
 
 def check_training_flags(parser, args):
     if bool(args.eval_data) != bool(args.eval_every or getattr(args, "curriculum", None)):
         parser.error("--eval_every and --eval_data go together")
-    names = "steps batch_size micro_batch_tokens log_every eval_n eval_max_response_tokens"
-    for name in names.split():
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1")
-    if args.keep_checkpoints < 0:
-        parser.error("--keep_checkpoints must be at least 0")
 
 
 def tflops(config, prompt, response, forwards=0, generations=0):

@@ -1,6 +1,8 @@
 """Shared by all tests: a tiny toy world, rollouts and scores that stages made, what a refusal looks like."""
 
+import argparse
 import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -25,6 +27,29 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+STAGES = ("rollout", "score_teacher", "train", "grpo", "evaluate")
+
+
+def stage_of(name):
+    return importlib.import_module(name)
+
+
+class Parsed(Exception):
+    pass
+
+
+def actions_of(stage):
+    """{flag: argparse action} of a stage's parser."""
+
+    def stop(parser, argv=None):
+        raise Parsed(parser)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed) as caught:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        stage_of(stage).get_args([])
+    return {action.dest: action for action in caught.value.args[0]._actions if action.dest != "help"}
 
 
 def run_line(stage, line):

@@ -83,9 +83,9 @@ ENTROPY = "--curriculum entropy --eval_data e "
 @pytest.mark.parametrize(
     "line, word",
     [
-        (ENTROPY + "--horizons 4,4 --entropy_floor 1 --gate_every 2", "--horizons 4,4"),
+        (ENTROPY + "--horizons 4,4 --entropy_floor 1 --gate_every 2", "not '4,4'"),
         (ENTROPY + "--horizons 8,4 --entropy_floor 1 --gate_every 2", "rise"),
-        (ENTROPY + "--horizons 0,4 --entropy_floor 1 --gate_every 2", "positive"),
+        (ENTROPY + "--horizons 0,4 --entropy_floor 1 --gate_every 2", "--horizons: must be"),
         (ENTROPY + "--horizons 2,4 --gate_every 2", "--entropy_floor"),
         ("--curriculum entropy --horizons 2,4 --entropy_floor 1 --gate_every 2", "--eval_data"),
         (ENTROPY + "--horizons 2,4 --entropy_floor 1 --gate_every 3 --refresh_every 2", "--gate_every"),

@@ -1,8 +1,6 @@
 """The repository as a whole: flags, imports, sizes, and commands that the README and the docstrings show."""
 
-import argparse
 import ast
-import importlib
 import pathlib
 import re
 import shlex
@@ -11,10 +9,9 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, STAGES, actions_of, stage_of
 
 ROOT = pathlib.Path(ROOT)
-STAGES = ["rollout", "score_teacher", "train", "grpo", "evaluate"]
 MODULES = sorted((ROOT / "distil").glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # test_readme parses their commands
 KERNEL = sorted((ROOT / "kernels").rglob("*.py"))
@@ -24,25 +21,6 @@ OWN_HELP = {"model", "teacher", "student", "rollouts", "dtype"}  # each stage sa
 
 def source(name):
     return (ROOT / f"{name}.py").read_text(encoding="utf-8")
-
-
-class Parsed(Exception):
-    pass
-
-
-def actions_of(stage):
-    """{flag: argparse action} of a stage's parser."""
-
-    def stop(parser, argv=None):
-        raise Parsed(parser)
-
-    real, argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_args, stop
-    try:
-        importlib.import_module(stage).get_args([])
-    except Parsed as caught:
-        return {action.dest: action for action in caught.args[0]._actions if action.dest != "help"}
-    finally:
-        argparse.ArgumentParser.parse_args = real
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -149,7 +127,7 @@ def commands(text):
 
 def parses(stage, words):
     try:
-        importlib.import_module(stage).get_args(words)
+        stage_of(stage).get_args(words)
     except SystemExit:
         pytest.fail(f"{stage}.py does not take: {' '.join(words)}")
 

@@ -39,7 +39,7 @@ from distil.artifacts import (
 )
 from distil.evaluation import EVAL_SAMPLING, PAPER_N, data_name, evaluate_problems, origin_of, summarise
 from distil.jsonl import GrowingFile, read_jsonl
-from distil.models import default_dtype, load_model
+from distil.models import check_head, default_dtype, load_model
 from distil.problems import add_problem_flags
 from distil.report import compare, figure, table
 from distil.sampling import add_sampling_flags, load_task, sampling_from
@@ -184,6 +184,7 @@ def main(args):
     directory = todo[0][1].directory
     origin = origin_of(directory, args.model)
     model = load_model(directory, "--model", args.dtype)
+    check_head(model, "--model")
     engine = model
     if args.engine == "vllm":
         engine = load_vllm(directory, args.dtype, args.tensor_parallel, args.gpu_memory_utilization)

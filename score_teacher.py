@@ -135,7 +135,7 @@ def check_models(args):
     )
     preflight.check_tokenizers(tokenizer, "--student", tokenizer_sha256(teacher_tokenizer), "--teacher")
     student = models.load_model(student_dir, "--student", args.dtype)
-    models.output_head(student, "--student")
+    models.check_head(student, "--student")
     teacher = live_teacher(teacher_dir, args.dtype, len(tokenizer))
     student_stops, teacher_stops = stop_ids(tokenizer, student_dir), stop_ids(teacher_tokenizer, teacher_dir)
     if template_sha256(tokenizer) != template_sha256(teacher_tokenizer):
@@ -180,10 +180,8 @@ def main(args):
     lengths = [len(row["response_ids"][:limit]) for row in read_rollouts(args.rollouts, size)]
     shards = split_into_shards(lengths, args.shard_tokens)
 
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    hidden_bytes = config.hidden_size * getattr(torch, args.dtype).itemsize
+    config = models.config_of(directory, "--teacher")
+    hidden_bytes = config.get_text_config().hidden_size * getattr(torch, args.dtype).itemsize
     token_bytes = bytes_per_token(args.signal, hidden_bytes, args.k)
     total = sum(lengths) * token_bytes
     if args.signal == "hidden":
@@ -194,7 +192,8 @@ def main(args):
     print(f"score_teacher: {about}")
     artifacts.check_space(args.out, total)
     model = models.load_model(directory, "--teacher", args.dtype)
-    head = models.output_head(model, "--teacher")[:size].detach()
+    models.check_head(model, "--teacher")
+    head = models.output_head(model)[:size].detach()
     artifacts.start_artifact(args)
     if args.signal == "hidden":
         save_file({"head": head.cpu().contiguous()}, os.path.join(args.out, "head.safetensors"))

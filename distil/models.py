@@ -1,6 +1,9 @@
 """Models: directories, loading, and the one forward pass over responses that every stage uses."""
 
+import contextlib
+import functools
 import json
+import math
 import os
 import re
 from typing import NamedTuple
@@ -78,12 +81,22 @@ def check_model_dir(directory, flag):
         if damaged:
             refuse(f"{flag} {directory}: {name} is not a JSON object")
     real = os.path.realpath(directory)
-    if os.path.isfile(
-        os.path.join(os.path.dirname(real), "meta.json")
-    ):  # RUN/final: its checksums are in RUN/meta.json
+    if os.path.isfile(os.path.join(os.path.dirname(real), "meta.json")):  # RUN/final: it has the checksums
         read_artifact(os.path.dirname(real), flag)
     if re.fullmatch(r"step_\d{6}", os.path.basename(real)):
         read_checkpoint(directory, flag)
+
+
+@contextlib.contextmanager
+def refusing(what):
+    """What transformers or vLLM raise about a model becomes one line."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    errors = OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError
+    try:
+        yield
+    except (*errors, StrictDataclassError, ImportError) as error:  # ImportError: a quantised model's library
+        refuse(f"{what}: {' '.join(str(error).split())}")
 
 
 def load_model(directory, flag, dtype, device=None):
@@ -92,55 +105,112 @@ def load_model(directory, flag, dtype, device=None):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    options = {
-        "dtype": dtype,
-        "use_safetensors": True,
-        "trust_remote_code": False,
-        "output_loading_info": True,
-    }
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(directory, **options)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
-        refuse(f"{flag} {directory}: the model cannot be loaded: {error}")
+    options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    with refusing(f"{flag} {directory}: the model cannot be loaded"):
+        model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if wrong:  # transformers would leave these random
         refuse(
             f"{flag} {directory}: {len(wrong)} weights are missing or of another shape, such as {wrong[0]}"
         )
-    return model.to(device or default_device()).eval()
+    model = model.to(device or default_device()).eval()
+    check_finite(model.named_parameters(), f"{flag} {directory}")
+    if device is None:  # a model to be sharded does not sample
+        check_generation(model, f"{flag} {directory}")
+    return model
 
 
-def context_of(directory):
-    """How many tokens a model's positions are made for."""
+def check_finite(weights, where):
+    """Refuse weights, pairs (name, tensor), if one holds a NaN or an infinity."""
+    bad = [name for name, weight in weights if not weight.float().isfinite().all()]
+    if bad:
+        refuse(f"{where}: weight {bad[0]} is not finite (first of {len(bad)})")
+
+
+@torch.no_grad()
+def check_generation(model, where):
+    """Refuse a model that generates, padded on the left and with a cache, by other logits than its own.
+
+    Tolerance: 1e-3 of the logits' norm or 32 eps (bfloat16 0.25), for rounding can choose other experts."""
+    from transformers import GenerationConfig
+
+    options = {"max_new_tokens": 3, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+    own_config, model.generation_config = model.generation_config, GenerationConfig(**options)
+    rows = torch.tensor([[0, 0, 0, 3, 2, 1], [1, 2, 3, 3, 2, 1]], device=model.device)
+    with refusing(f"{where}: transformers cannot sample from it"):
+        run = model.generate(input_ids=rows, attention_mask=rows.sign())
+        own = model(input_ids=run.sequences[:1, 3:-1], use_cache=False).logits[0, 2:]
+    model.generation_config = own_config
+    error = relative_difference(torch.stack(run.logits)[:, 0], own)
+    if not error <= max(1e-3, 32 * torch.finfo(model.dtype).eps):
+        refuse(f"{where}: transformers generates from it with other logits: they differ by {error:.2g}")
+
+
+def relative_difference(found, right):
+    """The norm of the difference of two tensors over that of the second."""
+    return ((found.float() - right.float()).norm() / right.float().norm().clamp(min=1e-30)).item()
+
+
+def config_of(directory, flag="the model"):
     from transformers import AutoConfig
 
     try:
-        return int(AutoConfig.from_pretrained(directory, trust_remote_code=False).max_position_embeddings)
-    except (
-        Exception
-    ) as error:  # transformers raises many kinds for a bad config, or for a model with code of its own
-        refuse(f"{directory}: its config.json cannot be used: {error}")
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a bad config, or one with code of its own
+        refuse(f"{flag} {directory}: its config.json cannot be used: {' '.join(str(error).split())}")
+
+
+@functools.cache  # the line is printed once
+def context_of(directory):
+    """How many tokens a model's positions are made for; math.inf where its config states no limit."""
+    config = config_of(directory).get_text_config()
+    for name in ("max_position_embeddings", "max_seq_len"):  # the second is MPT's
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    print(f"{directory}: its config.json states no context, so no length is too long", flush=True)
+    return math.inf
 
 
 def output_head(model, flag="the model"):
-    """The output projection's weight (V, H). Refused where the logits are more than hidden @ weight.T."""
+    """The output projection's weight (V, H). Refused where there is none, or one with a bias."""
     head = model.get_output_embeddings()
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(model.config, name, None) not in (None, 1.0):
-            refuse(
-                f"{flag}: its logits are changed by {name}, which the KL from hidden states does not support"
-            )
     if head is None or getattr(head, "bias", None) is not None:
         refuse(f"{flag}: the model has no plain output projection (none, or one with a bias)")
     return head.weight
+
+
+def logit_scale(config):
+    """What a family multiplies hidden @ head.T by; check_head() finds out whether that is all it does."""
+    scale, config = 1.0, config.get_text_config()
+    for name, power in {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}.items():
+        value = getattr(config, name, None)
+        scale *= value**power if isinstance(value, (int, float)) and value else 1
+    return scale
+
+
+@torch.no_grad()
+def check_head(model, flag):
+    """Refuse a model whose own logits, on 7 tokens, are not the hidden @ head.T of forward().
+
+    Compared as they are and, to reveal a cap, with hidden states 128 times as large. Tolerance: 1e-4 of the
+    logits' norm or, as models round their logits to their dtype, 4 eps (bfloat16 0.03, float16 0.004)."""
+    ids = [i % len(output_head(model, flag)) for i in range(8)]
+    for factor in (1, 128):
+        with refusing(f"{flag}: no last hidden states can be had from it"):
+            hook = model.get_decoder().register_forward_hook(functools.partial(enlarge, factor))
+            hidden, head = forward(model, [Response(ids[:1], ids[1:], False)], None)
+            own = model(input_ids=torch.tensor([ids[:-1]], device=model.device), use_cache=False).logits[0]
+            hook.remove()
+        error = relative_difference(logits_of(hidden, head), own)
+        if not error <= max(1e-4, 4 * torch.finfo(model.dtype).eps):
+            large = "" if factor == 1 else ", where those are large"
+            what = f"its logits are not its last hidden states times its output head{large}"
+            refuse(f"{flag}: {what}: they differ by {error:.2g}")
+
+
+def enlarge(factor, module, given, output):
+    output.last_hidden_state = factor * output.last_hidden_state
+    return output
 
 
 def autocast(dtype):
@@ -152,12 +222,15 @@ def autocast(dtype):
 def forward(model, responses, vocab_size, dtype=None):
     """What predicts the N response tokens of some Responses: hidden states (N, H) and the head (V, H).
 
-    The logits are hidden @ head.T. Rows of the head beyond vocab_size, the tokenizer's size, are left out.
+    The logits are hidden @ head.T; a constant that the family multiplies them by is in hidden. Rows of the
+    head beyond vocab_size, the tokenizer's size, are left out.
     dtype: of the computation, for models that are kept in float32; None: the model's own."""
     with autocast(dtype):
         hidden = response_hidden(
             model, [r.prompt_ids for r in responses], [r.response_ids for r in responses]
         )
+    if logit_scale(model.config) != 1:
+        hidden = hidden * logit_scale(model.config)
     if dtype:
         hidden = hidden.to(getattr(torch, dtype))  # autocast leaves it in float32
     head = output_head(model)[:vocab_size].to(hidden.dtype)

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import distribute_tensor
 
-from distil.models import load_model
+from distil.artifacts import refuse
+from distil.models import check_head, config_of, load_model
 
 
 def start():
@@ -94,12 +95,24 @@ def split_micro_batches(batches):
 
 
 def load_sharded(directory, flag, dtype, trained=False):
-    """models.load_model, sharded over the ranks by fully_shard if there are several."""
-    if world_size() == 1:
-        return load_model(directory, flag, dtype).requires_grad_(trained)
-    model = load_model(directory, flag, dtype, device="cpu").requires_grad_(trained)  # fully_shard moves it
-    for layer in model.get_decoder().layers:
-        fully_shard(layer)
+    """models.load_model, sharded over the ranks by fully_shard if there are several; its head checked."""
+    if trained and hasattr(config_of(directory, flag), "quantization_config"):
+        refuse(f"{flag} {directory}: is quantised, and only whole weights can be trained")
+    several = world_size() > 1
+    model = load_model(directory, flag, dtype, "cpu" if several else None)  # fully_shard moves it
+    model.requires_grad_(trained)
+    if several:
+        shard(model)
+    check_head(model, flag)
+    reshard(model)
+    return model
+
+
+def shard(model):
+    """fully_shard, layer by layer."""
+    for layers in model.get_decoder().children():
+        for layer in layers if isinstance(layers, torch.nn.ModuleList) else ():
+            fully_shard(layer)
     fully_shard(model)
     # Forward passes enter through get_decoder() (models.response_hidden), which gathers what belongs to no
     # layer: embeddings and output head. They stay gathered until reshard() or the end of the backward pass.
@@ -108,7 +121,6 @@ def load_sharded(directory, flag, dtype, trained=False):
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)  # a sum: token weights refer to the whole batch
-    return model
 
 
 def reshard(model):

@@ -159,7 +159,7 @@ def sample_hf(model, prompts, config, seeds):
         warpers.append(TopPLogitsWarper(config.top_p))
     device, own_config = model.device, model.generation_config
     steps, stops, pad = config.max_response_tokens, config.stop_ids, config.stop_ids[0]
-    padding = list(range(config.vocab_size, model.config.vocab_size)) or None
+    padding = list(range(config.vocab_size, model.config.get_text_config().vocab_size)) or None
     model.generation_config = GenerationConfig(  # else generate() mixes in its top-k, penalties, ...
         max_new_tokens=steps, eos_token_id=stops, pad_token_id=pad, suppress_tokens=padding
     )

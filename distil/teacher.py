@@ -39,7 +39,7 @@ class Teacher(NamedTuple):
 def live_teacher(name, dtype, vocab_size):
     """A model in memory, which scores responses when they are needed."""
     model = ranks.load_sharded(model_dir(name, "--teacher"), "--teacher", dtype)
-    rows = len(output_head(model, "--teacher"))
+    rows = len(output_head(model))
 
     @torch.no_grad()
     def signal(responses):

@@ -1,15 +1,18 @@
 """vLLM as a sampling engine: loading it, and running it step by step, so that nothing waits for ever."""
 
+import glob
+import math
 import os
 import sys
 import threading
 import time
 
 import torch
+from safetensors import safe_open
 
 from distil import ranks
 from distil.artifacts import refuse
-from distil.models import Response, context_of
+from distil.models import Response, check_finite, context_of, refusing
 
 STALLED_SECONDS = 600  # a step yields a token for each running response; one that takes longer never ends
 
@@ -27,24 +30,33 @@ def load_vllm(directory, dtype, tensor_parallel, gpu_memory_utilization):
         import vllm
     except ImportError as error:
         refuse(f"--engine vllm: vLLM cannot be imported ({error}); install it, or use --engine hf")
-    options = {}
+    check_finite(stored_weights(directory), f"--engine vllm: {directory}")
+    options, context = {}, context_of(directory)
     if on_cpu:  # the CPU build cannot seed a request whose prompt is read in two pieces
         options = {
             "enforce_eager": True,
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(4096, context_of(directory)),
+            "max_num_batched_tokens": 4096 if context == math.inf else max(4096, context),
         }
     if ranks.world_size() > 1:  # each rank has its own engine
         options["distributed_executor_backend"] = "external_launcher"
-    return vllm.LLM(
-        directory,
-        dtype=dtype,
-        max_model_len=context_of(directory),
-        generation_config="vllm",
-        tensor_parallel_size=tensor_parallel,
-        gpu_memory_utilization=gpu_memory_utilization,
-        **options,
-    )
+    with refusing(f"--engine vllm: {directory} cannot be loaded"):
+        return vllm.LLM(
+            directory,
+            dtype=dtype,
+            max_model_len=None if context == math.inf else context,
+            generation_config="vllm",
+            tensor_parallel_size=tensor_parallel,
+            gpu_memory_utilization=gpu_memory_utilization,
+            **options,
+        )
+
+
+def stored_weights(directory):
+    """(name, tensor) of every weight in a local directory."""
+    for path in sorted(glob.glob(os.path.join(glob.escape(directory), "model*.safetensors"))):
+        with safe_open(path, framework="pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in file.keys())
 
 
 def sample_vllm(llm, prompts, config, seeds):

@@ -120,16 +120,3 @@ def test_the_first_tokens_of_a_response():
     response = Response([1], [5, 6, 2], False)
     assert response.first(3) == response
     assert response.first(2) == Response([1], [5, 6], True)
-
-
-def test_heads_that_do_more_than_a_product_are_refused(model, refused):
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    tiny = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "head_dim": 8, "num_hidden_layers": 1}
-    tiny |= {"num_attention_heads": 1, "num_key_value_heads": 1}
-    gemma = Gemma2ForCausalLM(Gemma2Config(**tiny))
-    refused(lambda: output_head(gemma, "--teacher"), "--teacher", "final_logit_softcapping")
-    plain = make_model(make_tokenizer(), 32, 1, 1)
-    plain.lm_head = torch.nn.Linear(32, 29, bias=True)
-    refused(lambda: output_head(plain, "--student"), "--student", "bias")
-    assert output_head(model, "--student").shape == (29, 32)

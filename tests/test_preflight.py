@@ -84,7 +84,7 @@ def test_a_teacher_without_weights_is_refused(pair, refused):
 
 def test_broken_weights_are_refused(pair, refused):
     change_weights(pair[0], lambda tensor: tensor * float("nan"))
-    refused(lambda: preflight(*pair), "not sound")
+    refused(lambda: preflight(*pair), f"--teacher {pair[0]}: weight", "is not finite (first of 24)")
 
 
 def test_a_teacher_that_is_the_student_is_noticed(world, capsys):

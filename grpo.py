@@ -29,7 +29,7 @@ from collections import Counter
 
 import torch
 
-from distil import artifacts, flags, models, ranks, sampling, training
+from distil import artifacts, flags, flops, models, ranks, sampling, training
 from distil.evaluation import origin_of
 from distil.grading import grade
 from distil.models import forward, token_logps
@@ -244,14 +244,14 @@ def add_costs(args, run, reference, sampled, trained):
     """Add a step to the ledger: its samples, and the passes over what was trained on or just measured."""
     cost = 0.0
     for r in sampled:
-        cost += training.tflops(run.config, len(r.prompt_ids), len(r.response_ids), generations=1)
+        cost += flops.tflops(run.config, len(r.prompt_ids), len(r.response_ids), generations=1)
         run.spent["response_tokens"] += len(r.response_ids)
     for r in trained:
         size = len(r.prompt_ids), len(r.response_ids)
         passes = (3 if has_gradient(args, r) else 1) + (args.updates > 1)  # 1 more for old_logps
-        cost += training.tflops(run.config, *size, forwards=passes)
+        cost += flops.tflops(run.config, *size, forwards=passes)
         if reference is not None:
-            cost += training.tflops(reference.config.to_dict(), *size, forwards=1)
+            cost += flops.tflops(reference.config.to_dict(), *size, forwards=1)
     run.spent["tflops"] += cost
     run.spent["tflops_uncached"] += cost
 

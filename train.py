@@ -28,7 +28,7 @@ from collections import Counter
 
 import torch
 
-from distil import artifacts, diagnostics, flags, models, preflight, ranks, sampling, training
+from distil import artifacts, diagnostics, flags, flops, models, preflight, ranks, sampling, training
 from distil.models import forward, token_logps, top_tokens
 from distil.problems import add_problem_flags, load_problems
 from distil.prompts import encode_problems, load_tokenizer, stop_ids
@@ -285,9 +285,9 @@ def add_costs(args, run, teacher, batch):
     for r in batch:
         size = len(r.prompt_ids), len(r.response_ids)
         live = args.prefix == "student"
-        student_cost = training.tflops(run.config, *size, forwards=3, generations=int(live))
-        teacher_cost = training.tflops(teacher.config, *size, forwards=1) if teacher.config else 0
-        run.spent["tflops"] += student_cost + teacher_cost * live
+        student_cost = flops.tflops(run.config, *size, forwards=3, generations=int(live))
+        teacher_cost = flops.tflops(teacher.config, *size, forwards=1) if teacher.config else 0
+        run.spent["tflops"] += student_cost + (teacher_cost if live else 0)
         run.spent["tflops_uncached"] += student_cost + teacher_cost
         run.spent["response_tokens"] += len(r.response_ids)
 

@@ -218,7 +218,8 @@ def origin_of(directory, name):
             origin = json.load(file)
         prefix, kl = str(origin["cell"]["prefix"]), str(origin["cell"]["kl"])
         origin |= {"run": str(origin["run"]), "cell": origin["cell"] | {"prefix": prefix, "kl": kl}}
-        origin |= {"step": int(origin["step"]), "tflops": float(origin["tflops"])}
+        cost = origin["tflops"]  # null: unknown
+        origin |= {"step": int(origin["step"]), "tflops": None if cost is None else float(cost)}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         refuse(f"--model {name}: its checkpoint.json is damaged ({error!r})")
     return {key: value for key, value in origin.items() if key not in ("schema", "sha256", "files")}

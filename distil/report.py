@@ -5,6 +5,7 @@ import os
 
 from distil.artifacts import read_artifact, refuse
 from distil.evaluation import bootstrap_means, data_name, mean_of, percentile_interval, values_by_problem
+from distil.flops import text_of
 from distil.jsonl import read_jsonl
 
 
@@ -68,7 +69,7 @@ def table_row(r, ks, n):
     row["length"] = f"{r['length']:.1f}"
     row["truncated"] = f"{r['truncated']:.1%}"
     row["entropy"] = f"{r['entropy']:.3f}"
-    row["TFLOPs"] = f"{r['tflops']:.4g}" if r["tflops"] else "-"
+    row["TFLOPs"] = "-" if r["step"] is None else text_of(r["tflops"])
     return row
 
 
@@ -112,6 +113,8 @@ def figure(path, runs, x):
         if "evals.jsonl" not in meta["files"]:
             refuse(f"--runs {run}: was trained without --eval_every, so there is nothing to draw")
         rows = [row for _, row in read_jsonl(os.path.join(run, "evals.jsonl"))]
+        if any(row[x] is None for row in rows):
+            refuse(f"--x {x}: is unknown for --runs {run}; use --x step")
         color = {"forward": "tab:blue", "reverse": "tab:red"}.get(meta["cell"]["kl"], "tab:green")
         line = {"teacher": "--", "student": "-"}.get(meta["cell"]["prefix"], ":")
         style = {"color": color, "linestyle": line, "marker": "o", "markersize": 3}

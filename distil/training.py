@@ -12,6 +12,7 @@ A run directory grows as the run goes on:
 import functools
 import glob
 import json
+import math
 import os
 import shutil
 import time
@@ -22,8 +23,9 @@ from safetensors.torch import load_file, save_file
 
 from distil import artifacts, flags, ranks
 from distil.evaluation import EVAL_SAMPLING, evaluate
+from distil.flops import for_file, text_of
 from distil.jsonl import rewind_log
-from distil.models import autocast, batches_by_tokens, context_of, default_dtype, load_model, output_head
+from distil.models import autocast, batches_by_tokens, context_of, default_dtype, load_model
 from distil.problems import load_problems
 from distil.prompts import encode_problems, template_sha256, tokenizer_sha256
 from distil.sampling import derive_seed, sample, sampling_from, update_engine
@@ -63,19 +65,6 @@ def add_training_flags(parser, steps, batch_size, lr):
 def check_training_flags(parser, args):
     if bool(args.eval_data) != bool(args.eval_every or getattr(args, "curriculum", None)):
         parser.error("--eval_every and --eval_data go together")
-
-
-def tflops(config, prompt, response, forwards=0, generations=0):
-    """TFLOPs of a model on one sequence (arXiv 2605.16826, appendix H.1); a multiply-add counts as 2.
-
-    Per token N [2H (Q + 2 KV) + 2QH + 6HI] + 2HV, and 4QL a layer for attention, of which generation needs
-    half on average. Forward and backward are three forwards. config: a dict of the Hugging Face names."""
-    hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    q, kv, length = heads * head_dim, config["num_key_value_heads"] * head_dim, prompt + response
-    layer = 2 * hidden * (q + 2 * kv) + 2 * q * hidden + 6 * hidden * config["intermediate_size"]
-    dense, attention = layers * layer + 2 * hidden * config["vocab_size"], layers * 4 * q * length
-    return length * (forwards * (dense + attention) + generations * (dense + attention / 2)) / 1e12
 
 
 def clock():
@@ -178,11 +167,11 @@ class Run:
         checkpoint = ([None] + checkpoints(args.out))[-1] if args.resume else None
         state = artifacts.read_checkpoint(checkpoint, "--resume") if checkpoint else {"step": 0}
         self.first_step, self.curriculum = state["step"], state.get("curriculum")
-        self.spent = {name: state.get(name, 0) for name in ("tflops", "tflops_uncached", "response_tokens")}
+        costs = {name: state.get(name, 0) for name in ("tflops", "tflops_uncached", "response_tokens")}
+        self.spent = {name: math.nan if cost is None else cost for name, cost in costs.items()}
         flag = "the starting model"
         self.model = ranks.load_sharded(checkpoint or directory, flag, "float32", trained=True)
         self.model.generation_config.eos_token_id = stops  # checkpoints end responses as this run does
-        output_head(self.model, flag)
         self.config = self.model.config.to_dict()
         # arXiv 2605.16826 does not state its optimizer
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0)
@@ -241,7 +230,7 @@ class Run:
         if not args.eval_every or step % args.eval_every and not last:
             return
         results = self.measure(self.eval_limit)
-        self.append("evals.jsonl", {"step": step, **results, **self.spent})
+        self.append("evals.jsonl", {"step": step, **results, **for_file(self.spent)})
         n, accuracy, pass_rate = args.eval_n, results["avg"], results["pass"][str(args.eval_n)]
         quality = f"Avg@{n} {accuracy:.3f}, Pass@{n} {pass_rate:.3f}"
         rest = f"length {results['length']:.1f}, entropy {results['entropy']:.3f}"
@@ -252,7 +241,7 @@ class Run:
 
         If a signal has asked to stop, save and stop, once no sampled responses wait for their step."""
         args = self.args
-        self.append("metrics.jsonl", {"step": step, **row, **self.spent})
+        self.append("metrics.jsonl", {"step": step, **row, **for_file(self.spent)})
         if step % args.log_every == 0 or last:
             values = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
             phases = [f"{name[8:]} {value:.2f}" for name, value in row.items() if name.startswith("seconds_")]
@@ -289,7 +278,7 @@ class Run:
         names = sorted(os.listdir(path + ".tmp"))
         files = {name: artifacts.file_sha256(os.path.join(path + ".tmp", name)) for name in names}
         state = {"run": self.name, "cell": self.cell, "step": step, "curriculum": self.curriculum}
-        state |= {**self.spent, "files": files}
+        state |= {**for_file(self.spent), "files": files}
         artifacts.write_sealed(os.path.join(path + ".tmp", "checkpoint.json"), state)
         os.replace(path + ".tmp", path)
         if self.args.keep_checkpoints:
@@ -304,11 +293,12 @@ class Run:
             return
         files = [name for name in LOGS if os.path.getsize(os.path.join(args.out, name))]
         files += [os.path.join("final", name) for name in sorted(os.listdir(os.path.join(args.out, "final")))]
-        facts = {"cell": self.cell, "stop_ids": self.model.generation_config.eos_token_id, **self.spent}
+        facts = {"cell": self.cell, "stop_ids": self.model.generation_config.eos_token_id}
+        facts |= for_file(self.spent)
         facts["tokenizer_sha256"] = tokenizer_sha256(self.tokenizer)
         facts["template_sha256"] = template_sha256(self.tokenizer, args.prompt_suffix)
         artifacts.finish_artifact(args, stage, files, **facts)
-        spent = f"{self.spent['tflops']:.4g} TFLOPs, {self.spent['response_tokens']} response tokens"
+        spent = f"{text_of(self.spent['tflops'])} TFLOPs, {self.spent['response_tokens']} response tokens"
         self.say(f"{step} steps, {spent} -> {args.out}/final")
 
 

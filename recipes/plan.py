@@ -7,7 +7,7 @@ length of its responses where nothing truncates them. A command that several row
 whose --out is finished is skipped, an unfinished one is resumed. A command that is no stage of this project
 is only shown.
 
-GPU hours: floating point operations, by training.tflops from the command's own flags, divided by
+GPU hours: floating point operations, by flops.tflops from the command's own flags, divided by
 --tflops_per_second. Evaluations count as a generation and a forward pass. Loading, diagnostics and grading
 are not counted. Disk: 12 bytes a token of rollouts and samples; scores as score_teacher.py stores them;
 checkpoints in float32, those that training can resume from with the optimizer's two moments.
@@ -24,8 +24,8 @@ import sys
 from typing import NamedTuple
 
 from distil.artifacts import refuse
+from distil.flops import tflops
 from distil.problems import load_problems
-from distil.training import tflops
 from evaluate import evaluations_of
 
 # From the models' config.json, so that a plan needs no network: hidden, intermediate size, layers, heads,
@@ -44,7 +44,9 @@ NAMES = """hidden_size intermediate_size num_hidden_layers num_attention_heads n
 vocab_size tie_word_embeddings""".split()
 MODELS = {}
 for model, *sizes, tied in map(str.split, SIZES.strip().splitlines()):
-    MODELS[model] = dict(zip(NAMES, [*map(int, sizes), tied == "tied"], strict=True))
+    MODELS[model] = {"model_type": "llama"} | dict(
+        zip(NAMES, [*map(int, sizes), tied == "tied"], strict=True)
+    )
 PROBLEMS = {
     "deepscaler": 40315,
     "math500": 500,

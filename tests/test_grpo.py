@@ -14,9 +14,9 @@ import grpo
 from conftest import killed_in_call, read_rows, run_line, swap_ids, untimed
 from distil import training
 from distil.artifacts import read_artifact
+from distil.flops import tflops
 from distil.models import Response
 from distil.sampling import SamplingConfig, sample
-from distil.training import tflops
 from grpo import accumulate_gradients, add_old_logps, advantages_of, policy_loss, rewards_of, train_step
 from recipes.toy_world import make_model, make_tokenizer
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from distil.training import tflops
+from distil.flops import tflops
 from recipes import plan
 from test_repo import parses
 

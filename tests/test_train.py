@@ -17,10 +17,11 @@ import train
 from conftest import ROOT, killed_in_call, read_rows, replace_text, run_line, swap_ids, untimed
 from distil import artifacts, training
 from distil.artifacts import read_artifact
+from distil.flops import tflops
 from distil.models import Response, forward, load_model
 from distil.rollouts import read_rollouts, stored_responses
 from distil.teacher import Signal, Teacher, live_teacher, stored_teacher
-from distil.training import tflops, token_weights
+from distil.training import token_weights
 from recipes.toy_world import make_model, make_tokenizer
 from train import micro_batch_loss, objective
 

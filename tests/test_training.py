@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from distil.training import batch_indices, optimizer_step, tflops
+from distil.flops import tflops
+from distil.training import batch_indices, optimizer_step
 
 
 def test_batch_indices_are_permutations_and_a_function_of_the_step():
@@ -45,9 +46,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(ba
 
 
 def config_of(hidden, intermediate, layers, heads, kv_heads, vocab, **more):
-    config = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
-    config |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab}
-    return config | more
+    config = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": intermediate}
+    config |= {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return config | {"vocab_size": vocab} | more
 
 
 def test_tflops_are_those_the_paper_prints():

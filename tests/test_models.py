@@ -1,18 +1,34 @@
 """distil/models.py: batches, hidden states, log-probabilities, output heads, against float64."""
 
+import json
+import math
+
 import pytest
 import torch
+from transformers import AutoConfig
 
+import evaluate
+import grpo
+import rollout
+import score_teacher
+import train
+from conftest import run_line
 from distil import models
 from distil.models import (
     Response,
     batches_by_tokens,
+    check_finite,
+    check_head,
+    context_of,
     forward,
+    load_model,
     output_head,
     response_hidden,
     token_logps,
     top_tokens,
 )
+from distil.ranks import load_sharded
+from distil.vllm_engine import stored_weights
 from recipes.toy_world import make_model, make_tokenizer
 
 
@@ -120,3 +136,82 @@ def test_the_first_tokens_of_a_response():
     response = Response([1], [5, 6, 2], False)
     assert response.first(3) == response
     assert response.first(2) == Response([1], [5, 6], True)
+
+
+def copy_of(model, path, config=None, weights=None):
+    """A directory with the model: `config` changes its config.json, `weights` its weights, {name: value}."""
+    for name, value in (weights or {}).items():
+        with torch.no_grad():
+            model.get_parameter(name)[1] = value
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | (config or {})))
+    return str(path)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_by_every_stage(bad, world, rollouts, tmp_path, refused):
+    names = ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
+    model = copy_of(
+        make_model(make_tokenizer(), 32, 2, 1), tmp_path / "model", weights=dict.fromkeys(names, bad)
+    )
+    shared = f"--dtype float32 --out {tmp_path}/out"
+    sampled = f"--data {world}/train.jsonl --engine hf --max_response_tokens 4 {shared}"
+    lines = {
+        "--model": [(rollout, f"--model {model} {sampled}"), (evaluate, f"--model {model} {sampled}")],
+        "--teacher": [(score_teacher, f"--teacher {model} --rollouts {rollouts} {shared}")],
+        "the starting model": [(grpo, f"--model {model} {sampled}")],
+    }
+    student = f"--prefix teacher --vocab sampled --kl forward --rollouts {rollouts} --engine hf {shared}"
+    lines["the starting model"].append((train, f"--student {model} {student}"))
+    for flag, commands in lines.items():
+        for stage, line in commands:
+            message = f"error: {flag} {model}: weight {names[0]} is not finite (first of 2)\n"
+            assert refused(lambda: run_line(stage, line)).endswith(message)
+    assert not (tmp_path / "out").exists()
+    stored = stored_weights(model)  # what vLLM is going to load
+    refused(lambda: check_finite(stored, "--engine vllm"), "--engine vllm: weight model.layers.0.mlp.up_proj")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_quantised_models_are_refused_in_one_line(method, world, model, tmp_path, refused):
+    """None of their libraries is installed. One that could be loaded could still not be trained."""
+    settings = {"quant_method": method, "bits": 4, "group_size": 32, "load_in_4bit": True}
+    path = copy_of(model, tmp_path / "model", {"quantization_config": settings})
+    message = refused(lambda: load_model(path, "--model", "float32"), f"--model {path}: ", "cannot be loaded")
+    assert message.count("\n") == 1
+    train_it = lambda: load_sharded(path, "the starting model", "float32", trained=True)
+    refused(train_it, f"the starting model {path}: is quantised")
+
+
+def test_a_model_without_a_context_has_no_limit(tmp_path, capsys):
+    """Stated by no position embedding (state space, ALiBi) but by MPT, whose biases end there."""
+    for number, (kind, sizes, context) in enumerate(
+        [
+            ("mamba", {}, math.inf),
+            ("bloom", {}, math.inf),
+            ("mpt", {"max_seq_len": 48}, 48),
+            ("gpt2", {"n_positions": 40}, 40),
+            ("gemma3", {"text_config": {"max_position_embeddings": 72}}, 72),
+        ]
+    ):
+        AutoConfig.for_model(kind, **sizes).save_pretrained(tmp_path / str(number))
+        assert [context_of(str(tmp_path / str(number))) for _ in range(2)] == [context] * 2
+        assert capsys.readouterr().out.count("states no context") == (context == math.inf)
+
+
+def test_heads_that_are_no_plain_product_are_refused(model, refused):
+    """A bias; and a scale or shift that no config names, in float32 and, if larger, in half precision."""
+    check_head(model, "--student")
+    plain = make_model(make_tokenizer(), 32, 1, 1)
+    plain.lm_head = torch.nn.Linear(32, 29, bias=True)
+    refused(lambda: check_head(plain, "--student"), "--student", "bias")
+    for dtype, smallest in ((torch.float32, 2e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)):
+        for change in (lambda logits: logits * (1 + smallest), lambda logits: logits.tanh()):
+            changed = make_model(make_tokenizer(), 32, 1, 1).to(dtype)
+            check_head(changed, "--student")
+            changed.lm_head.register_forward_hook(lambda module, given, logits: change(logits))
+            refused(
+                lambda: check_head(changed, "--student"), "--student", "times its output head", "differ by"
+            )

@@ -12,7 +12,8 @@ import grpo
 import rollout
 import score_teacher
 import train
-from conftest import read_rows, run_line
+from conftest import killed_in_call, read_rows, run_line
+from distil import training
 from distil.flops import flops_per_token
 from distil.sampling import SamplingConfig, sample
 from recipes.toy_world import make_tokenizer
@@ -221,3 +222,41 @@ def test_flops_are_those_that_torch_counts(family):
     dense, attention = flops_per_token(json.dumps(model.config.to_dict(), default=str))
     for length in (8, 32):
         assert count(length) == pytest.approx(length * dense + length**2 * attention, rel=2e-3)
+
+
+def test_an_unknown_cost_is_called_so(data, tmp_path, capsys, refused):
+    """In files, where it is null, in what is printed, after --resume and in tables; figures refuse it."""
+    write(tmp_path / "student", "mamba", FAMILIES["mamba"])
+    write(tmp_path / "teacher", "llama", HEAD)
+    out = f"--engine hf --dtype float32 --max_response_tokens 4 --out {tmp_path}"
+    run_line(rollout, f"--model {tmp_path}/teacher --data {data} {out}/rollouts")
+    made = f"--rollouts {tmp_path}/rollouts --dtype float32 --out {tmp_path}"
+    run_line(score_teacher, f"--teacher {tmp_path}/teacher {made}/scores")
+    line = (
+        f"--prefix teacher --kl forward --rollouts {tmp_path}/rollouts --scores {tmp_path}/scores --steps 2"
+    )
+    line += f" --batch_size 2 --save_every 1 --eval_every 1 --eval_n 1 --eval_data {data} {out}"
+    with killed_in_call(2, training, "optimizer_step"):
+        run_line(train, f"{line}/run --student {tmp_path}/student")
+    capsys.readouterr()
+    run_line(train, f"{line}/run --student {tmp_path}/student --resume")
+    assert "run: 2 steps, unknown TFLOPs, " in capsys.readouterr().out
+    for row in [
+        *read_rows(tmp_path / "run/metrics.jsonl"),
+        json.loads((tmp_path / "run/meta.json").read_text()),
+    ]:
+        assert row["tflops"] is None and row["tflops_uncached"] is None and row["response_tokens"] > 0
+    run_line(evaluate, f"--model {tmp_path}/run/final --data {data} --n 1 {out}/eval")
+    capsys.readouterr()
+    run_line(evaluate, f"--table {tmp_path}/eval")
+    header, _, row = capsys.readouterr().out.splitlines()
+    assert row.split("|")[header.split("|").index(" TFLOPs  ")].strip() == "unknown"
+    draw = f"--figure {tmp_path}/a.png --runs {tmp_path}/run --x"
+    refused(lambda: run_line(evaluate, f"{draw} tflops"), f"--x tflops: is unknown for --runs {tmp_path}/run")
+    run_line(evaluate, f"{draw} step")
+    # of a stored teacher of unknown cost only the total without stored scores is unknown
+    known = f"{line}/known --student {tmp_path}/teacher --overwrite".replace("/scores ", "/other ")
+    run_line(score_teacher, f"--teacher {tmp_path}/student {made}/other")
+    run_line(train, known)
+    row = read_rows(tmp_path / "known/metrics.jsonl")[0]
+    assert row["tflops"] > 0 and row["tflops_uncached"] is None

@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import grpo
 import train
 from conftest import ROOT, run_line, untimed
 from distil import models, ranks, training
 from distil.prompts import load_tokenizer
-from recipes.toy_world import make_model
+from recipes.toy_world import make_model, make_tokenizer
 
 
 def free_port():
@@ -117,6 +118,38 @@ def test_two_ranks_end_as_one_process_does(world, prefix_flags, untied, tmp_path
             assert (one[name] - two[name]).abs().mean() < 2e-5
         moved = max((one[name] - start[name]).abs().max() for name in one)
         assert moved > 1e-3  # Adam moves by the learning rate
+
+
+@pytest.fixture
+def family(request, tmp_path):
+    """(name of a family, directory of a random model of it)."""
+    sizes = {"vocab_size": 29, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 48, "eos_token_id": 2, "pad_token_id": 0, "num_key_value_heads": 2}
+    sizes |= {"granite": {"logits_scaling": 0.1}, "gemma2": {"head_dim": 8}}.get(request.param, {})
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(request.param, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    return request.param, tmp_path / "model"
+
+
+@pytest.mark.parametrize("family", ["granite", "gpt2", "gemma2"], indirect=True)
+def test_models_are_checked_when_they_are_sharded(family, world, prefix_flags, tmp_path, capfd):
+    """Scaled logits, and layers that are not called layers: as in one process. Capped logits: refused."""
+    name, student = family
+    stage, flags = command_of("student reverse", world, prefix_flags, student)
+    if name == "gemma2":
+        with pytest.raises(Exception, match="exit code 2"):
+            on_ranks(run_line, stage, f"{flags} --out {tmp_path}/two")
+        assert (
+            "error: the starting model: its logits are not its last hidden states" in capfd.readouterr().err
+        )
+        return
+    run_line(stage, f"{flags} --out {tmp_path}/one")
+    on_ranks(run_line, stage, f"{flags} --out {tmp_path}/two")
+    one, two = (untimed(tmp_path / run / "metrics.jsonl") for run in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert flat(a) == pytest.approx(flat(b), rel=1e-2, abs=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 2])

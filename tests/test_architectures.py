@@ -191,6 +191,10 @@ def test_what_is_not_exact_is_refused_wherever_it_is_loaded(family, data, tmp_pa
         message = refused(lambda: run_line(stage, line), f"error: {flag.strip()}", words)
         assert message.count("\n") == 1
     assert not (tmp_path / "out").exists()
+    if words == "generates":
+        refused(lambda: run_line(rollout, f"--model {model} {sampled}"), f"error: --model {model}", words)
+    else:  # a rollout needs no head
+        run_line(rollout, f"--model {model} {sampled}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

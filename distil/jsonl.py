@@ -61,10 +61,11 @@ class GrowingFile:
 
 
 def rewind_log(path, step):
-    """Cut a .jsonl log behind its rows up to `step`: later ones are made again. A missing log is created."""
-    good = 0
-    with open(path, "a+b") as file:
-        file.seek(0)
+    """Cut a .jsonl log behind its rows up to `step`, and return them. A log without rows is removed."""
+    rows, good = [], 0
+    if not os.path.isfile(path):
+        return rows
+    with open(path, "r+b") as file:
         for number, line in enumerate(file, 1):
             try:
                 if not line.endswith(b"\n") or int(json.loads(line)["step"]) > step:
@@ -72,7 +73,21 @@ def rewind_log(path, step):
             except DAMAGE as error:
                 refuse(f"--resume: {path} line {number} is damaged ({error!r})")
             good += len(line)
+            rows.append(json.loads(line))
         file.truncate(good)
+    if not rows:
+        os.remove(path)
+    return rows
+
+
+def finite(facts, place):
+    """The facts, as they are. A number among them that is not finite ends the run: JSON has none."""
+    for name, value in facts.items():
+        found = []
+        json.loads(json.dumps(value), parse_constant=found.append)
+        if found:
+            refuse(f"{place}: {name} is {found[0]}, not a finite number; the run ends here", code=1)
+    return facts
 
 
 def read_jsonl(path):

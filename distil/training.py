@@ -40,13 +40,10 @@ def add_training_flags(parser, steps, batch_size, lr):
     p.add_argument("--steps", type=flags.positive_int, default=steps, help="optimizer steps")
     p.add_argument("--batch_size", type=flags.positive_int, default=batch_size, help="problems or responses")
     p.add_argument("--lr", type=flags.positive, default=lr, help="constant after the warm-up")
-    p.add_argument(
-        "--warmup", type=flags.fraction, default=0.05, help="share of steps in which the rate rises"
-    )
+    p.add_argument("--warmup", type=flags.fraction, default=0.05, help="share of steps in which lr rises")
     p.add_argument("--max_grad_norm", type=flags.positive, default=1.0, help="of gradients, by clipping")
-    p.add_argument(
-        "--micro_batch_tokens", type=flags.positive_int, default=16384, help="tokens in one forward pass"
-    )
+    tokens_help = "tokens in one forward pass"
+    p.add_argument("--micro_batch_tokens", type=flags.positive_int, default=16384, help=tokens_help)
     dtypes = ["float32", "bfloat16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="of passes; weights are float32")
     p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")
@@ -56,14 +53,12 @@ def add_training_flags(parser, steps, batch_size, lr):
     p.add_argument("--eval_n", type=flags.positive_int, default=4, help="responses for each problem")
     p.add_argument("--eval_max_response_tokens", type=flags.positive_int, help="default: as in training")
     p.add_argument("--log_every", type=flags.positive_int, default=1, help="print every N-th step")
-    p.add_argument(
-        "--save_every", type=flags.non_negative_int, default=0, help="steps between them; 0: only if stopped"
-    )
+    p.add_argument("--save_every", type=flags.non_negative_int, default=0, help="0: only when stopped")
     p.add_argument("--keep_checkpoints", type=flags.non_negative_int, default=0, help="the newest N (0: all)")
 
 
-def check_training_flags(parser, args):
-    if bool(args.eval_data) != bool(args.eval_every or getattr(args, "curriculum", None)):
+def check_training_flags(parser, args, curriculum=None):
+    if bool(args.eval_data) != bool(args.eval_every or curriculum):
         parser.error("--eval_every and --eval_data go together")
 
 
@@ -122,11 +117,16 @@ def accumulate_gradients(device, responses, weights, micro_batch_tokens, micro_b
     return ranks.sum_over_ranks(sums)
 
 
+def learning_rate(lr, warmup, steps, step):
+    """It rises during the warm-up, a share of all steps, and is `lr` from then on. step: from 0."""
+    return lr * min(1.0, (step + 1) / max(1, round(warmup * steps)))
+
+
 def optimizer_step(args, model, optimizer, step, ids):
     """Warm-up, clip, update. Returns the gradient norm before clipping and the learning rate.
 
     A gradient that is not finite ends the run; the ids of the step's problems go to failed_step.json."""
-    lr = args.lr * min(1.0, (step + 1) / max(1, round(args.warmup * args.steps)))
+    lr = learning_rate(args.lr, args.warmup, args.steps, step)
     for group in optimizer.param_groups:
         group["lr"] = lr
     ranks.reshard(model)
@@ -161,10 +161,11 @@ class Run:
             self.prompts = encode_problems(self.problems, *about, limit, "eval_max_response_tokens")
             self.sampling = sampling_from(args, tokenizer, stops, n=args.eval_n, top_k=0, **EVAL_SAMPLING)
         if args.tensor_parallel != 1:
-            artifacts.refuse(
-                "--tensor_parallel: in training vLLM shares the trainer's process and GPU; use 1"
-            )
-        checkpoint = ([None] + checkpoints(args.out))[-1] if args.resume else None
+            artifacts.refuse("--tensor_parallel: in training vLLM shares the trainer's GPU; use 1")
+        self.checkpoint = checkpoint = ([None] + checkpoints(args.out))[-1] if args.resume else None
+        if args.resume and not checkpoint and os.path.isfile(os.path.join(args.out, "meta.json")):
+            why = "is finished and has no checkpoint to go on from (--save_every)"
+            artifacts.refuse(f"--resume: the run in {args.out} {why}; begin another, in another --out")
         state = artifacts.read_checkpoint(checkpoint, "--resume") if checkpoint else {"step": 0}
         self.first_step, self.curriculum = state["step"], state.get("curriculum")
         costs = {name: state.get(name, 0) for name in ("tflops", "tflops_uncached", "response_tokens")}
@@ -178,12 +179,6 @@ class Run:
         if checkpoint:
             load_optimizer(os.path.join(checkpoint, "optimizer.safetensors"), self.model, self.optimizer)
         self.engine = self.load_engine(directory) if samples or args.eval_every else self.model
-        self.start(checkpoint)
-        self.say(f"{cell['name']}, engine {args.engine}, stop ids {stops}, ranks {ranks.world_size()}")
-        if args.resume:
-            self.say(f"resumed from {checkpoint or 'the start'}")
-        if not self.first_step:
-            self.evaluate(0)
 
     def say(self, text):
         print(f"{self.name}: {text}", flush=True)
@@ -197,18 +192,28 @@ class Run:
             return load_model(directory, "the starting model", "float32")
         return self.model
 
-    def start(self, checkpoint):
-        """Begin or go on with --out: what came after the checkpoint is removed, for it comes again."""
+    def start(self):
+        """Begin or go on with --out, in which nothing has been touched so far, and evaluate the start."""
+        args = self.args
         ranks.barrier()  # every rank has found --out as it should be
-        if ranks.rank():
-            return artifacts.defer_signals()
-        out = self.args.out
-        artifacts.start_artifact(self.args)
-        for name in os.listdir(out):
-            if name.endswith(".tmp") and name.startswith(("step_", "final")):  # a save that was killed
-                shutil.rmtree(os.path.join(out, name))
-        for name in LOGS:
-            rewind_log(os.path.join(out, name), self.first_step if checkpoint else -1)
+        if ranks.rank() == 0:
+            artifacts.start_artifact(args)
+            for name in os.listdir(args.out):
+                if name.endswith(".tmp") and name.startswith(("step_", "final")):  # a save that was killed
+                    shutil.rmtree(os.path.join(args.out, name))
+            last = self.first_step if self.checkpoint else -1  # what came after it comes again
+            rows = {name: rewind_log(os.path.join(args.out, name), last) for name in LOGS}["metrics.jsonl"]
+            rates = [learning_rate(args.lr, args.warmup, args.steps, int(row["step"]) - 1) for row in rows]
+            if rates != [row.get("lr") for row in rows]:
+                why = "with these --steps the warm-up of the steps done would have had other learning rates"
+                self.say(f"WARNING: {why}: this is not the uninterrupted run (with --warmup 0 it would be)")
+        artifacts.defer_signals()
+        stops = self.model.generation_config.eos_token_id
+        self.say(f"{self.cell['name']}, engine {args.engine}, stop ids {stops}, ranks {ranks.world_size()}")
+        if args.resume:
+            self.say(f"resumed from {self.checkpoint or 'the start'}")
+        if not self.first_step:
+            self.evaluate(0)
 
     def sample(self, prompts, sampling, seed):
         """Responses of the model as it is now, n for each prompt."""
@@ -236,10 +241,10 @@ class Run:
         rest = f"length {results['length']:.1f}, entropy {results['entropy']:.3f}"
         self.say(f"step {step} evaluation: {quality}, {rest}")
 
-    def end_step(self, step, row, shown, last):
+    def end_step(self, step, row, shown, last, can_stop=True):
         """Log a step's metrics, print those named in `shown`; evaluate and save when it is time.
 
-        If a signal has asked to stop, save and stop, once no sampled responses wait for their step."""
+        If a signal has asked to stop, save and stop. can_stop: whether no sampled responses would be lost."""
         args = self.args
         self.append("metrics.jsonl", {"step": step, **row, **for_file(self.spent)})
         if step % args.log_every == 0 or last:
@@ -248,8 +253,7 @@ class Run:
             speed = f"{row['seconds']:.2f} s ({', '.join(phases)}), {row['tokens_per_second']:.0f} tokens/s"
             self.say(f"step {step}/{args.steps}  {values}  {speed}")
         self.evaluate(step, last)
-        between_samples = step % getattr(args, "refresh_every", 1) == 0
-        signal = ranks.largest(artifacts.stop_requested() or 0) if between_samples else 0
+        signal = ranks.largest(artifacts.stop_requested() or 0) if can_stop else 0
         if not last and (signal or args.save_every and step % args.save_every == 0):
             self.save(f"step_{step:06d}", step)
         if not last and signal:
@@ -291,7 +295,7 @@ class Run:
         self.save("final", step)
         if ranks.rank():
             return
-        files = [name for name in LOGS if os.path.getsize(os.path.join(args.out, name))]
+        files = [name for name in LOGS if os.path.isfile(os.path.join(args.out, name))]
         files += [os.path.join("final", name) for name in sorted(os.listdir(os.path.join(args.out, "final")))]
         facts = {"cell": self.cell, "stop_ids": self.model.generation_config.eos_token_id}
         facts |= for_file(self.spent)

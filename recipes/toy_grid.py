@@ -314,7 +314,7 @@ def collect(name, seed, run, evaluation):
         "n": n,
         "maj": rounded(found["maj"][str(n)]),
         "curve": [point(row) for row in rows_of(f"{run}/evals.jsonl")],
-        "gates": rows_of(f"{run}/gates.jsonl"),
+        "gates": rows_of(f"{run}/gates.jsonl") if os.path.isfile(f"{run}/gates.jsonl") else [],
         "correct": sums(lambda rows: sum(row["correct"] for row in rows)),
         "cut": sums(lambda rows: sum(row["finish_reason"] == "length" for row in rows)),
         "tokens": sums(lambda rows: sum(row["tokens"] for row in rows)),

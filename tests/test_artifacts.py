@@ -286,12 +286,12 @@ def test_git_need_not_be_installed(monkeypatch):
 def test_a_log_is_rewound_to_a_step(tmp_path, refused):
     rows = [json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (1, 2, 2, 3)]
     file = tmp_path / "metrics.jsonl"
-    for step, kept in [(0, 0), (1, 1), (2, 3), (3, 4), (9, 4)]:
+    for step, kept in [(1, 1), (2, 3), (3, 4), (9, 4)]:
         file.write_text("".join(rows) + '{"step": 4, "lo')
-        rewind_log(str(file), step)
+        assert rewind_log(str(file), step) == [json.loads(row) for row in rows[:kept]]
         assert file.read_text() == "".join(rows[:kept])
-    rewind_log(str(tmp_path / "absent.jsonl"), 5)
-    assert (tmp_path / "absent.jsonl").read_text() == ""
+    assert rewind_log(str(file), 0) == rewind_log(str(tmp_path / "absent.jsonl"), 5) == []
+    assert not list(tmp_path.iterdir())  # no log is empty
     for bad in ('{"step": 2, "loss"\n', '{"loss": 1}\n', "7\n", '{"step": Infinity}\n', '{"step": "x"}\n'):
         file.write_text(rows[0] + bad + rows[3])
         refused(lambda: rewind_log(str(file), 9), f"{file} line 2", "damaged")

@@ -44,7 +44,8 @@ def start(world):
 def results(out):
     """All that a run leaves, without its times and its name."""
     files = artifacts.read_artifact(str(out), "-", "train", "grpo")["files"]
-    logs = {name: untimed(out / name) for name in training.LOGS}
+    logs = {name: untimed(out / name) for name in training.LOGS if (out / name).exists()}
+    assert all(logs.values())  # no log is empty
     varies = (".jsonl", "checkpoint.json")
     return logs, {name: digest for name, digest in files.items() if not name.endswith(varies)}
 

@@ -116,7 +116,17 @@ def score(model, responses, vocab_size, signal, k, micro_batch_tokens):
         pieces = {name: tensor.cpu().split(sizes) for name, tensor in tensors.items()}
         for place, i in enumerate(indices):
             scored[i] = {name: piece[place] for name, piece in pieces.items()}
+            refuse_not_finite(scored[i], responses[i].id)
     return scored
+
+
+def refuse_not_finite(tensors, name):
+    """Refuse the scores {name: (T, ...)} of a response if there is NaN or infinity in them."""
+    for kind, tensor in tensors.items():
+        bad = (~tensor.isfinite()).nonzero()
+        if len(bad):
+            place = f"token {bad[0, 0].item()} (from 0) of the response {name}"
+            artifacts.refuse(f"--teacher: `{kind}` at {place} is not finite; use another --dtype", code=1)
 
 
 def bytes_per_token(signal, hidden_bytes, k):
@@ -205,7 +215,8 @@ def main(args):
         for number, shard in enumerate(shards):
             responses = []
             for _, stored in zip(shard, rows):
-                responses.append(Response(stored["prompt_ids"], stored["response_ids"][:limit], False))
+                name = f"{stored['id']}, sample {stored['sample']}"
+                responses.append(Response(stored["prompt_ids"], stored["response_ids"][:limit], False, name))
             name = f"shard_{number:05d}.safetensors"
             path = os.path.join(args.out, name)
             if not os.path.isfile(path) or artifacts.file_sha256(path) != known.get(name):

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from distil import ranks
 from distil.artifacts import refuse
 from distil.grading import grade, verdict_on
+from distil.jsonl import finite
 from distil.models import autocast, batches_by_tokens, forward
 from distil.sampling import derive_seed, sample, sample_stream
 from streaming_kl import linear_streaming_kl
@@ -107,9 +108,8 @@ def evaluate(model, engine, tokenizer, problems, prompts, sampling, seed, ks, mi
     """Sample, grade and measure: (results, rows). `engine` samples; `model` gives the entropies."""
     rows_of = {}
     with autocast(dtype):  # for the sampling of an engine that is a float32 model
-        for finished in evaluate_problems(
-            model, engine, tokenizer, problems, prompts, sampling, seed, micro_batch_tokens, dtype
-        ):
+        asked = tokenizer, problems, prompts, sampling, seed, micro_batch_tokens, dtype
+        for finished in evaluate_problems(model, engine, *asked):
             rows_of |= finished
     rows = [row for place in range(len(problems)) for row in rows_of[place]]
     return summarise(rows, sampling.n, ks), rows
@@ -153,7 +153,7 @@ def grade_groups(model, tokenizer, problems, groups, micro_batch_tokens, dtype=N
     grades = ranks.gather(grade([row["response"] for row in own], [row["answer"] for row in own]))
     entropies = predictive_entropy(model, responses, len(tokenizer), micro_batch_tokens, dtype)
     for row, verdict, entropy in zip(rows, grades, entropies, strict=True):
-        row |= {**verdict._asdict(), "entropy": entropy}
+        row |= finite({**verdict._asdict(), "entropy": entropy}, f"{row['id']}, sample {row['sample']}")
     for group in rows_of.values():
         mark_equal_answers(group)
     return rows_of
@@ -216,10 +216,11 @@ def origin_of(directory, name):
     try:
         with open(path, encoding="utf-8") as file:
             origin = json.load(file)
-        prefix, kl = str(origin["cell"]["prefix"]), str(origin["cell"]["kl"])
-        origin |= {"run": str(origin["run"]), "cell": origin["cell"] | {"prefix": prefix, "kl": kl}}
+        cell = origin["cell"] | {key: str(origin["cell"][key]) for key in ("name", "prefix", "kl")}
+        origin |= {"run": str(origin["run"]), "cell": cell}
         cost = origin["tflops"]  # null: unknown
         origin |= {"step": int(origin["step"]), "tflops": None if cost is None else float(cost)}
+        json.dumps(origin, allow_nan=False)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         refuse(f"--model {name}: its checkpoint.json is damaged ({error!r})")
     return {key: value for key, value in origin.items() if key not in ("schema", "sha256", "files")}

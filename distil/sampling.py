@@ -1,5 +1,6 @@
 """How every stage samples, with transformers or vLLM, and how a live engine gets new weights."""
 
+import functools
 import hashlib
 from typing import NamedTuple
 
@@ -132,7 +133,9 @@ def sample_stream(engine, prompts, config, seed, places):
     vLLM finishes one prompt after the other, transformers all of them at the end."""
     requests = [prompt for prompt in prompts for _ in range(config.n)]
     seeds = [derive_seed(seed, place, index) for place in places for index in range(config.n)]
-    generate = sample_hf if isinstance(engine, torch.nn.Module) else sample_vllm
+    generate = sample_vllm
+    if isinstance(engine, torch.nn.Module):
+        generate = functools.partial(sample_hf, places=[place for place in places for _ in range(config.n)])
     pending = {i: {} for i in range(len(prompts))}  # {index of a prompt: {index among its n: Response}}
     for finished in generate(engine, requests, config, seeds) if requests else ():
         groups = {}
@@ -148,8 +151,10 @@ def sample_stream(engine, prompts, config, seed, places):
 
 
 @torch.no_grad()
-def sample_hf(model, prompts, config, seeds):
-    """[{index of a prompt: its Response}], one for each prompt and seed, with transformers' generate()."""
+def sample_hf(model, prompts, config, seeds, places):
+    """[{index of a prompt: its Response}], one for each prompt and seed, with transformers' generate().
+
+    places: of the prompts among all, for a refusal of logits that are not finite."""
     from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers = [TemperatureLogitsWarper(config.temperature)] if config.temperature else []
@@ -176,7 +181,7 @@ def sample_hf(model, prompts, config, seeds):
                 input_ids=torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=model.generation_config,
-                logits_processor=warpers + draw,
+                logits_processor=[*warpers, functools.partial(refuse_nan, [places[i] for i in batch]), *draw],
             )
             for i, row in zip(batch, output[:, width:].tolist(), strict=True):
                 length = next((t + 1 for t, token in enumerate(row) if token in stops), None)
@@ -184,6 +189,15 @@ def sample_hf(model, prompts, config, seeds):
     finally:
         model.generation_config = own_config
     return [responses]
+
+
+def refuse_nan(places, ids, logits):
+    """A logits processor: from NaN or infinity no token can be drawn. places: of the prompts of the rows."""
+    bad = (~logits.amax(-1).isfinite()).nonzero()  # -inf alone is a token that is masked
+    if len(bad):
+        text = f"the logits for prompt {places[bad[0].item()]} (from 0) are not finite"
+        refuse(f"--engine hf: {text}: the model's weights or its --dtype do not suffice", code=1)
+    return logits
 
 
 class Draw:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from distil import artifacts, flags, ranks
 from distil.evaluation import EVAL_SAMPLING, evaluate
 from distil.flops import for_file, text_of
-from distil.jsonl import rewind_log
+from distil.jsonl import finite, rewind_log
 from distil.models import autocast, batches_by_tokens, context_of, default_dtype, load_model
 from distil.problems import load_problems
 from distil.prompts import encode_problems, template_sha256, tokenizer_sha256
@@ -261,6 +261,7 @@ class Run:
 
     def append(self, name, row):
         """Add a row to a .jsonl log."""
+        finite(row, f"step {row['step']}, {name}")
         if ranks.rank() == 0:
             with open(os.path.join(self.args.out, name), "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -274,6 +275,10 @@ class Run:
         moments = on_rank_0(optimizer_state(self.model, self.optimizer)) if resumable else None
         if ranks.rank():
             return
+        for weight, tensor in weights.items():
+            if not tensor.isfinite().all():
+                why = f"{weight} is not finite after step {step}: too large a --lr?"
+                artifacts.refuse(f"{why} {name} is not written; earlier checkpoints stay", code=1)
         shutil.rmtree(path, ignore_errors=True)  # of a run killed while it finished
         self.model.save_pretrained(path + ".tmp", state_dict=weights)
         self.tokenizer.save_pretrained(path + ".tmp")

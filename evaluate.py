@@ -5,7 +5,7 @@
     python evaluate.py --model out/run/final --data math500 --n 3 --k 1 3 --out out/run/eval
     python evaluate.py --model out/run/final --benchmarks aime24 amc23 math500 gsm8k --out out/run/evals
     python evaluate.py --table out/a/eval out/b/evals           one Markdown table, a row per run and data set
-    python evaluate.py --compare out/a/eval out/b/eval          differences on the same problems
+    python evaluate.py --compare out/a out/b                    differences on the same problems
     python evaluate.py --figure out/cells.png --runs out/a out/b --x tflops     evaluations during training
 
 Avg@n    mean over problems of the share of correct responses among n
@@ -21,6 +21,7 @@ in the paper. docs/grading.md says what is correct, docs/metrics.md what the fil
 
 import argparse
 import functools
+import glob
 import json
 import os
 
@@ -41,7 +42,7 @@ from distil.evaluation import EVAL_SAMPLING, PAPER_N, data_name, evaluate_proble
 from distil.jsonl import GrowingFile, read_jsonl
 from distil.models import check_head, default_dtype, load_model
 from distil.problems import add_problem_flags
-from distil.report import compare, figure, table
+from distil.report import compare, figure, read_results, table
 from distil.sampling import add_sampling_flags, load_task, sampling_from
 from distil.vllm_engine import load_vllm
 
@@ -49,10 +50,10 @@ from distil.vllm_engine import load_vllm
 def get_args(argv=None):
     parser = flags.stage_parser(__doc__)
     p = parser.add_argument_group("what to show; without any of these, a model is evaluated")
-    table_help = "print one table of these directories that evaluate.py wrote"
-    p.add_argument("--table", type=flags.path, nargs="+", metavar="EVAL", help=table_help)
-    compare_help = "print how the second evaluation differs from the first"
-    p.add_argument("--compare", type=flags.path, nargs=2, metavar="EVAL", help=compare_help)
+    table_help = "print one table of these evaluations; a run's directory stands for all in it"
+    p.add_argument("--table", type=flags.path, nargs="+", metavar="DIR", help=table_help)
+    compare_help = "print how the second differs from the first: evaluations, or runs on the same data sets"
+    p.add_argument("--compare", type=flags.path, nargs=2, metavar="DIR", help=compare_help)
     p.add_argument("--figure", type=flags.path, metavar="PNG", help="draw evaluations of --runs in training")
     runs_help = "directories that train.py or grpo.py wrote with --eval_every"
     p.add_argument("--runs", type=flags.path, nargs="+", metavar="RUN", help=runs_help)
@@ -165,11 +166,34 @@ def print_results(name, results):
     print("  ".join(words), flush=True)
 
 
+def evaluations_in(path, flag):
+    """The evaluation at `path`; or those up to two levels below it: a run's, or what --benchmarks made."""
+    for depths in ([""], ["*", "*/*"]):
+        patterns = [os.path.join(glob.escape(path), depth, "samples.jsonl*") for depth in depths]
+        found = sorted({os.path.dirname(file) for pattern in patterns for file in glob.glob(pattern)})
+        if found:
+            return found
+    refuse(f"{flag} {path}: no evaluation here or up to two levels below; evaluate.py --out writes one")
+
+
+def pairs_of(paths):
+    """{data set: (first, second)} of the evaluations to compare; "" for the data set if there is one pair."""
+    sides = [evaluations_in(path, "--compare") for path in paths]
+    if len(sides[0]) == len(sides[1]) == 1:
+        return {"": (sides[0][0], sides[1][0])}
+    found = [{read_results(one, "--compare")["data"]: one for one in side} for side in sides]
+    if found[0].keys() != found[1].keys() or list(map(len, found)) != list(map(len, sides)):
+        listed = " and ".join(" ".join(side) for side in sides)
+        refuse(f"--compare: not one evaluation on each side for each data set: {listed}; name two of them")
+    return {data: (first, found[1][data]) for data, first in found[0].items()}
+
+
 def main(args):
     if args.table:
-        print(table(args.table))
+        print(table([one for path in args.table for one in evaluations_in(path, "--table")]))
     if args.compare:
-        print(compare(args.compare))
+        tables = [f"{data}\n\n{compare(pair)}" for data, pair in pairs_of(args.compare).items()]
+        print("\n\n".join(tables).strip())
     if args.figure:
         figure(args.figure, args.runs, args.x)
     if args.table or args.compare or args.figure:

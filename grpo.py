@@ -263,7 +263,7 @@ def main(args):
     config = task.sampling._replace(logprobs=True)
     reference = load_reference(args, task.tokenizer) if args.kl_weight else None
     cell = origin_of(task.directory, args.model)["cell"]  # it was distilled in, if any
-    cell = cell | {"name": cell.get("name", args.model) + ", then GRPO"}
+    cell = cell | {"name": f"{cell['name']}, then GRPO" if "name" in cell else "GRPO"}
     run = training.Run(args, task.directory, task.tokenizer, config.stop_ids, cell)
     run.start()
 

@@ -314,7 +314,7 @@ def main(args):
             teacher = stored_teacher(args.scores, args.rollouts, stored, args.vocab, args.k, args.topk_set)
     kl = f"mix {args.fkl_weight:g}" if args.kl == "mix" else args.kl
     kl += "" if args.vocab == "full" else f" ({args.vocab})"
-    cell = {"name": f"{args.prefix} prefix, {kl} KL", "prefix": args.prefix, "kl": kl}
+    cell = {"name": f"{args.prefix} {kl}", "prefix": args.prefix, "kl": kl}
     run = training.Run(args, student_dir, tokenizer, config.stop_ids, cell, samples=on_policy)
 
     if not run.first_step and teacher.config:

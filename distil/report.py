@@ -21,17 +21,11 @@ def read_samples(path):
     return [row for _, row in read_jsonl(os.path.join(path, "samples.jsonl"))]
 
 
-def evaluations_in(path):
-    """The path itself, or the evaluations that --benchmarks left in it."""
-    inner = sorted(entry.path for entry in os.scandir(path) if entry.is_dir()) if os.path.isdir(path) else []
-    return inner if inner and not os.path.isfile(os.path.join(path, "meta.json")) else [path]
-
-
 def table(paths):
     """Markdown table with a row for each evaluation, grouped by data set.
 
     TFLOPs are those of the run that made the checkpoint, without those of the model it started from."""
-    results = [read_results(inner, "--table") for path in paths for inner in evaluations_in(path)]
+    results = [read_results(path, "--table") for path in paths]
     check_comparable(results)
     data_sets = list(dict.fromkeys(r["data"] for r in results))
     results.sort(key=lambda r: data_sets.index(r["data"]))
@@ -60,7 +54,7 @@ def check_comparable(results):
 def table_row(r, ks, n):
     """{column: text} of an evaluation's results; ks: those of the whole table; n: as the header shows it."""
     low, high = r["avg_interval"]
-    row = {"run": r["run"], "prefix": r["cell"]["prefix"], "KL": r["cell"]["kl"]}
+    row = {"run": r["run"], "training": r["cell"].get("name", "-")}
     row |= {"data": data_name(r["data"]), "n": str(r["n"])}
     row[f"Avg@{n} [95%]"] = f"{r['avg']:.3f} [{low:.3f}, {high:.3f}]"
     for kind in ("pass", "maj"):
@@ -118,10 +112,9 @@ def figure(path, runs, x):
         color = {"forward": "tab:blue", "reverse": "tab:red"}.get(meta["cell"]["kl"], "tab:green")
         line = {"teacher": "--", "student": "-"}.get(meta["cell"]["prefix"], ":")
         style = {"color": color, "linestyle": line, "marker": "o", "markersize": 3}
+        style["label"] = meta["cell"]["name"]
         for axis, (key, title) in zip(axes, titles.items()):
-            axis.plot(
-                [row[x] for row in rows], [row[key] for row in rows], label=meta["cell"]["name"], **style
-            )
+            axis.plot([row[x] for row in rows], [row[key] for row in rows], **style)
             axis.set(xlabel={"step": "step", "tflops": "TFLOPs"}[x], title=title)
             axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)

@@ -33,8 +33,9 @@ def number(kind, allowed, words):
 
 positive_int = number(int, lambda n: 1 <= n <= LARGEST, f"an integer from 1 to {LARGEST}")
 non_negative_int = number(int, lambda n: 0 <= n <= LARGEST, f"an integer from 0 to {LARGEST}")
-positive = number(float, lambda x: x > 0, "a number above 0")
-non_negative = number(float, lambda x: x >= 0, "a number of at least 0")
+# float32 ends at 3e38, and AdamW's first step divides the learning rate by 0.1
+positive = number(float, lambda x: 0 < x <= 1e37, "a number above 0 and of at most 1e37")
+non_negative = number(float, lambda x: 0 <= x <= 1e37, "a number from 0 to 1e37")
 fraction = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 positive_fraction = number(float, lambda x: 0 < x <= 1, "a number above 0 and of at most 1")
 # vLLM would raise a smaller one to 0.01

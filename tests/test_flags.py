@@ -11,8 +11,8 @@ from distil import flags
 
 INTEGERS = {flags.positive_int: 1, flags.non_negative_int: 0}  # {type: smallest}
 NUMBERS = {  # {type: (values of its range, numbers outside of it)}
-    flags.positive: (("1e-9", "3", "1e30"), ("0", "-1")),
-    flags.non_negative: (("0", "0.5", "1e30"), ("-1e-9", "-1")),
+    flags.positive: (("1e-9", "3", "1e37"), ("0", "-1", "1.1e37")),
+    flags.non_negative: (("0", "0.5", "1e37"), ("-1e-9", "-1", "1.1e37")),
     flags.fraction: (("0", "0.5", "1"), ("-0.1", "1.1")),
     flags.positive_fraction: (("0.1", "1"), ("0", "-0.1", "1.5")),
     flags.temperature: (("0", "0.01", "2"), ("1e-3", "1e-320", "-1")),

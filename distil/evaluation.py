@@ -121,9 +121,8 @@ def evaluate_problems(
     """Yield {place of a problem: its n graded rows} as problems finish, without the places in `done`."""
     size = max(1, sampling.sample_batch // sampling.n) * ranks.world_size()  # the same when resuming
     hide = len(problems) <= size or ranks.rank() > 0
-    with tqdm(
-        desc="evaluate", total=len(problems), initial=len(done), unit="problem", leave=False, disable=hide
-    ) as bar:
+    look = {"desc": "evaluate", "unit": "problem", "leave": False, "disable": hide}
+    with tqdm(total=len(problems), initial=len(done), **look) as bar:
         for start in range(0, len(problems), size):
             todo = [place for place in range(start, min(start + size, len(problems))) if place not in done]
             if not todo:

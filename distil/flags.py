@@ -33,8 +33,7 @@ def number(kind, allowed, words):
 
 positive_int = number(int, lambda n: 1 <= n <= LARGEST, f"an integer from 1 to {LARGEST}")
 non_negative_int = number(int, lambda n: 0 <= n <= LARGEST, f"an integer from 0 to {LARGEST}")
-# float32 ends at 3e38, and AdamW's first step divides the learning rate by 0.1
-positive = number(float, lambda x: 0 < x <= 1e37, "a number above 0 and of at most 1e37")
+positive = number(float, lambda x: 0 < x <= 1e37, "a number above 0 and of at most 1e37")  # float32
 non_negative = number(float, lambda x: 0 <= x <= 1e37, "a number from 0 to 1e37")
 fraction = number(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
 positive_fraction = number(float, lambda x: 0 < x <= 1, "a number above 0 and of at most 1")

@@ -133,9 +133,8 @@ def sample_stream(engine, prompts, config, seed, places):
     vLLM finishes one prompt after the other, transformers all of them at the end."""
     requests = [prompt for prompt in prompts for _ in range(config.n)]
     seeds = [derive_seed(seed, place, index) for place in places for index in range(config.n)]
-    generate = sample_vllm
-    if isinstance(engine, torch.nn.Module):
-        generate = functools.partial(sample_hf, places=[place for place in places for _ in range(config.n)])
+    sample_own = functools.partial(sample_hf, [place for place in places for _ in range(config.n)])
+    generate = sample_own if isinstance(engine, torch.nn.Module) else sample_vllm
     pending = {i: {} for i in range(len(prompts))}  # {index of a prompt: {index among its n: Response}}
     for finished in generate(engine, requests, config, seeds) if requests else ():
         groups = {}
@@ -151,10 +150,8 @@ def sample_stream(engine, prompts, config, seed, places):
 
 
 @torch.no_grad()
-def sample_hf(model, prompts, config, seeds, places):
-    """[{index of a prompt: its Response}], one for each prompt and seed, with transformers' generate().
-
-    places: of the prompts among all, for a refusal of logits that are not finite."""
+def sample_hf(places, model, prompts, config, seeds):
+    """[{index of a prompt: its Response}], one for each prompt, its place and seed, with transformers."""
     from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers = [TemperatureLogitsWarper(config.temperature)] if config.temperature else []

@@ -136,11 +136,8 @@ def optimizer_step(args, model, optimizer, step, ids):
         if ranks.rank() == 0:
             failed = {"step": step + 1, "grad_norm": str(norm), "ids": ids}
             artifacts.write_json(os.path.join(args.out, "failed_step.json"), failed)
-        artifacts.refuse(
-            f"step {step + 1}: the gradient is {norm}; the run ends here. {args.out} keeps its checkpoints "
-            "and failed_step.json, the ids of the step's problems",
-            code=1,
-        )
+        kept = f"{args.out} keeps its checkpoints and failed_step.json, the ids of the step's problems"
+        artifacts.refuse(f"step {step + 1}: the gradient is {norm}; the run ends here. {kept}", code=1)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, lr
@@ -164,8 +161,7 @@ class Run:
             artifacts.refuse("--tensor_parallel: in training vLLM shares the trainer's GPU; use 1")
         self.checkpoint = checkpoint = ([None] + checkpoints(args.out))[-1] if args.resume else None
         if args.resume and not checkpoint and os.path.isfile(os.path.join(args.out, "meta.json")):
-            why = "is finished and has no checkpoint to go on from (--save_every)"
-            artifacts.refuse(f"--resume: the run in {args.out} {why}; begin another, in another --out")
+            artifacts.refuse(f"--resume: {args.out} is finished and has no checkpoint (see --save_every)")
         state = artifacts.read_checkpoint(checkpoint, "--resume") if checkpoint else {"step": 0}
         self.first_step, self.curriculum = state["step"], state.get("curriculum")
         costs = {name: state.get(name, 0) for name in ("tflops", "tflops_uncached", "response_tokens")}
@@ -205,8 +201,7 @@ class Run:
             rows = {name: rewind_log(os.path.join(args.out, name), last) for name in LOGS}["metrics.jsonl"]
             rates = [learning_rate(args.lr, args.warmup, args.steps, int(row["step"]) - 1) for row in rows]
             if rates != [row.get("lr") for row in rows]:
-                why = "with these --steps the warm-up of the steps done would have had other learning rates"
-                self.say(f"WARNING: {why}: this is not the uninterrupted run (with --warmup 0 it would be)")
+                self.say("WARNING: an uninterrupted run would have had another warm-up (--warmup 0: none)")
         artifacts.defer_signals()
         stops = self.model.generation_config.eos_token_id
         self.say(f"{self.cell['name']}, engine {args.engine}, stop ids {stops}, ranks {ranks.world_size()}")
@@ -277,8 +272,8 @@ class Run:
             return
         for weight, tensor in weights.items():
             if not tensor.isfinite().all():
-                why = f"{weight} is not finite after step {step}: too large a --lr?"
-                artifacts.refuse(f"{why} {name} is not written; earlier checkpoints stay", code=1)
+                what = f"step {step}: {weight} is not finite (too large a --lr?)"
+                artifacts.refuse(f"{what}; {name} is not written, earlier checkpoints stay", code=1)
         shutil.rmtree(path, ignore_errors=True)  # of a run killed while it finished
         self.model.save_pretrained(path + ".tmp", state_dict=weights)
         self.tokenizer.save_pretrained(path + ".tmp")

@@ -38,7 +38,7 @@ from distil.artifacts import (
     stop_requested,
     write_json,
 )
-from distil.evaluation import EVAL_SAMPLING, PAPER_N, data_name, evaluate_problems, origin_of, summarise
+from distil.evaluation import EVAL_SAMPLING, PAPER_N, data_names, evaluate_problems, origin_of, summarise
 from distil.jsonl import GrowingFile, read_jsonl
 from distil.models import check_head, default_dtype, load_model
 from distil.problems import add_problem_flags
@@ -86,9 +86,9 @@ def check_evaluation_flags(p, args):
         p.error(f"give {inputs}; or --table; or --compare; or --figure and --runs")
     if args.data and args.benchmarks:
         p.error("--data and --benchmarks: give one of them")
-    names = [data_name(data) for data in args.benchmarks or []]
-    if len(set(names)) < len(names):
-        p.error(f"--benchmarks {' '.join(args.benchmarks)}: two of them would have the same name")
+    benchmarks = args.benchmarks or []
+    if len({*data_names(benchmarks).values()}) < len(benchmarks):
+        p.error(f"--benchmarks {' '.join(benchmarks)}: one of them is given twice")
     for one in evaluations_of(args):
         if max(one.k) > one.n:
             ks = " ".join(map(str, one.k))
@@ -97,9 +97,9 @@ def check_evaluation_flags(p, args):
 
 def evaluations_of(args):
     """The flags of each single evaluation, --data or one of --benchmarks, with its own data, n, k and out."""
-    for data in args.benchmarks or [args.data]:
-        n = PAPER_N.get(data_name(data), 4) if args.n is None else args.n
-        out = os.path.join(args.out, data_name(data)) if args.benchmarks else args.out
+    for data, name in data_names(args.benchmarks or [args.data]).items():
+        n = PAPER_N.get(data_names([data])[data], 4) if args.n is None else args.n
+        out = os.path.join(args.out, name) if args.benchmarks else args.out
         yield argparse.Namespace(**vars(args) | {"data": data, "n": n, "k": args.k or [n], "out": out})
 
 
@@ -128,7 +128,7 @@ def evaluate_data_set(args, model, engine, task, origin):
     write_json(os.path.join(args.out, "results.json"), written)
     model_path = os.path.realpath(task.directory)
     finish_artifact(args, "evaluate", ["results.json", "samples.jsonl"], model=model_path, stop_ids=stops)
-    print_results(data_name(args.data), results)
+    print_results(args.data, results)
 
 
 def sample_and_grade(args, model, engine, task, path):

@@ -22,9 +22,16 @@ PAPER_N = {"aime24": 5, "amc23": 5, "math500": 3, "gsm8k": 3}  # responses to ea
 DRAWS = 1000  # bootstrap samples
 
 
-def data_name(data):
-    """The short name of an alias, a hub id or a file: "math500" of data/math500.jsonl."""
-    return os.path.splitext(os.path.basename(data.split(":")[0]))[0]
+def data_names(data):
+    """{data set: its short name, longer if others share it}: a-test and b-test of a/test.csv, b/test.csv."""
+    choices = {}  # {data set: its names, from short to long}
+    for one in data:
+        parts = os.path.splitext(one)[0].replace(":", "-").split("/")
+        names = ["-".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+        short = os.path.splitext(os.path.basename(one.split(":")[0]))[0]
+        choices[one] = [short, *names, one.replace("/", "-")]
+    uses = Counter(name for names in choices.values() for name in set(names))
+    return {one: next((n for n in names if uses[n] == 1), names[-1]) for one, names in choices.items()}
 
 
 def pass_at_k(n, correct, k):

@@ -4,7 +4,7 @@ import json
 import os
 
 from distil.artifacts import read_artifact, refuse
-from distil.evaluation import bootstrap_means, data_name, mean_of, percentile_interval, values_by_problem
+from distil.evaluation import bootstrap_means, data_names, mean_of, percentile_interval, values_by_problem
 from distil.flops import text_of
 from distil.jsonl import read_jsonl
 
@@ -27,14 +27,14 @@ def table(paths):
     TFLOPs are those of the run that made the checkpoint, without those of the model it started from."""
     results = [read_results(path, "--table") for path in paths]
     check_comparable(results)
-    data_sets = list(dict.fromkeys(r["data"] for r in results))
-    results.sort(key=lambda r: data_sets.index(r["data"]))
+    names = data_names(r["data"] for r in results)
+    results.sort(key=lambda r: list(names).index(r["data"]))
     ks = sorted({k for r in results for k in r["pass"]}, key=int)
     same_n = len({r["n"] for r in results}) == 1
     left_out = {"Maj@1"}  # Avg@n again
-    left_out |= {"data"} if len(data_sets) == 1 else set()
+    left_out |= {"data"} if len(names) == 1 else set()
     left_out |= {"n"} if same_n else set()
-    rows = [table_row(r, ks, str(r["n"]) if same_n else "n") for r in results]
+    rows = [table_row(r, names[r["data"]], ks, str(r["n"]) if same_n else "n") for r in results]
     header = [name for name in rows[0] if name not in left_out]
     return markdown([header, ["---"] * len(header), *([row[name] for name in header] for row in rows)])
 
@@ -51,11 +51,11 @@ def check_comparable(results):
                 refuse(f"--table: the evaluations on {r['data']} {why}")
 
 
-def table_row(r, ks, n):
-    """{column: text} of an evaluation's results; ks: those of the whole table; n: as the header shows it."""
+def table_row(r, data, ks, n):
+    """{column: text} of an evaluation's results; ks: those of the whole table; data, n: as shown."""
     low, high = r["avg_interval"]
     row = {"run": r["run"], "training": r["cell"].get("name", "-")}
-    row |= {"data": data_name(r["data"]), "n": str(r["n"])}
+    row |= {"data": data, "n": str(r["n"])}
     row[f"Avg@{n} [95%]"] = f"{r['avg']:.3f} [{low:.3f}, {high:.3f}]"
     for kind in ("pass", "maj"):
         for k in ks:

@@ -459,6 +459,41 @@ def test_benchmarks_have_the_papers_n():
         (4, [4], "o/other"),
     ]
     assert settings("--data aime24 --n 8 --k 1 8") == [(8, [1, 8], "o")]
+    assert settings("--benchmarks a/gsm8k.csv b/gsm8k.csv") == [(3, [3], "o/a-gsm8k"), (3, [3], "o/b-gsm8k")]
+
+
+@pytest.mark.parametrize(
+    "data, names",
+    [
+        ("math500 data/gsm8k.csv me/mine:hard:dev", "math500 gsm8k mine"),
+        ("a/test.jsonl b/test.csv c.json", "a-test b-test c"),
+        ("x/a/test.csv y/a/test.csv /z/test.csv", "x-a-test y-a-test z-test"),
+        ("test.csv a/test.csv", "test.csv a-test"),
+        ("test.csv test.json", "test.csv test.json"),
+        ("a/test.csv a/test.json", "a-test.csv a-test.json"),
+        ("gsm8k openai/gsm8k:main:train", "gsm8k gsm8k-main-train"),
+        ("me/mine:easy me/mine:hard you/mine:hard", "mine-easy me-mine-hard you-mine-hard"),
+        ("x/a/b.csv a-b.csv y/b.csv", "x-a-b a-b.csv y-b"),
+    ],
+)
+def test_names_of_data_sets_differ(data, names):
+    """With as few of their directories, or of a hub id's other words, as it takes."""
+    found = evaluation.data_names(data.split())
+    assert list(found) == data.split() and list(found.values()) == names.split()
+    assert evaluation.data_names(reversed(data.split())) == found
+
+
+def test_benchmarks_of_one_name_get_directories_and_rows_of_their_own(world, tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        shutil.copy(world / "test.jsonl", tmp_path / name)
+    data = [tmp_path / name / "test.jsonl" for name in "ab"]
+    words = ["--model", world / "student_init", "--n", 1, "--limit", 1, *SMALL]
+    call(*words, "--benchmarks", *data, "--out", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["a-test", "b-test"]
+    capsys.readouterr()
+    call("--table", tmp_path / "out")
+    assert [row[3] for row in cells_of(capsys.readouterr().out)] == ["data", "a-test", "b-test"]
 
 
 def test_compare_pairs_the_problems(tmp_path, monkeypatch, capsys):
@@ -517,7 +552,7 @@ def test_a_run_without_evaluations_cannot_be_drawn(world, rollouts, tmp_path, re
         ("--figure f.png", "--runs"),
         ("", "--model"),
         ("--model m --data d --benchmarks e --out o", "--benchmarks"),
-        ("--model m --benchmarks a/d.jsonl b/d.jsonl --out o", "--benchmarks"),
+        ("--model m --benchmarks a/d.jsonl b/d.jsonl a/d.jsonl --out o", "--benchmarks"),
         ("--model m --benchmarks aime24 gsm8k --k 5 --out o", "gsm8k"),
     ],
 )

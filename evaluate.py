@@ -41,7 +41,7 @@ from distil.artifacts import (
 from distil.evaluation import EVAL_SAMPLING, PAPER_N, data_names, evaluate_problems, origin_of, summarise
 from distil.jsonl import GrowingFile, read_jsonl
 from distil.models import check_head, default_dtype, load_model
-from distil.problems import add_problem_flags
+from distil.problems import add_problem_flags, columns_of
 from distil.report import compare, figure, read_results, table
 from distil.sampling import add_sampling_flags, load_task, sampling_from
 from distil.vllm_engine import load_vllm
@@ -107,7 +107,9 @@ def prepare(args):
     """The Task of one evaluation. Refuses bad flags and input; writes nothing."""
     check_out(args)
     make_sampling = functools.partial(sampling_from, args)
-    return load_task(args.model, args.data, args.limit, args.prompt_suffix, make_sampling)
+    columns = columns_of(args, *(args.benchmarks or []))
+    about = args.limit, args.prompt_suffix, make_sampling, columns, args.max_prompt_tokens
+    return load_task(args.model, args.data, *about)
 
 
 def evaluate_data_set(args, model, engine, task, origin):
@@ -123,7 +125,7 @@ def evaluate_data_set(args, model, engine, task, origin):
     rows = sample_and_grade(args, model, engine, task, path + ".tmp")
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    results = summarise(rows, args.n, args.k)
+    results = summarise(rows, args.n, args.k) | {"dropped_problems": task.dropped}
     written = results | {"model": args.model, "data": args.data, **origin}
     write_json(os.path.join(args.out, "results.json"), written)
     model_path = os.path.realpath(task.directory)

@@ -34,7 +34,7 @@ from distil.evaluation import origin_of
 from distil.grading import grade
 from distil.models import forward, token_logps
 from distil.preflight import check_tokenizers
-from distil.problems import add_problem_flags
+from distil.problems import add_problem_flags, columns_of
 from distil.prompts import load_tokenizer, tokenizer_sha256
 from streaming_kl import linear_streaming_kl
 
@@ -259,12 +259,14 @@ def add_costs(args, run, reference, sampled, trained):
 def main(args):
     artifacts.check_out(args)
     sampling_of = functools.partial(sampling.sampling_from, args)
-    task = sampling.load_task(args.model, args.data, args.limit, args.prompt_suffix, sampling_of)
+    about = args.limit, args.prompt_suffix, sampling_of, columns_of(args, args.eval_data)
+    task = sampling.load_task(args.model, args.data, *about, args.max_prompt_tokens)
     config = task.sampling._replace(logprobs=True)
     reference = load_reference(args, task.tokenizer) if args.kl_weight else None
     cell = origin_of(task.directory, args.model)["cell"]  # it was distilled in, if any
     cell = cell | {"name": f"{cell['name']}, then GRPO" if "name" in cell else "GRPO"}
     run = training.Run(args, task.directory, task.tokenizer, config.stop_ids, cell)
+    run.dropped["data"] = task.dropped
     run.start()
 
     for step in range(run.first_step, args.steps):

@@ -22,7 +22,7 @@ from distil import flags
 from distil.artifacts import add_output_flags, check_out, run_stage, start_artifact, stop, stop_requested
 from distil.jsonl import GrowingFile
 from distil.models import default_dtype, load_model
-from distil.problems import add_problem_flags
+from distil.problems import add_problem_flags, columns_of
 from distil.rollouts import finish_rollouts, write_rollouts
 from distil.sampling import add_sampling_flags, derive_seed, load_task, sample, sampling_from
 from distil.vllm_engine import load_vllm
@@ -130,7 +130,8 @@ def sample_with_retries(engine, tokenizer, prompts, config, seed, drop, attempts
 def main(args):
     check_out(args)
     make_sampling = functools.partial(sampling_from, args)
-    task = load_task(args.model, args.data, args.limit, args.prompt_suffix, make_sampling)
+    about = args.limit, args.prompt_suffix, make_sampling, columns_of(args), args.max_prompt_tokens
+    task = load_task(args.model, args.data, *about)
     problems, stop_ids = task.problems, task.sampling.stop_ids
     if args.engine == "vllm":
         engine = load_vllm(task.directory, args.dtype, args.tensor_parallel, args.gpu_memory_utilization)
@@ -166,7 +167,8 @@ def main(args):
             file.mark(problems=end, faults=fault_counts)
             bar.update(end - start)
     model = os.path.realpath(task.directory)
-    finish_rollouts(args, task.tokenizer, fault_counts, model=model, stop_ids=stop_ids)
+    facts = {"model": model, "stop_ids": stop_ids, "dropped_problems": {"data": task.dropped}}
+    finish_rollouts(args, task.tokenizer, fault_counts, **facts)
 
 
 if __name__ == "__main__":

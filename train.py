@@ -30,7 +30,7 @@ import torch
 
 from distil import artifacts, diagnostics, flags, flops, models, preflight, ranks, sampling, training
 from distil.models import forward, token_logps, top_tokens
-from distil.problems import add_problem_flags, load_problems
+from distil.problems import add_problem_flags, columns_of, load_problems
 from distil.prompts import encode_problems, load_tokenizer, stop_ids
 from distil.rollouts import stored_responses
 from distil.teacher import Teacher, live_teacher, stored_teacher
@@ -294,7 +294,7 @@ def add_costs(args, run, teacher, batch):
 
 def main(args):
     artifacts.check_out(args)
-    on_policy = args.prefix == "student"
+    on_policy, columns = args.prefix == "student", columns_of(args, args.eval_data)
     student_dir = models.model_dir(args.student, "--student")
     tokenizer, context = load_tokenizer(student_dir, "--student"), models.context_of(student_dir)
     student_stops = stop_ids(tokenizer, student_dir)
@@ -303,9 +303,9 @@ def main(args):
     stops = {"student": student_stops, "teacher": teacher_stops, "both": both}[args.stop_ids]
     config = sampling.sampling_from(args, tokenizer, stops)
     if on_policy:
-        problems = load_problems(args.data, args.limit)
-        limit = args.max_response_tokens
-        prompts = encode_problems(problems, tokenizer, args.prompt_suffix, context, limit)
+        problems = load_problems(args.data, args.limit, columns)
+        about = tokenizer, args.prompt_suffix, context, args.max_prompt_tokens, args.max_response_tokens
+        problems, prompts, dropped = encode_problems(problems, *about)
         teacher = live_teacher(args.teacher, args.dtype, len(tokenizer))
     else:
         stored = stored_responses(args.rollouts, args.max_response_tokens, context, len(tokenizer))
@@ -316,6 +316,7 @@ def main(args):
     kl += "" if args.vocab == "full" else f" ({args.vocab})"
     cell = {"name": f"{args.prefix} {kl}", "prefix": args.prefix, "kl": kl}
     run = training.Run(args, student_dir, tokenizer, config.stop_ids, cell, samples=on_policy)
+    run.dropped |= {"data": dropped} if on_policy else {}
 
     if not run.first_step and teacher.config:
         if on_policy:

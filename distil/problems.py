@@ -1,14 +1,16 @@
-"""Problems from the hub or from a local .jsonl file, as {"id", "problem", "answer"}."""
+"""Problems from the hub or from a local file, as {"id", "problem", "answer"}."""
 
+import csv
+import itertools
+import json
 import math
 import os
-import re
 import urllib.error
 import urllib.request
 from typing import NamedTuple
 
 from distil import flags
-from distil.artifacts import refuse
+from distil.artifacts import DAMAGE, refuse
 from distil.jsonl import read_jsonl
 
 
@@ -30,15 +32,26 @@ DATASETS = {
     "aime24": DataSet("HuggingFaceH4/aime_2024"),
     "amc23": DataSet("math-ai/amc23", split="test"),
 }
-DATA_HELP = f"problems: {', '.join(DATASETS)}, a hub id name[:configuration[:split]], or a .jsonl file"
+COLUMNS = ("problem", "answer")  # of other data
+FILES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_HELP = f"{', '.join(DATASETS)}, a hub id name[:configuration[:split]], or a {'/'.join(FILES)} file"
 
 
 def add_problem_flags(p, required=True):
     p.add_argument("--data", type=flags.path, required=required, help=DATA_HELP)
-    p.add_argument(
-        "--limit", type=flags.non_negative_int, default=0, help="only the first N problems (0: all)"
-    )
+    p.add_argument("--limit", type=flags.non_negative_int, default=0, help="only the first N (0: all)")
+    p.add_argument("--problem_column", default="problem", help="of hub ids and files; else question")
+    p.add_argument("--answer_column", default="answer", help="of hub ids and files")
+    p.add_argument("--max_prompt_tokens", type=flags.positive_int, help="drop problems with longer ones")
     p.add_argument("--prompt_suffix", default="", help="text put after every problem, inside the user turn")
+
+
+def columns_of(args, *more):
+    """Columns of problem and answer. Refused if given while --data and `more` are all DATASETS."""
+    columns = args.problem_column, args.answer_column
+    if columns != COLUMNS and {args.data, *more} <= {*DATASETS, None}:
+        refuse("--problem_column, --answer_column: this command reads no file or hub id to use them for")
+    return columns
 
 
 def hub_reachable():
@@ -48,78 +61,92 @@ def hub_reachable():
     if not constants.HF_HUB_OFFLINE:
         try:
             urllib.request.urlopen(constants.ENDPOINT, timeout=5)
-        except urllib.error.HTTPError:
-            pass  # it answered
-        except OSError:
-            constants.HF_HUB_OFFLINE = True
+        except OSError as error:
+            constants.HF_HUB_OFFLINE = not isinstance(error, urllib.error.HTTPError)  # it answered
     return not constants.HF_HUB_OFFLINE
 
 
-def load_problems(data, limit=0):
-    """The first `limit` problems (0: all) of a data set, a hub id or a local .jsonl file: dicts of strings.
+def load_problems(data, limit=0, columns=COLUMNS):
+    """The first `limit` problems (0: all) of a data set, a hub id or a local file: dicts of strings.
 
-    An id is the data set's name and the row's own `id` or `unique_id`, or else its index."""
-    if os.path.isfile(data) or data.endswith(".jsonl"):
-        name, dataset = os.path.splitext(os.path.basename(data))[0], DataSet(data)
-        rows = read_jsonl(data)
+    An id is the data set's name and the row's own `id` or `unique_id`, or else its index. columns: of
+    problem and answer, in data that is not one of DATASETS."""
+    name, kind = os.path.splitext(os.path.basename(data))
+    if kind in FILES:
+        dataset, rows = DataSet(data, None, "", *columns), read_file(data, kind)
     else:
-        name, dataset, rows = load_from_hub(data)
-    columns = [dataset.problem, "question"] if dataset.problem == "problem" else [dataset.problem]
+        name, dataset, rows = load_from_hub(data, columns)
+    names = ["problem", "question"] if dataset.problem == "problem" else [dataset.problem]
     problems, seen = [], {}
-    for index, (where, row) in enumerate(rows):
-        key = next((row[column] for column in ("id", "unique_id") if row.get(column) is not None), index)
+    for index, (where, row) in enumerate(itertools.islice(rows, limit or None)):
+        values = {column: x for column, x in row.items() if x not in (None, "") and x == x}  # x: not NaN
+        key = values.get("id", values.get("unique_id", index))
         if not isinstance(key, (str, int, float)):
             refuse(f"{where}: its id must be text or a number, not {key!r}")
-        text = next((row[column] for column in columns if column in row), None)
-        answer = gold_answer(row.get(dataset.answer))
-        for names, value in ((columns, text), ([dataset.answer], answer)):
+        text = next((values[column] for column in names if column in values), None)
+        answer = gold_answer(values.get(dataset.answer))
+        for wanted, value in ((names, text), ([dataset.answer], answer)):
             if not isinstance(value, str) or not value.strip():
-                refuse(f"{where}: no {' or '.join(names)}; it has {sorted(row)}")
+                if has := [column for column in wanted if column in row]:
+                    refuse(f"{where}: its {has[0]!r} is {json.dumps(row[has[0]], default=str):.80}, not text")
+                names, has = " or ".join(map(repr, wanted)), ", ".join(map(repr, row))
+                refuse(f"{where}: no column {names}; it has {has}")
         id = f"{name}/{key}"
         if id in seen:
             refuse(f"{where}: the id {key!r} was already used at {seen[id]}; ids must differ")
         seen[id] = where
         problems.append({"id": id, "problem": text, "answer": answer})
-        if len(problems) == limit:
-            break
     if not problems:
         refuse(f"--data {data}: no problems in it")
     return problems
 
 
-def load_from_hub(data):
+def read_file(path, kind):
+    """Yield (place, row). Not by the loaders of `datasets`: they make 7 of "007" and null of "NA"."""
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if kind == ".parquet":
+                from pyarrow import parquet
+
+                rows = parquet.ParquetFile(path).read().to_pylist()
+            elif kind == ".csv":
+                rows = csv.DictReader(file, strict=True)
+            elif kind == ".json" and (text := file.read()).lstrip().startswith("["):
+                rows = json.loads(text)
+                json.dumps(rows, ensure_ascii=False).encode()  # half of a surrogate pair is no character
+            else:
+                return (yield from read_jsonl(path))
+            for number, row in enumerate(rows, 1):
+                if not isinstance(row, dict) or None in row:
+                    refuse(f"{path} row {number}: not an object, or more fields than columns")
+                yield f"{path} row {number}", row
+    except (OSError, csv.Error, NotImplementedError, *DAMAGE) as error:
+        refuse(f"cannot read {path} after row {number}: {error}")
+
+
+def load_from_hub(data, columns):
     """(name, DataSet, iterator of (where, row)) of one of DATASETS or of name[:configuration[:split]]."""
-    if data not in DATASETS and "/" not in data:
-        refuse(f"--data {data}: no file, no data set ({', '.join(DATASETS)}) and no hub id (owner/name)")
+    if data not in DATASETS and ("/" not in data or os.path.isfile(data)):
+        refuse(f"--data {data}: must be {DATA_HELP}")
     name, configuration, split = (data.split(":") + ["", ""])[:3]
-    dataset = DATASETS.get(data) or DataSet(name, configuration or None, split or "train")
+    dataset = DATASETS.get(data) or DataSet(name, configuration or None, split or "train", *columns)
     reachable = hub_reachable()
-    from datasets import load_dataset
+    from datasets import exceptions, load_dataset
 
     name, configuration, split = dataset[:3]
     try:
         rows = load_dataset(name, configuration, split=split)
-    except (OSError, ValueError) as error:  # not found, no network, no such configuration or split
+    except (OSError, ValueError, exceptions.DatasetsError) as error:  # not found, no network
         why = error if reachable else "the hub cannot be reached and the data set is not in the local cache"
-        local = "pass a local file: --data problems.jsonl with `problem` and `answer` in each line"
-        refuse(f"--data {data}: {name} could not be loaded: {why}\nWithout the hub, {local}")
+        refuse(f"--data {data}: cannot load {name}: {why}; without the hub, pass a .jsonl file")
     return f"{name}/{split}", dataset, ((f"{name} split {split} row {i}", row) for i, row in enumerate(rows))
 
 
 def gold_answer(answer):
-    """The final answer as text, of GSM8K's what follows ####; None, True and lists are returned as they are.
+    """The final answer as text: "27" of 27.0, and what follows #### (GSM8K); other types as they are.
 
-    27.0 -> "27"; "#### 1,234" -> "1234", "#### 1, 2" -> "1, 2", and "#### (1,234)" is a pair: "(1,234)"."""
-    if isinstance(answer, float) and not math.isfinite(answer):
-        return None
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        return str(answer)
-    if not isinstance(answer, str) or "####" not in answer:
-        return answer
-    answer = answer.rsplit("####", 1)[1].strip()
-    if re.search(r"[(\[{]", answer):
-        return answer  # in brackets, commas separate
-    thousands = r"(?<![\d,.])[1-9]\d{0,2}(,\d{3})+(?![\d,])"
-    return re.sub(thousands, lambda match: match[0].replace(",", ""), answer)
+    Commas stay: distil/grading.py knows the number 1,234 from the list 1, 2 and the pair (1,234)."""
+    if type(answer) in (int, float) and abs(answer) != math.inf:
+        return str(answer).removesuffix(".0")
+    return answer.rpartition("####")[2].strip() if isinstance(answer, str) else answer

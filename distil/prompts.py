@@ -40,20 +40,23 @@ def render_prompt(tokenizer, problem, suffix=""):
     return encode(head) + encode(problem, plain=True) + encode(tail)
 
 
-def encode_problems(problems, tokenizer, prompt_suffix, context, limit, flag="max_response_tokens"):
-    """Prompt ids of every problem. Refused if a prompt and a response of `limit` tokens exceed the context.
+def encode_problems(problems, tokenizer, suffix, context, most, limit, flag="max_response_tokens"):
+    """(problems, their prompt ids, number dropped): without prompts of more than `most` tokens (None: all).
 
-    flag: the one that sets `limit`, for the message."""
-    prompts = []
-    for problem in problems:
-        prompt = render_prompt(tokenizer, problem["problem"], prompt_suffix)
+    Refused if a prompt and a response of `limit` tokens, set by `flag`, exceed the context."""
+    pairs = [(problem, render_prompt(tokenizer, problem["problem"], suffix)) for problem in problems]
+    kept = [pair for pair in pairs if most is None or len(pair[1]) <= most]
+    if dropped := len(pairs) - len(kept):
+        problem, prompt = max(pairs, key=lambda pair: len(pair[1]))
+        such = f"problems dropped, such as {problem['id']} with {len(prompt)} tokens"
+        (print if kept else refuse)(f"--max_prompt_tokens {most}: {dropped} of {len(pairs)} {such}")
+    for problem, prompt in kept:
         if len(prompt) + limit > context:
             refuse(
-                f"problem {problem['id']}: its prompt has {len(prompt)} tokens; "
+                f"problem {problem['id']}: its prompt has {len(prompt)} tokens (see --max_prompt_tokens); "
                 f"with --{flag} {limit} that exceeds the model's context of {context}"
             )
-        prompts.append(prompt)
-    return prompts
+    return [problem for problem, _ in kept], [prompt for _, prompt in kept], dropped
 
 
 def tokenizer_sha256(tokenizer):

@@ -9,7 +9,7 @@ import torch
 from distil import flags, ranks
 from distil.artifacts import refuse
 from distil.models import Response, context_of, model_dir
-from distil.problems import load_problems
+from distil.problems import COLUMNS, load_problems
 from distil.prompts import encode_problems, load_tokenizer, stop_ids
 from distil.vllm_engine import sample_vllm
 
@@ -80,17 +80,18 @@ class Task(NamedTuple):
     problems: list  # of {"id", "problem", "answer"}
     prompts: list  # token ids, one list for each problem
     sampling: SamplingConfig
+    dropped: int  # problems, by --max_prompt_tokens
 
 
-def load_task(model, data, limit, prompt_suffix, make_sampling):
+def load_task(model, data, limit, prompt_suffix, make_sampling, columns=COLUMNS, max_prompt_tokens=None):
     """The Task of --model on --data. make_sampling(tokenizer, stop ids) returns the SamplingConfig."""
     directory = model_dir(model, "--model")
-    problems = load_problems(data, limit)
+    problems = load_problems(data, limit, columns)
     tokenizer = load_tokenizer(directory, "--model")
     config = make_sampling(tokenizer, stop_ids(tokenizer, directory))
-    context = context_of(directory)
-    prompts = encode_problems(problems, tokenizer, prompt_suffix, context, config.max_response_tokens)
-    return Task(directory, tokenizer, problems, prompts, config)
+    about = prompt_suffix, context_of(directory), max_prompt_tokens, config.max_response_tokens
+    problems, prompts, dropped = encode_problems(problems, tokenizer, *about)
+    return Task(directory, tokenizer, problems, prompts, config, dropped)
 
 
 def update_engine(engine, model):

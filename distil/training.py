@@ -26,7 +26,7 @@ from distil.evaluation import EVAL_SAMPLING, evaluate
 from distil.flops import for_file, text_of
 from distil.jsonl import finite, rewind_log
 from distil.models import autocast, batches_by_tokens, context_of, default_dtype, load_model
-from distil.problems import load_problems
+from distil.problems import columns_of, load_problems
 from distil.prompts import encode_problems, template_sha256, tokenizer_sha256
 from distil.sampling import derive_seed, sample, sampling_from, update_engine
 from distil.vllm_engine import load_vllm
@@ -149,13 +149,14 @@ class Run:
     cell: {"name", "prefix", "kl"}, for tables and figures. samples: whether the loop samples."""
 
     def __init__(self, args, directory, tokenizer, stops, cell, samples=True):
-        self.args, self.tokenizer, self.cell = args, tokenizer, cell
+        self.args, self.tokenizer, self.cell, self.dropped = args, tokenizer, cell, {}
         self.name = os.path.basename(os.path.normpath(args.out))
         if args.eval_data:
             self.eval_limit = limit = args.eval_max_response_tokens or args.max_response_tokens
-            self.problems = load_problems(args.eval_data)
-            about = tokenizer, args.prompt_suffix, context_of(directory)
-            self.prompts = encode_problems(self.problems, *about, limit, "eval_max_response_tokens")
+            problems = load_problems(args.eval_data, columns=columns_of(args, args.eval_data))
+            about = tokenizer, args.prompt_suffix, context_of(directory), args.max_prompt_tokens, limit
+            encoded = encode_problems(problems, *about, "eval_max_response_tokens")
+            self.problems, self.prompts, self.dropped["eval_data"] = encoded
             self.sampling = sampling_from(args, tokenizer, stops, n=args.eval_n, top_k=0, **EVAL_SAMPLING)
         if args.tensor_parallel != 1:
             artifacts.refuse("--tensor_parallel: in training vLLM shares the trainer's GPU; use 1")
@@ -301,7 +302,7 @@ class Run:
         facts |= for_file(self.spent)
         facts["tokenizer_sha256"] = tokenizer_sha256(self.tokenizer)
         facts["template_sha256"] = template_sha256(self.tokenizer, args.prompt_suffix)
-        artifacts.finish_artifact(args, stage, files, **facts)
+        artifacts.finish_artifact(args, stage, files, dropped_problems=self.dropped, **facts)
         spent = f"{text_of(self.spent['tflops'])} TFLOPs, {self.spent['response_tokens']} response tokens"
         self.say(f"{step} steps, {spent} -> {args.out}/final")
 

@@ -266,7 +266,7 @@ def test_a_float32_model_is_evaluated_in_the_dtype_of_its_training(world, tmp_pa
     model = load_model(task.directory, "-", "float32")
     entropies = {}
     for dtype in (None, "float32", "bfloat16"):
-        _, rows = evaluation.evaluate(model, model, *task[1:], 1, [2], 40, dtype)
+        _, rows = evaluation.evaluate(model, model, *task[1:5], 1, [2], 40, dtype)
         responses = [Response(row["prompt_ids"], row["response_ids"], False) for row in rows]
         entropies[dtype] = [row["entropy"] for row in rows]
         assert entropies[dtype] == predictive_entropy(model, responses, 29, 40, dtype)

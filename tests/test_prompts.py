@@ -64,13 +64,34 @@ def test_plain_and_special_rendering_agree():
 def test_a_prompt_and_its_response_must_fit_the_context(refused):
     tokenizer = byte_tokenizer()
     problems = [{"id": "short", "problem": "1"}, {"id": "long", "problem": "1+1+1"}]
-    prompts = encode_problems(problems, tokenizer, "?", context=100, limit=10)
-    assert prompts == [render_prompt(tokenizer, problem["problem"], "?") for problem in problems]
-    longest = max(map(len, prompts))
-    assert encode_problems(problems, tokenizer, "?", longest + 10, 10) == prompts
-    encode = lambda: encode_problems(problems, tokenizer, "?", longest + 9, 10, "eval_max_response_tokens")
+    prompts = [render_prompt(tokenizer, problem["problem"], "?") for problem in problems]
+    longest, flag = max(map(len, prompts)), "eval_max_response_tokens"
+    for context in (100, longest + 10):
+        assert encode_problems(problems, tokenizer, "?", context, None, 10) == (problems, prompts, 0)
+    encode = lambda: encode_problems(problems, tokenizer, "?", longest + 9, None, 10, flag)
     words = f"{longest} tokens", "--eval_max_response_tokens 10", f"context of {longest + 9}"
-    refused(encode, "problem long", *words)
+    refused(encode, "problem long", *words, "--max_prompt_tokens")
+
+
+def test_longer_prompts_are_dropped_with_their_problems_and_counted(refused, capsys):
+    tokenizer = byte_tokenizer()
+    problems = [{"id": f"p/{n}", "problem": "1" * n} for n in (3, 9, 1, 7, 5)]
+    lengths = [len(render_prompt(tokenizer, problem["problem"], "?")) for problem in problems]
+    for most, kept in ((lengths[4], [0, 2, 4]), (lengths[4] - 1, [0, 2]), (lengths[1], [0, 1, 2, 3, 4])):
+        found = encode_problems(problems, tokenizer, "?", 100, most, 10)
+        expected = [problems[i] for i in kept]
+        prompts = [render_prompt(tokenizer, problem["problem"], "?") for problem in expected]
+        assert found == (expected, prompts, 5 - len(kept))
+        count = f"--max_prompt_tokens {most}: {5 - len(kept)} of 5 problems dropped, such as p/9 with"
+        said = f"{count} {lengths[1]} tokens\n" if len(kept) < 5 else ""
+        assert capsys.readouterr().out == said
+    # what is dropped needs no room; what is left does
+    assert encode_problems(problems, tokenizer, "?", lengths[4] + 10, lengths[4], 10)[2] == 2
+    refused(lambda: encode_problems(problems, tokenizer, "?", lengths[4] + 9, lengths[4], 10), "problem p/5")
+    message = refused(
+        lambda: encode_problems(problems, tokenizer, "?", 100, 1, 10), "5 of 5 problems dropped"
+    )
+    assert message.startswith("error: --max_prompt_tokens 1: ") and message.count("\n") == 1
 
 
 def test_stop_ids_come_from_tokenizer_and_every_model(tmp_path):

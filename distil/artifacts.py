@@ -5,6 +5,7 @@ the sha256 of every file and of itself. Until then it holds meta.partial.json an
 The first Ctrl-C (or SIGTERM) lets the chunk or step under way finish. A second one kills it immediately."""
 
 import datetime
+import errno
 import fcntl
 import hashlib
 import json
@@ -58,9 +59,9 @@ def run_stage(main, args):
         # safetensors and tokenizers, written in Rust, report system errors with their own exceptions
         if not isinstance(error, OSError) and "(os error " not in str(error):
             raise
-        if writing:
-            refuse(f"{error}\n{args.out} keeps what is finished; {HOW_TO_RESUME}", code=1)
-        refuse(error)
+        advice = f"; {args.out} keeps what is finished; {HOW_TO_RESUME}" if writing else ""
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        refuse(f"{error}{advice}", code=1 if writing or is_full else 2)
 
 
 def on_signal(number, frame):
@@ -216,10 +217,10 @@ def start_artifact(args):
     if place in locks:  # an earlier run in this process
         locks.pop(place).close()
     locks[place] = take_lock(args.out)
-    locks[place].truncate(0)
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=locks[place], flush=True)
-    changes = check_out(args)  # again: another process may have been faster
     defer_signals()
+    locks[place].truncate(0)
+    os.write(locks[place].fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    changes = check_out(args)  # again: another process may have been faster
     partial = {"args": vars(args), "inputs": fingerprints(args), "started": now_utc()}
     if args.resume:
         partial["started"] = read_mark(args.out)["started"]

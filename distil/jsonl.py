@@ -15,29 +15,31 @@ class GrowingFile:
     behind the last chunk whose line is right; `done` is that line, or `start` if there is none."""
 
     def __init__(self, path, **start):
-        self.path = path
+        self.path, self.progress = path, os.path.join(os.path.dirname(path), "progress.jsonl")
         self.done = start | {"bytes": 0}
-        self.sha256 = hashlib.sha256()  # of the file up to done["bytes"], then of what is written
-        self.file = open(path, "a+b")
-        self.progress = open(os.path.join(os.path.dirname(path), "progress.jsonl"), "a+b")
-        self.file.seek(0)
-        self.progress.seek(0)
-        lines = self.progress.readlines()
-        good = 0
-        while good < len(lines) and self.is_good(lines[good]):
-            good += 1
-        if good < len(lines):
-            print(f"{path}: {len(lines) - good} chunks were cut or damaged and are made again", flush=True)
-        self.file.truncate(self.done["bytes"])
-        self.progress.truncate(sum(len(line) for line in lines[:good]))
+        self.sha256 = hashlib.sha256()  # of the file up to done["bytes"]
+        self.unmarked = bytearray()  # what was written since
+        with open(path, "a+b") as file, open(self.progress, "a+b") as progress:
+            file.seek(0)
+            progress.seek(0)
+            lines = progress.readlines()
+            good = 0
+            while good < len(lines) and self.is_good(lines[good], file):
+                good += 1
+            if good < len(lines):
+                print(
+                    f"{path}: {len(lines) - good} chunks were cut or damaged and are made again", flush=True
+                )
+            file.truncate(self.done["bytes"])
+            progress.truncate(sum(len(line) for line in lines[:good]))
 
-    def is_good(self, line):
+    def is_good(self, line, file):
         """Read the next chunk. If it is as this line of progress.jsonl says, move `done` to it."""
         sha256 = self.sha256.copy()
         try:
             mark = json.loads(line)
             digest = mark.pop("sha256")
-            sha256.update(self.file.read(max(0, mark["bytes"] - self.done["bytes"])))
+            sha256.update(file.read(max(0, mark["bytes"] - self.done["bytes"])))
         except DAMAGE:
             return False
         if not line.endswith(b"\n") or digest != digest_with(mark, sha256):
@@ -47,17 +49,21 @@ class GrowingFile:
         return True
 
     def write(self, text):
-        self.file.write(text.encode())
-        self.sha256.update(text.encode())
+        self.unmarked += text.encode()
 
     def mark(self, **facts):
         """Finish a chunk: everything written so far is kept from now on."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.done = facts | {"bytes": self.file.tell()}
+        # "with": a file left open after a failed write would try once more, and complain, at exit
+        with open(self.path, "ab") as file:
+            file.write(self.unmarked)
+            file.flush()
+            os.fsync(file.fileno())
+        self.sha256.update(self.unmarked)
+        self.done = facts | {"bytes": self.done["bytes"] + len(self.unmarked)}
+        self.unmarked = bytearray()
         line = self.done | {"sha256": digest_with(self.done, self.sha256)}
-        self.progress.write(json.dumps(line).encode() + b"\n")
-        self.progress.flush()
+        with open(self.progress, "ab") as progress:
+            progress.write(json.dumps(line).encode() + b"\n")
 
 
 def rewind_log(path, step):

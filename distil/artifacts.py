@@ -349,12 +349,20 @@ def digest_with(facts, sha256=None):
 
 
 def write_json(path, value):
-    """Write a JSON file by rename: after a kill it is whole or not there."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    write_file(path, json.dumps(value, indent=1).encode())
+
+
+def write_file(path, data):
+    """Write a file by rename: after a kill or on a full disk it is whole, or what it was before."""
+    try:
+        with open(path + ".tmp", "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        pathlib.Path(path + ".tmp").unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, path) from None  # a failed write does not name its file
 
 
 def file_sha256(path):

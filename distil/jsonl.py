@@ -53,8 +53,7 @@ class GrowingFile:
 
     def mark(self, **facts):
         """Finish a chunk: everything written so far is kept from now on."""
-        # "with": a file left open after a failed write would try once more, and complain, at exit
-        with open(self.path, "ab") as file:
+        with open(self.path, "ab") as file:  # closed here: after a failed write nothing is left for exit
             file.write(self.unmarked)
             file.flush()
             os.fsync(file.fileno())

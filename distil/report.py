@@ -1,9 +1,10 @@
 """Tables, comparisons and figures of finished evaluations and runs."""
 
+import io
 import json
 import os
 
-from distil.artifacts import read_artifact, refuse
+from distil.artifacts import read_artifact, refuse, write_file
 from distil.evaluation import bootstrap_means, data_names, mean_of, percentile_interval, values_by_problem
 from distil.flops import text_of
 from distil.jsonl import read_jsonl
@@ -109,15 +110,17 @@ def figure(path, runs, x):
         rows = [row for _, row in read_jsonl(os.path.join(run, "evals.jsonl"))]
         if any(row[x] is None for row in rows):
             refuse(f"--x {x}: is unknown for --runs {run}; use --x step")
-        color = {"forward": "tab:blue", "reverse": "tab:red"}.get(meta["cell"]["kl"], "tab:green")
-        line = {"teacher": "--", "student": "-"}.get(meta["cell"]["prefix"], ":")
-        style = {"color": color, "linestyle": line, "marker": "o", "markersize": 3}
-        style["label"] = meta["cell"]["name"]
+        cell = meta["cell"]
+        color = {"forward": "tab:blue", "reverse": "tab:red"}.get(cell["kl"], "tab:green")
+        line = {"teacher": "--", "student": "-"}.get(cell["prefix"], ":")
+        style = {"color": color, "linestyle": line, "marker": "o", "markersize": 3, "label": cell["name"]}
         for axis, (key, title) in zip(axes, titles.items()):
             axis.plot([row[x] for row in rows], [row[key] for row in rows], **style)
             axis.set(xlabel={"step": "step", "tflops": "TFLOPs"}[x], title=title)
             axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    fig.savefig(path, dpi=150)
+    image = io.BytesIO()
+    fig.savefig(image, dpi=150, format=path[-3:].lower())
+    write_file(path, image.getvalue())
     plt.close(fig)
     print(f"figure: {path}")

@@ -24,6 +24,7 @@ def load_vllm(directory, dtype, tensor_parallel, gpu_memory_utilization):
     if on_cpu:  # the CPU build refuses to start without a cache size; the rest is speed
         env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         env["TORCHDYNAMO_DISABLE"] = "1"
+    env["PYTHONWARNINGS"] = "ignore:resource_tracker"  # at exit it cleans up after a worker that was killed
     for name, value in env.items():
         os.environ.setdefault(name, value)
     try:
@@ -31,25 +32,19 @@ def load_vllm(directory, dtype, tensor_parallel, gpu_memory_utilization):
     except ImportError as error:
         refuse(f"--engine vllm: vLLM cannot be imported ({error}); install it, or use --engine hf")
     check_finite(stored_weights(directory), f"--engine vllm: {directory}")
-    options, context = {}, context_of(directory)
+    context = None if context_of(directory) == math.inf else context_of(directory)
+    options = {"dtype": dtype, "max_model_len": context, "generation_config": "vllm"}
+    options |= {"tensor_parallel_size": tensor_parallel, "gpu_memory_utilization": gpu_memory_utilization}
     if on_cpu:  # the CPU build cannot seed a request whose prompt is read in two pieces
-        options = {
-            "enforce_eager": True,
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": 4096 if context == math.inf else max(4096, context),
-        }
+        options |= {"enforce_eager": True, "enable_chunked_prefill": False}
+        options["max_num_batched_tokens"] = max(4096, context or 0)
     if ranks.world_size() > 1:  # each rank has its own engine
         options["distributed_executor_backend"] = "external_launcher"
-    with refusing(f"--engine vllm: {directory} cannot be loaded"):
-        return vllm.LLM(
-            directory,
-            dtype=dtype,
-            max_model_len=None if context == math.inf else context,
-            generation_config="vllm",
-            tensor_parallel_size=tensor_parallel,
-            gpu_memory_utilization=gpu_memory_utilization,
-            **options,
-        )
+    try:
+        with refusing(f"--engine vllm: {directory} cannot be loaded"):
+            return vllm.LLM(directory, **options)
+    except Exception as error:  # that very class if a worker dies
+        refuse(f"--engine vllm: the engine does not start: {error!r}", code=1)
 
 
 def stored_weights(directory):
@@ -81,7 +76,7 @@ def sample_vllm(llm, prompts, config, seeds):
         for outputs in run_vllm(llm, prompts, params):
             yield {i: response_of(prompts[i], output) for i, output in outputs.items()}
     except (RuntimeError, TimeoutError, EngineDeadError) as error:  # dead, out of memory, no answer
-        refuse(f"--engine vllm: the engine failed: {error}", code=1)
+        raise ChildProcessError(f"--engine vllm: the engine failed: {error!r}") from error
 
 
 def response_of(prompt, output):

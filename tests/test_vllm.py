@@ -5,8 +5,10 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import grpo
 import rollout
 import train
 from conftest import ROOT
+from distil import artifacts
 from distil.artifacts import read_artifact
 from distil.models import forward, load_model, token_logps
 from distil.sampling import SamplingConfig, sample, sample_stream, update_engine
@@ -115,17 +118,100 @@ def test_the_samplers_log_probabilities_are_the_trainers(engine, model, temperat
             torch.testing.assert_close(torch.tensor(response.sampler_logps), right, rtol=0, atol=2e-5)
 
 
-def test_an_engine_that_fails_ends_the_stage_with_a_message(engine, refused, monkeypatch):
+def test_an_engine_that_fails_in_a_step_ends_the_stage_with_a_message(engine, monkeypatch, capfd):
+    """Its process is dead, or the model's forward pass fails; the engine survives the latter."""
     from vllm.v1.engine.exceptions import EngineDeadError
+
+    def fails(*args, **more):
+        raise RuntimeError("out of memory\nTry less.")
 
     def dies():
         raise EngineDeadError()
 
-    monkeypatch.setattr(engine.llm_engine, "step", dies)
-    refused(lambda: sample(engine, PROMPTS, make_config(), seed=0), "--engine vllm", "EngineCore", code=1)
-    monkeypatch.undo()
-    while engine.llm_engine.has_unfinished_requests():
-        engine.llm_engine.step()
+    worker = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker
+    model_class = type(worker.worker.model_runner.model)
+    main = lambda args: sample(engine, PROMPTS, make_config(), seed=0)
+    for place, name, fault in ((engine.llm_engine, "step", dies), (model_class, "forward", fails)):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(place, name, fault)
+            patch.setattr(artifacts, "writing", True)
+            artifacts.run_stage(main, argparse.Namespace(out="OUT"))
+        *_, last = capfd.readouterr().err.splitlines()
+        assert end.value.code == 1 and last.startswith("error: --engine vllm: the engine failed: ")
+        assert last.endswith("; OUT keeps what is finished; the same command with --resume continues")
+        engine.llm_engine.abort_request(
+            list(engine.llm_engine.output_processor.request_states), internal=True
+        )
+        while engine.llm_engine.has_unfinished_requests():
+            engine.llm_engine.step()
+
+
+def test_an_engine_that_does_not_start_is_one_message(world, monkeypatch, refused):
+    """vLLM raises a bare Exception if a worker of --tensor_parallel dies while it loads the model."""
+    import vllm
+
+    def dies(*args, **options):
+        raise Exception("WorkerProc initialization failed")
+
+    monkeypatch.setattr(vllm, "LLM", dies)
+    start = lambda: load_vllm(str(world / "student_init"), "float32", 2, 0.3)
+    assert refused(start, "--engine vllm", "WorkerProc initialization", code=1).count("\n") == 1
+
+
+def descendants(pid):
+    """{process id: its command line} of all processes below a process."""
+    found = {}
+    for child in map(int, open(f"/proc/{pid}/task/{pid}/children").read().split()):
+        found[child] = open(f"/proc/{child}/cmdline").read()
+        found |= descendants(child)
+    return found
+
+
+@pytest.mark.skipif(
+    not os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children"),
+    reason="this kernel lists no children of a process",
+)
+def test_a_killed_worker_ends_a_rollout_that_resumes_to_the_same_rows(world, tmp_path):
+    """kill -9 of one of two workers, in the middle. One more engine then resumes, and makes a whole run."""
+    flags = f"--model {world}/student_init --data {world}/train.jsonl --engine vllm --tensor_parallel 2"
+    flags += " --dtype float32 --max_response_tokens 24 --n 16 --sample_batch 16 --out"
+    path = os.pathsep.join([ROOT, os.path.join(ROOT, "kernels")])
+    environment = os.environ | {"PYTHONPATH": path}
+    where = {"cwd": ROOT, "env": environment, "text": True, "stderr": subprocess.PIPE}
+    marks = tmp_path / "out/progress.jsonl"
+
+    command = [sys.executable, "rollout.py", *flags.split(), tmp_path / "out"]
+    with open(tmp_path / "log", "w") as log:
+        killed = subprocess.Popen(command, **where | {"stderr": log, "stdout": log})
+        while not (marks.exists() and marks.read_text().count("\n") >= 2) and killed.poll() is None:
+            time.sleep(0.01)
+        processes = descendants(killed.pid)
+        [worker] = [pid for pid, line in processes.items() if "VLLM::Worker_TP1" in line]
+        os.kill(worker, signal.SIGKILL)
+        assert killed.wait(timeout=60) == 1
+    said, chunks = (tmp_path / "log").read_text(), marks.read_text().count("\n")
+    last = said.splitlines()[-1]
+    assert last.startswith("error: --engine vllm: the engine failed: "), said
+    assert said.count("\nerror: ") == 1 and 2 <= chunks < 12 and "--resume continues" in last
+    for _ in range(100):  # the other worker notices that its pipe has ended
+        if not any(os.path.exists(f"/proc/{pid}") for pid in processes):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"left over: {processes}")
+
+    code = f"""if True:
+        import functools, rollout
+        rollout.load_vllm = functools.cache(rollout.load_vllm)
+        for out in ("out --resume", "whole"):
+            rollout.main(rollout.get_args(f"{flags} {tmp_path}/{{out}}".split()))
+    """
+    (tmp_path / "both.py").write_text("if __name__ == '__main__':\n    " + code)
+    done = subprocess.run([sys.executable, tmp_path / "both.py"], **where, stdout=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert f"{chunks}/12" in done.stderr  # the bar begins with the finished chunks
+    rows = (tmp_path / "out/rollouts.jsonl").read_bytes()
+    assert rows.count(b"\n") == 12 * 16 and rows == (tmp_path / "whole/rollouts.jsonl").read_bytes()
 
 
 class FakeEngine:

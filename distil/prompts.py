@@ -1,10 +1,14 @@
 """From a problem to prompt ids: tokenizer, chat template, stop ids, and hashes of what must agree."""
 
+import datetime
 import hashlib
 import json
 import os
+import re
 
 from distil.artifacts import refuse
+
+PROMPT_DATE = datetime.datetime(2024, 7, 26)  # for templates that print it; Llama's own default
 
 
 def load_tokenizer(directory, flag):
@@ -25,7 +29,7 @@ def prompt_text(tokenizer, content):
     """The prompt as text: one user turn, the generation prompt, thinking off. The only template code here."""
     messages = [{"role": "user", "content": content}]
     options = {"add_generation_prompt": True, "enable_thinking": False, "tokenize": False}
-    return tokenizer.apply_chat_template(messages, **options)
+    return tokenizer.apply_chat_template(messages, strftime_now=PROMPT_DATE.strftime, **options)
 
 
 def render_prompt(tokenizer, problem, suffix=""):
@@ -34,10 +38,17 @@ def render_prompt(tokenizer, problem, suffix=""):
     def encode(text, plain=False):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=plain).input_ids
 
+    text = prompt_text(tokenizer, problem + suffix)
     if not any(token in problem for token in tokenizer.get_added_vocab()):
-        return encode(prompt_text(tokenizer, problem + suffix))
-    head, tail = prompt_text(tokenizer, "\0" + suffix).split("\0")
-    return encode(head) + encode(problem, plain=True) + encode(tail)
+        return encode(text)
+    # Two marks show where the template puts the problem: once or often, quoted or trimmed.
+    start, end = [mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in problem + text][:2]
+    for marked in (problem, problem.strip()):  # no template trims marked white space
+        content = problem.replace(marked, start + marked + end, 1) + suffix
+        pieces = re.split(f"(?s){start}(.*?){end}", prompt_text(tokenizer, content))
+        if "".join(pieces) == text:  # [template, problem, template, ...]
+            return [token for i, piece in enumerate(pieces) for token in encode(piece, plain=i % 2 == 1)]
+    refuse(f"the chat template changes {problem[:60]!r}, so a special token in it cannot become plain text")
 
 
 def encode_problems(problems, tokenizer, suffix, context, most, limit, flag="max_response_tokens"):

@@ -6,7 +6,7 @@ import os
 from distil.artifacts import finish_artifact, refuse
 from distil.jsonl import read_jsonl
 from distil.models import Response
-from distil.prompts import template_sha256, tokenizer_sha256
+from distil.prompts import PROMPT_DATE, template_sha256, tokenizer_sha256
 
 
 def write_rollouts(file, tokenizer, problems, groups):
@@ -80,7 +80,7 @@ def finish_rollouts(args, tokenizer, faults=None, **facts):
         "truncated": truncated,
         "faults": faults or {},
     }
-    facts["prompt_suffix"] = getattr(args, "prompt_suffix", "")
+    facts |= {"prompt_suffix": getattr(args, "prompt_suffix", ""), "prompt_date": f"{PROMPT_DATE:%Y-%m-%d}"}
     facts["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
     facts["template_sha256"] = template_sha256(tokenizer, facts["prompt_suffix"])
     finish_artifact(args, "rollout", ["rollouts.jsonl", *files], **facts)

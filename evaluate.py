@@ -41,7 +41,7 @@ from distil.artifacts import (
 from distil.evaluation import EVAL_SAMPLING, PAPER_N, data_names, evaluate_problems, origin_of, summarise
 from distil.jsonl import GrowingFile, read_jsonl
 from distil.models import check_head, default_dtype, load_model
-from distil.problems import add_problem_flags, columns_of
+from distil.problems import add_problem_flags, asked
 from distil.report import compare, figure, read_results, table
 from distil.sampling import add_sampling_flags, load_task, sampling_from
 from distil.vllm_engine import load_vllm
@@ -107,9 +107,7 @@ def prepare(args):
     """The Task of one evaluation. Refuses bad flags and input; writes nothing."""
     check_out(args)
     make_sampling = functools.partial(sampling_from, args)
-    columns = columns_of(args, *(args.benchmarks or []))
-    about = args.limit, args.prompt_suffix, make_sampling, columns, args.max_prompt_tokens
-    return load_task(args.model, args.data, *about)
+    return load_task(args.model, asked(args, *(args.benchmarks or [])), make_sampling)
 
 
 def evaluate_data_set(args, model, engine, task, origin):

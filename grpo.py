@@ -34,8 +34,8 @@ from distil.evaluation import origin_of
 from distil.grading import grade
 from distil.models import forward, token_logps
 from distil.preflight import check_tokenizers
-from distil.problems import add_problem_flags, columns_of
-from distil.prompts import load_tokenizer, tokenizer_sha256
+from distil.problems import add_problem_flags, asked
+from distil.prompts import load_tokenizer, tokenizer_sha256, vocab_size_of
 from streaming_kl import linear_streaming_kl
 
 SHOWN = ("reward", "correct", "equal_groups", "loss", "entropy", "clip_fraction", "reference_kl", "mismatch")
@@ -180,10 +180,10 @@ def train_step(args, run, reference, groups, step):
     size = len(groups) // args.updates
     parts = [[r for group in groups[i : i + size] for r in group] for i in range(0, len(groups), size)]
     if args.updates > 1:  # the model is about to leave the policy that sampled
-        parts = [add_old_logps(args, run.model, len(run.tokenizer), part) for part in parts]
+        parts = [add_old_logps(args, run.model, run.vocab_size, part) for part in parts]
     norms, sums = [], Counter()
     for part in parts:
-        sums.update(accumulate_gradients(args, run.model, reference, len(run.tokenizer), part))
+        sums.update(accumulate_gradients(args, run.model, reference, run.vocab_size, part))
         ids = list(dict.fromkeys(r.id for r in part))
         norm, lr = training.optimizer_step(args, run.model, run.optimizer, step, ids)
         norms.append(norm)
@@ -233,10 +233,11 @@ def add_old_logps(args, model, vocab_size, responses):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def load_reference(args, tokenizer):
+def load_reference(args, tokenizer, vocab_size):
     directory = models.model_dir(args.reference or args.model, "--reference")
     other = load_tokenizer(directory, "--reference")
     check_tokenizers(tokenizer, "--model", tokenizer_sha256(other), "--reference")
+    vocab_size_of(other, models.rows_of(directory), "--reference", vocab_size)
     return ranks.load_sharded(directory, "--reference", args.dtype)
 
 
@@ -259,13 +260,12 @@ def add_costs(args, run, reference, sampled, trained):
 def main(args):
     artifacts.check_out(args)
     sampling_of = functools.partial(sampling.sampling_from, args)
-    about = args.limit, args.prompt_suffix, sampling_of, columns_of(args, args.eval_data)
-    task = sampling.load_task(args.model, args.data, *about, args.max_prompt_tokens)
+    task = sampling.load_task(args.model, asked(args, args.eval_data), sampling_of)
     config = task.sampling._replace(logprobs=True)
-    reference = load_reference(args, task.tokenizer) if args.kl_weight else None
+    reference = load_reference(args, task.tokenizer, config.vocab_size) if args.kl_weight else None
     cell = origin_of(task.directory, args.model)["cell"]  # it was distilled in, if any
     cell = cell | {"name": f"{cell['name']}, then GRPO" if "name" in cell else "GRPO"}
-    run = training.Run(args, task.directory, task.tokenizer, config.stop_ids, cell)
+    run = training.Run(args, task.directory, task.tokenizer, config, cell)
     run.dropped["data"] = task.dropped
     run.start()
 

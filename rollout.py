@@ -22,7 +22,7 @@ from distil import flags
 from distil.artifacts import add_output_flags, check_out, run_stage, start_artifact, stop, stop_requested
 from distil.jsonl import GrowingFile
 from distil.models import default_dtype, load_model
-from distil.problems import add_problem_flags, columns_of
+from distil.problems import add_problem_flags, asked
 from distil.rollouts import finish_rollouts, write_rollouts
 from distil.sampling import add_sampling_flags, derive_seed, load_task, sample, sampling_from
 from distil.vllm_engine import load_vllm
@@ -130,8 +130,7 @@ def sample_with_retries(engine, tokenizer, prompts, config, seed, drop, attempts
 def main(args):
     check_out(args)
     make_sampling = functools.partial(sampling_from, args)
-    about = args.limit, args.prompt_suffix, make_sampling, columns_of(args), args.max_prompt_tokens
-    task = load_task(args.model, args.data, *about)
+    task = load_task(args.model, asked(args), make_sampling)
     problems, stop_ids = task.problems, task.sampling.stop_ids
     if args.engine == "vllm":
         engine = load_vllm(task.directory, args.dtype, args.tensor_parallel, args.gpu_memory_utilization)

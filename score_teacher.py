@@ -17,6 +17,7 @@ Whether a teacher and a student can work together is checked by train.py before 
     python score_teacher.py --preflight --teacher Qwen/Qwen3-4B --student Qwen/Qwen3-0.6B-Base
 """
 
+import argparse
 import json
 import math
 import os
@@ -29,12 +30,12 @@ from distil import artifacts, flags, models, preflight, sampling
 from distil.jsonl import GrowingFile, read_jsonl
 from distil.models import Response, forward, token_logps, top_tokens
 from distil.prompts import (
+    check_template,
+    encode_problems,
     load_tokenizer,
-    prompt_text,
-    render_prompt,
     stop_ids,
     template_sha256,
-    tokenizer_sha256,
+    vocab_size_of,
 )
 from distil.rollouts import read_rollouts
 from distil.teacher import live_teacher
@@ -45,6 +46,7 @@ PROBES = [
     "If 3x + 5 = 20, what is x?",
     "How many positive divisors does 36 have?",
 ]
+LIMIT = 64  # response tokens of a probe
 
 
 def get_args(argv=None):
@@ -52,6 +54,11 @@ def get_args(argv=None):
     p = parser.add_argument_group("what goes in")
     p.add_argument("--teacher", type=flags.path, required=True, help="directory or hub id of the teacher")
     p.add_argument("--rollouts", type=flags.path, help="directory written by rollout.py")
+    template_help = (
+        "whose chat template the prompts have: rollouts, if not the teacher's; in --preflight, student or "
+        "teacher, if they have different ones"
+    )
+    p.add_argument("--template", choices=["teacher", "rollouts", "student"], help=template_help)
     p = parser.add_argument_group("what is stored")
     signals = ["hidden", "topk", "sampled"]
     p.add_argument("--signal", choices=signals, default="hidden", help="what is stored of each position")
@@ -77,6 +84,10 @@ def get_args(argv=None):
     if given != (not args.preflight, not args.preflight, args.preflight):
         parser.error(
             "give --teacher, --rollouts and --out to score; or --preflight, --teacher and --student to check"
+        )
+    if args.template == ("rollouts" if args.preflight else "student"):
+        parser.error(
+            f"--template {args.template}: is for {'scoring' if args.preflight else '--preflight'} only"
         )
     return args
 
@@ -143,28 +154,22 @@ def check_models(args):
         load_tokenizer(student_dir, "--student"),
         load_tokenizer(teacher_dir, "--teacher"),
     )
-    preflight.check_tokenizers(tokenizer, "--student", tokenizer_sha256(teacher_tokenizer), "--teacher")
+    size = vocab_size_of(tokenizer, models.rows_of(student_dir), "--student")
+    template = {"student": tokenizer, "teacher": teacher_tokenizer}.get(args.template)
+    preflight.match_tokenizers(tokenizer, teacher_tokenizer, "--student", "--teacher", template)
+    vocab_size_of(teacher_tokenizer, models.rows_of(teacher_dir), "--teacher", size)
+    stops = stop_ids(tokenizer, student_dir, size), stop_ids(teacher_tokenizer, teacher_dir, size)
+    problems = [{"id": text, "problem": text} for text in PROBES]
+    prompts = encode_problems(problems, tokenizer, "", size, models.context_of(student_dir), LIMIT)
     student = models.load_model(student_dir, "--student", args.dtype)
     models.check_head(student, "--student")
-    teacher = live_teacher(teacher_dir, args.dtype, len(tokenizer))
-    student_stops, teacher_stops = stop_ids(tokenizer, student_dir), stop_ids(teacher_tokenizer, teacher_dir)
-    if template_sha256(tokenizer) != template_sha256(teacher_tokenizer):
-        prompt = repr(prompt_text(teacher_tokenizer, "PROBLEM"))
-        warning = "not the student's template: train.py refuses the pair unless --take_template is given"
-        preflight.print_finding("prompt of the teacher", prompt, warning)
-    config = sampling.SamplingConfig(
-        n=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        max_response_tokens=64,
-        stop_ids=sorted({*student_stops, *teacher_stops}),
-        vocab_size=len(tokenizer),
-    )
-    prompts = [render_prompt(teacher_tokenizer, problem) for problem in PROBES]
+    teacher = live_teacher(teacher_dir, args.dtype, size)
+    defaults = argparse.Namespace(n=1, temperature=1.0, top_p=1.0, top_k=0, extra_stop_ids=[])
+    defaults.max_response_tokens, defaults.sample_batch = LIMIT, len(PROBES)
+    config = sampling.sampling_from(defaults, size, stops[0] + stops[1])
     responses = [group[0] for group in sampling.sample(student, prompts, config, seed=0)]
-    k = min(args.k, len(tokenizer))
-    preflight.preflight(student, tokenizer, student_stops, teacher, teacher_stops, responses, k, None)
+    k = min(args.k, size)
+    preflight.preflight(student, tokenizer, size, stops[0], teacher, stops[1], responses, k, None)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -177,13 +182,15 @@ def main(args):
     directory = models.model_dir(args.teacher, "--teacher")
     meta = artifacts.read_artifact(args.rollouts, "--rollouts", "rollout")
     tokenizer = load_tokenizer(directory, "--teacher")
-    size = len(tokenizer)
     preflight.check_tokenizers(tokenizer, "--teacher", meta["tokenizer_sha256"], "--rollouts")
-    if template_sha256(tokenizer, meta["prompt_suffix"]) != meta["template_sha256"]:
-        artifacts.refuse(
-            f"--rollouts {args.rollouts}: were made with another prompt template than the teacher's; "
-            "a teacher that scores prompts it was not trained on gives a wrong signal"
-        )
+    size = vocab_size_of(tokenizer, models.rows_of(directory), "--teacher")
+    if args.template != "rollouts":
+        check_template(tokenizer, "--teacher", "--template rollouts uses that of the rollouts")
+        if template_sha256(tokenizer, meta["prompt_suffix"]) != meta["template_sha256"]:
+            artifacts.refuse(
+                f"--rollouts {args.rollouts}: were made with another prompt template than the teacher's, so "
+                "it would score prompts that it was not trained on; --template rollouts allows it"
+            )
     if args.k > size:
         artifacts.refuse(f"--k {args.k}: the vocabulary has {size} tokens")
     limit = args.max_tokens or None

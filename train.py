@@ -17,9 +17,9 @@ no loss; the stop token does.
     or problems, sampled and scored live     run/evals.jsonl, run/meta.json; names: docs/metrics.md
 
     python train.py --prefix teacher --kl forward --student Qwen/Qwen3-0.6B-Base \\
-        --rollouts out/rollouts --scores out/scores --take_template --out out/run
+        --rollouts out/rollouts --scores out/scores --template teacher --out out/run
     python train.py --prefix student --kl reverse --student Qwen/Qwen3-0.6B-Base \\
-        --teacher Qwen/Qwen3-4B --take_template --data deepscaler --out out/run
+        --teacher Qwen/Qwen3-4B --template teacher --data deepscaler --out out/run
 """
 
 import functools
@@ -30,8 +30,8 @@ import torch
 
 from distil import artifacts, diagnostics, flags, flops, models, preflight, ranks, sampling, training
 from distil.models import forward, token_logps, top_tokens
-from distil.problems import add_problem_flags, columns_of, load_problems
-from distil.prompts import encode_problems, load_tokenizer, stop_ids
+from distil.problems import add_problem_flags, asked, load_problems
+from distil.prompts import encode_problems, load_tokenizer, stop_ids, vocab_size_of
 from distil.rollouts import stored_responses
 from distil.teacher import Teacher, live_teacher, stored_teacher
 from streaming_kl import linear_divergence, linear_streaming_kl
@@ -64,8 +64,9 @@ def get_args(argv=None):
     p.add_argument("--teacher", type=flags.path, help="directory or hub id of the teacher (student prefix)")
     p.add_argument("--rollouts", type=flags.path, help="directory written by rollout.py (teacher prefix)")
     p.add_argument("--scores", type=flags.path, help="directory written by score_teacher.py (teacher prefix)")
-    add_problem_flags(p, required=False)
-    p.add_argument("--take_template", action="store_true", help="give the student the teacher's prompt")
+    add_problem_flags(p, required=False, template=False)
+    template_help = "whose chat template both models use, if they have different ones"
+    p.add_argument("--template", choices=["student", "teacher"], help=template_help)
     ends = ["both", "student", "teacher"]
     p.add_argument("--stop_ids", choices=ends, default="both", help="whose end tokens end a response")
     p = parser.add_argument_group("sampling (student prefix)")
@@ -106,6 +107,8 @@ def check_args(parser, args):
                 parser.error(f"--prefix {args.prefix} does not use --{name}")
             if not given and args.prefix == prefix:
                 parser.error(f"--prefix {args.prefix} needs --{name}")
+    if args.prefix == "teacher" and args.template == "student":
+        parser.error("--template student: rollouts keep the template of rollout.py --template_from")
     if args.save_every % args.refresh_every:
         parser.error("--refresh_every must divide --save_every")
     if args.curriculum:
@@ -213,7 +216,7 @@ def train_step(args, run, teacher, batch, step, seconds):
     """One optimizer step on a batch of Responses: {metric: value}."""
     tokens = sum(len(r.response_ids) for r in batch)
     weights = training.token_weights(batch, args.normalize)
-    loss_of = functools.partial(micro_batch_loss, args, run.model, teacher, len(run.tokenizer), seconds)
+    loss_of = functools.partial(micro_batch_loss, args, run.model, teacher, run.vocab_size, seconds)
     sums = training.accumulate_gradients(run.model.device, batch, weights, args.micro_batch_tokens, loss_of)
     grad_norm, lr = training.optimizer_step(args, run.model, run.optimizer, step, [r.id for r in batch])
     metrics = {"loss": sums.pop("loss"), "padding": 1 - sum(r.length for r in batch) / sums.pop("positions")}
@@ -260,24 +263,24 @@ def sampled_responses(args, run, problems, prompts, config, step):
     return [r._replace(id=problems[i]["id"]) for i, group in zip(picked, groups, strict=True) for r in group]
 
 
-def match_teacher(args, tokenizer):
+def match_teacher(args, tokenizer, vocab_size):
     """Match the student's tokenizer with the teacher's; returns the ids that end the teacher's responses."""
-    if args.prefix == "student":
-        directory = models.model_dir(args.teacher, "--teacher")
-        teacher_tokenizer = load_tokenizer(directory, "--teacher")
-        stops = stop_ids(teacher_tokenizer, directory)
-    else:
+    if args.k > vocab_size:
+        artifacts.refuse(f"--k {args.k}: there are only {vocab_size} tokens")
+    if args.prefix == "teacher":
         meta = artifacts.read_artifact(args.rollouts, "--rollouts", "rollout")
         if meta["prompt_suffix"] != args.prompt_suffix:
             made_with = f"--rollouts were made with {meta['prompt_suffix']!r}"
             artifacts.refuse(f"--prompt_suffix: is {args.prompt_suffix!r}, but {made_with}")
-        teacher_tokenizer = load_tokenizer(os.path.join(args.rollouts, "tokenizer"), "--rollouts")
-        stops = meta["stop_ids"]
-    flag = "--teacher" if args.prefix == "student" else "--rollouts"
-    preflight.match_tokenizers(tokenizer, teacher_tokenizer, flag, args.take_template)
-    if args.k > len(tokenizer):
-        artifacts.refuse(f"--k {args.k}: there are only {len(tokenizer)} tokens")
-    return stops
+        stored = load_tokenizer(os.path.join(args.rollouts, "tokenizer"), "--rollouts")
+        preflight.match_tokenizers(tokenizer, stored, "--student", "--rollouts", args.template and stored)
+        return meta["stop_ids"]
+    directory = models.model_dir(args.teacher, "--teacher")
+    other = load_tokenizer(directory, "--teacher")
+    template = {"student": tokenizer, "teacher": other}.get(args.template)
+    preflight.match_tokenizers(tokenizer, other, "--student", "--teacher", template)
+    vocab_size_of(other, models.rows_of(directory), "--teacher", vocab_size)
+    return stop_ids(other, directory, vocab_size)
 
 
 def add_costs(args, run, teacher, batch):
@@ -294,28 +297,30 @@ def add_costs(args, run, teacher, batch):
 
 def main(args):
     artifacts.check_out(args)
-    on_policy, columns = args.prefix == "student", columns_of(args, args.eval_data)
+    on_policy, wanted = args.prefix == "student", asked(args, args.eval_data)
     student_dir = models.model_dir(args.student, "--student")
     tokenizer, context = load_tokenizer(student_dir, "--student"), models.context_of(student_dir)
-    student_stops = stop_ids(tokenizer, student_dir)
-    teacher_stops = match_teacher(args, tokenizer)
-    both = sorted({*student_stops, *teacher_stops})
+    size = vocab_size_of(tokenizer, models.rows_of(student_dir), "--student")
+    student_stops = stop_ids(tokenizer, student_dir, size)
+    teacher_stops = match_teacher(args, tokenizer, size)
+    both = [*student_stops, *teacher_stops]
     stops = {"student": student_stops, "teacher": teacher_stops, "both": both}[args.stop_ids]
-    config = sampling.sampling_from(args, tokenizer, stops)
+    config = sampling.sampling_from(args, size, stops)
     if on_policy:
-        problems = load_problems(args.data, args.limit, columns)
-        about = tokenizer, args.prompt_suffix, context, args.max_prompt_tokens, args.max_response_tokens
+        problems = load_problems(args.data, args.limit, wanted.columns)
+        about = tokenizer, args.prompt_suffix, size, context, args.max_prompt_tokens, args.max_response_tokens
         problems, prompts, dropped = encode_problems(problems, *about)
-        teacher = live_teacher(args.teacher, args.dtype, len(tokenizer))
+        teacher = live_teacher(args.teacher, args.dtype, size)
     else:
-        stored = stored_responses(args.rollouts, args.max_response_tokens, context, len(tokenizer))
+        stored = stored_responses(args.rollouts, args.max_response_tokens, context, size)
         teacher = Teacher()
         if args.scores:
             teacher = stored_teacher(args.scores, args.rollouts, stored, args.vocab, args.k, args.topk_set)
+            vocab_size_of(tokenizer, teacher.head_rows, "--scores", size)
     kl = f"mix {args.fkl_weight:g}" if args.kl == "mix" else args.kl
     kl += "" if args.vocab == "full" else f" ({args.vocab})"
     cell = {"name": f"{args.prefix} {kl}", "prefix": args.prefix, "kl": kl}
-    run = training.Run(args, student_dir, tokenizer, config.stop_ids, cell, samples=on_policy)
+    run = training.Run(args, student_dir, tokenizer, config, cell, samples=on_policy)
     run.dropped |= {"data": dropped} if on_policy else {}
 
     if not run.first_step and teacher.config:
@@ -324,7 +329,7 @@ def main(args):
             first = [group[0] for group in run.sample(prompts[:8], few, args.seed)]
         else:
             first = [response.first(256) for response in stored[:8]]
-        compared = tokenizer, student_stops, teacher, teacher_stops, first
+        compared = tokenizer, size, student_stops, teacher, teacher_stops, first
         preflight.preflight(run.model, *compared, args.k, args.dtype)
     run.start()
     if on_policy and not sampling.is_plain(config):
@@ -341,8 +346,8 @@ def main(args):
             if step % args.refresh_every == 0:
                 limited = config._replace(max_response_tokens=horizon)
                 sampled_ahead = sampled_responses(args, run, problems, prompts, limited, step)
-            size = args.batch_size * args.n
-            batch, sampled_ahead = sampled_ahead[:size], sampled_ahead[size:]
+            count = args.batch_size * args.n
+            batch, sampled_ahead = sampled_ahead[:count], sampled_ahead[count:]
         else:
             picked = training.batch_indices(len(stored), args.batch_size, step, args.seed)
             batch = [stored[i].first(horizon) for i in picked]

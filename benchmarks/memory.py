@@ -35,7 +35,7 @@ from distil import models, ranks
 from distil.artifacts import add_output_flags, finish_artifact, start_artifact
 from distil.models import Response, load_model
 from distil.problems import load_problems
-from distil.prompts import load_tokenizer, render_prompt, stop_ids, tokenizer_sha256
+from distil.prompts import load_tokenizer, render_prompt, tokenizer_sha256
 from distil.report import markdown
 from distil.rollouts import finish_rollouts, write_rollouts
 from recipes import toy_world
@@ -161,7 +161,7 @@ def make_rollouts(out, world, responses, length):
             response_ids = [rng.randrange(3, len(tokenizer)) for _ in range(length)]
             response = Response(prompt, response_ids, truncated=True)
             write_rollouts(file, tokenizer, [problem], [[response]])
-    finish_rollouts(args, tokenizer, model="random", stop_ids=stop_ids(tokenizer))
+    finish_rollouts(args, tokenizer, model="random", stop_ids=[tokenizer.eos_token_id])
 
 
 def hold(out, trained, *models):

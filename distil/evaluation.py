@@ -138,11 +138,11 @@ def evaluate_problems(
             stream = sample_stream(*asked) if ranks.world_size() == 1 else [dict(enumerate(sample(*asked)))]
             for finished in stream:
                 groups = {todo[i]: group for i, group in finished.items()}
-                yield grade_groups(model, tokenizer, problems, groups, micro_batch_tokens, dtype)
+                yield grade_groups(model, tokenizer, sampling, problems, groups, micro_batch_tokens, dtype)
                 bar.update(len(groups))
 
 
-def grade_groups(model, tokenizer, problems, groups, micro_batch_tokens, dtype=None):
+def grade_groups(model, tokenizer, sampling, problems, groups, micro_batch_tokens, dtype=None):
     """{place of a problem: its graded rows of samples.jsonl}; groups: {place: Responses to that problem}."""
     responses = [response for group in groups.values() for response in group]
     rows_of = {place: [] for place in groups}
@@ -157,7 +157,7 @@ def grade_groups(model, tokenizer, problems, groups, micro_batch_tokens, dtype=N
     rows = [row for group in rows_of.values() for row in group]
     own = rows[ranks.rank_slice(len(rows))]
     grades = ranks.gather(grade([row["response"] for row in own], [row["answer"] for row in own]))
-    entropies = predictive_entropy(model, responses, len(tokenizer), micro_batch_tokens, dtype)
+    entropies = predictive_entropy(model, responses, sampling.vocab_size, micro_batch_tokens, dtype)
     for row, verdict, entropy in zip(rows, grades, entropies, strict=True):
         row |= finite({**verdict._asdict(), "entropy": entropy}, f"{row['id']}, sample {row['sample']}")
     for group in rows_of.values():

@@ -92,10 +92,15 @@ def refusing(what):
     """What transformers or vLLM raise about a model becomes one line."""
     from huggingface_hub.errors import StrictDataclassError
 
-    errors = OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError
+    errors = OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError
     try:
         yield
-    except (*errors, StrictDataclassError, ImportError) as error:  # ImportError: a quantised model's library
+    except (
+        *errors,
+        ImportError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:  # import: of quantised ones
         refuse(f"{what}: {' '.join(str(error).split())}")
 
 
@@ -171,6 +176,14 @@ def context_of(directory):
     return math.inf
 
 
+def rows_of(directory):
+    """How many token ids a model has rows for, in its embeddings and in its output head."""
+    rows = getattr(config_of(directory).get_text_config(), "vocab_size", None)
+    if type(rows) is not int or rows < 1:
+        refuse(f"{directory}: its config.json must state a vocab_size, not {rows!r}")
+    return rows
+
+
 def output_head(model, flag="the model"):
     """The output projection's weight (V, H). Refused where there is none, or one with a bias."""
     head = model.get_output_embeddings()
@@ -223,7 +236,7 @@ def forward(model, responses, vocab_size, dtype=None):
     """What predicts the N response tokens of some Responses: hidden states (N, H) and the head (V, H).
 
     The logits are hidden @ head.T; a constant that the family multiplies them by is in hidden. Rows of the
-    head beyond vocab_size, the tokenizer's size, are left out.
+    head from vocab_size on are left out: no token has them.
     dtype: of the computation, for models that are kept in float32; None: the model's own."""
     with autocast(dtype):
         hidden = response_hidden(

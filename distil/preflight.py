@@ -7,7 +7,7 @@ import torch
 from distil.artifacts import refuse
 from distil.diagnostics import overlap, teacher_top
 from distil.models import forward, output_head, top_tokens
-from distil.prompts import prompt_text, template_sha256, tokenizer_sha256
+from distil.prompts import check_template, prompt_text, template_sha256, tokenizer_sha256
 from streaming_kl import linear_streaming_kl
 
 
@@ -20,47 +20,38 @@ def check_tokenizers(tokenizer, flag, other_sha256, other_flag):
         )
 
 
-def match_tokenizers(student, teacher, flag, take_template):
-    """Refuse different ids, and different prompt templates unless take_template gives the student the other.
+def match_tokenizers(first, second, flag, second_flag, template=None):
+    """Refuse two tokenizers with different ids or with different prompts.
 
-    student, teacher: tokenizers; the student's is changed in place. flag: where the teacher's comes from."""
-    check_tokenizers(student, "--student", tokenizer_sha256(teacher), flag)
-    if template_sha256(student) == template_sha256(teacher):
-        return
-    if not take_template:
-        refuse(
-            f"--student and {flag} have different prompt templates: the teacher would score prompts that it "
-            "was not trained on; --take_template gives the student the teacher's"
-        )
-    student.chat_template = teacher.chat_template
-    print(f"--take_template: the student's prompt template is now that of {flag}")
+    template: the one of them whose chat template the other gets, in place; None: they must have the same."""
+    check_tokenizers(first, flag, tokenizer_sha256(second), second_flag)
+    remedy = "--template says whose both use"
+    for tokenizer, name in ((first, flag), (second, second_flag)):
+        if template is None or template is tokenizer:
+            check_template(tokenizer, name, remedy)
+    if template:
+        first.chat_template = second.chat_template = template.chat_template
+        print(f"prompts: {flag} and {second_flag} have the chat template of {template.name_or_path}")
+        remedy = "it prints special tokens, such as eos_token, that differ"
+    if template_sha256(first) != template_sha256(second):
+        refuse(f"{flag} and {second_flag} have different prompt templates; {remedy}")
 
 
-def preflight(student, tokenizer, student_stops, teacher, teacher_stops, responses, k, dtype):
+def preflight(student, tokenizer, vocab_size, student_stops, teacher, teacher_stops, responses, k, dtype):
     """Compare both models on a few Responses, print what is found, refuse a teacher without a signal.
 
     student: the model; teacher: a teacher.Teacher; the tokenizers were matched before."""
-    size, rows = len(tokenizer), len(output_head(student))
-    findings = check_pair(tokenizer, student_stops, teacher_stops, rows, teacher.head_rows or size)
+    padding = [rows - vocab_size for rows in (len(output_head(student)), teacher.head_rows)]
+    findings = check_pair(tokenizer, student_stops, teacher_stops, *padding)
     with torch.no_grad():
-        hidden, head = forward(student, responses, size, dtype)
+        hidden, head = forward(student, responses, vocab_size, dtype)
     findings += check_signal(hidden, head, teacher.signal(responses), k)
     for what, finding, warning in findings:
-        print_finding(what, finding, warning)
+        print(f"preflight: {what:26} {finding}" + (f"   WARNING: {warning}" if warning else ""), flush=True)
 
 
-def print_finding(what, finding, warning):
-    print(f"preflight: {what:26} {finding}" + (f"   WARNING: {warning}" if warning else ""), flush=True)
-
-
-def check_pair(tokenizer, student_stops, teacher_stops, student_rows, teacher_rows):
-    """[(what, finding, warning or "")] of what needs no forward pass. rows: of the output heads."""
-    size = len(tokenizer)
-    if min(student_rows, teacher_rows) < size:
-        refuse(
-            f"preflight: the output heads have {student_rows} (student) and {teacher_rows} (teacher) rows, "
-            f"but the tokenizer has {size} tokens"
-        )
+def check_pair(tokenizer, student_stops, teacher_stops, student_padding, teacher_padding):
+    """[(what, finding, warning or "")] of what needs no forward pass. padding: rows of the output heads."""
     end_tokens = [tokenizer.convert_ids_to_tokens(stops) for stops in (student_stops, teacher_stops)]
     prompt = prompt_text(tokenizer, "PROBLEM")
     end_warning = thinking_warning = ""
@@ -71,9 +62,9 @@ def check_pair(tokenizer, student_stops, teacher_stops, student_rows, teacher_ro
         )
     if "<think>" in prompt and "</think>" not in prompt:
         thinking_warning = "the prompt opens a <think> block although thinking is off"
-    padding = f"student {student_rows - size}, teacher {teacher_rows - size}; masked in loss and sampling"
+    padding = f"student {student_padding}, teacher {teacher_padding}; masked in loss and sampling"
     return [
-        ("token maps", f"equal, {size} tokens", ""),
+        ("token maps", f"equal, {len(tokenizer)} tokens", ""),
         ("padded rows", padding, ""),
         ("stop ids", f"student {end_tokens[0]}, teacher {end_tokens[1]}", end_warning),
         ("prompt", repr(prompt), thinking_warning),

@@ -35,23 +35,38 @@ DATASETS = {
 COLUMNS = ("problem", "answer")  # of other data
 FILES = (".jsonl", ".json", ".csv", ".parquet")
 DATA_HELP = f"{', '.join(DATASETS)}, a hub id name[:configuration[:split]], or a {'/'.join(FILES)} file"
+TEMPLATE_HELP = "directory or hub id of a model whose chat template is used (default: the model's own)"
 
 
-def add_problem_flags(p, required=True):
+def add_problem_flags(p, required=True, template=True):
     p.add_argument("--data", type=flags.path, required=required, help=DATA_HELP)
     p.add_argument("--limit", type=flags.non_negative_int, default=0, help="only the first N (0: all)")
     p.add_argument("--problem_column", default="problem", help="of hub ids and files; else question")
     p.add_argument("--answer_column", default="answer", help="of hub ids and files")
     p.add_argument("--max_prompt_tokens", type=flags.positive_int, help="drop problems with longer ones")
     p.add_argument("--prompt_suffix", default="", help="text put after every problem, inside the user turn")
+    if template:
+        p.add_argument("--template_from", type=flags.path, metavar="MODEL", help=TEMPLATE_HELP)
 
 
-def columns_of(args, *more):
-    """Columns of problem and answer. Refused if given while --data and `more` are all DATASETS."""
+class Asked(NamedTuple):
+    """What --data and the flags beside it ask for."""
+
+    data: str
+    limit: int
+    columns: tuple  # of problem and answer, in data that is not one of DATASETS
+    prompt_suffix: str
+    max_prompt_tokens: int | None
+    template_from: str | None
+
+
+def asked(args, *more):
+    """The flags of add_problem_flags(). Refused: columns that neither --data nor `more` data sets use."""
     columns = args.problem_column, args.answer_column
     if columns != COLUMNS and {args.data, *more} <= {*DATASETS, None}:
         refuse("--problem_column, --answer_column: this command reads no file or hub id to use them for")
-    return columns
+    template_from = getattr(args, "template_from", None)
+    return Asked(args.data, args.limit, columns, args.prompt_suffix, args.max_prompt_tokens, template_from)
 
 
 def hub_reachable():

@@ -12,17 +12,22 @@ PROMPT_DATE = datetime.datetime(2024, 7, 26)  # for templates that print it; Lla
 
 
 def load_tokenizer(directory, flag):
-    """A local directory's tokenizer. Refused if it needs code of its own or has no working chat template."""
+    """A local directory's tokenizer, with or without a chat template. Refused if it needs code of its own."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        rendered = tokenizer.chat_template and render_prompt(tokenizer, "1+1=?")
-    except Exception as error:  # json's, jinja's, transformers' or Rust's: whatever is wrong with its files
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # json's, transformers' or Rust's: whatever is wrong with its files
         refuse(f"{flag} {directory}: its tokenizer cannot be loaded: {error}")
-    if not rendered:
-        refuse(f"{flag} {directory}: its tokenizer has no chat template, so there is no prompt to render")
-    return tokenizer
+
+
+def check_template(tokenizer, flag, remedy):
+    """Refuse a tokenizer without a working chat template. remedy: the flag that names another one."""
+    try:
+        assert render_prompt(tokenizer, "1+1=?"), "it renders nothing"
+    except Exception as error:  # jinja's or transformers': whatever is wrong with the template
+        why = f"does not work ({error})" if tokenizer.chat_template else "is missing"
+        refuse(f"{flag} {tokenizer.name_or_path}: its tokenizer's chat template {why}; {remedy}")
 
 
 def prompt_text(tokenizer, content):
@@ -51,10 +56,25 @@ def render_prompt(tokenizer, problem, suffix=""):
     refuse(f"the chat template changes {problem[:60]!r}, so a special token in it cannot become plain text")
 
 
-def encode_problems(problems, tokenizer, suffix, context, most, limit, flag="max_response_tokens"):
+def vocab_size_of(tokenizer, rows, flag, other=None):
+    """The ids that a model uses are those below this: the largest id + 1, cut to the rows of its head.
+
+    other: that of a model to compare it with; refused if it differs, for one would lose real tokens."""
+    ids = tokenizer.get_vocab().values()
+    unused = [i for i in ids if i >= rows]
+    if unused:
+        print(f"{flag}: has no rows for {len(unused)} tokens, from id {min(unused)} on, which are never used")
+    size = min(max(ids, default=-1) + 1, rows)
+    if other not in (None, size):
+        refuse(f"{flag}: has rows for the token ids 0 to {size - 1}, the other model for 0 to {other - 1}")
+    return size
+
+
+def encode_problems(problems, tokenizer, suffix, size, context, most, limit, flag="max_response_tokens"):
     """(problems, their prompt ids, number dropped): without prompts of more than `most` tokens (None: all).
 
-    Refused if a prompt and a response of `limit` tokens, set by `flag`, exceed the context."""
+    Refused if one has an id from `size` on, or if it and a response of `limit` tokens, set by `flag`, exceed
+    the context."""
     pairs = [(problem, render_prompt(tokenizer, problem["problem"], suffix)) for problem in problems]
     kept = [pair for pair in pairs if most is None or len(pair[1]) <= most]
     if dropped := len(pairs) - len(kept):
@@ -62,11 +82,12 @@ def encode_problems(problems, tokenizer, suffix, context, most, limit, flag="max
         such = f"problems dropped, such as {problem['id']} with {len(prompt)} tokens"
         (print if kept else refuse)(f"--max_prompt_tokens {most}: {dropped} of {len(pairs)} {such}")
     for problem, prompt in kept:
+        name = f"problem {problem['id']}: its prompt has"
+        if max(prompt) >= size:
+            refuse(f"{name} the token id {max(prompt)}, but the model's rows end at {size - 1}")
         if len(prompt) + limit > context:
-            refuse(
-                f"problem {problem['id']}: its prompt has {len(prompt)} tokens (see --max_prompt_tokens); "
-                f"with --{flag} {limit} that exceeds the model's context of {context}"
-            )
+            more = f"with --{flag} {limit} more than the context of {context}"
+            refuse(f"{name} {len(prompt)} tokens (see --max_prompt_tokens); {more}")
     return [problem for problem, _ in kept], [prompt for _, prompt in kept], dropped
 
 
@@ -80,19 +101,20 @@ def template_sha256(tokenizer, suffix=""):
     return hashlib.sha256(json.dumps(render_prompt(tokenizer, "1+1=?", suffix)).encode()).hexdigest()
 
 
-def stop_ids(tokenizer, *directories):
-    """Every id that ends a response, sorted: the end tokens of the tokenizer and of each model directory.
+def stop_ids(tokenizer, directory, vocab_size):
+    """Every id that ends a model's response, sorted: the end tokens of its tokenizer and of its config.
 
-    A model's are in its generation_config.json, or else in its config.json."""
-    ids = {tokenizer.eos_token_id}
-    for directory in directories:
-        end = None
-        for name in ("generation_config.json", "config.json"):
-            path = os.path.join(directory, name)
-            if end is None and os.path.isfile(path):
-                end = json.load(open(path)).get("eos_token_id")
-        ends = end if isinstance(end, list) else [] if end is None else [end]
-        if not all(type(i) is int for i in ends):
-            refuse(f"{directory}: eos_token_id must be a token id or a list of them, not {ends}")
-        ids.update(ends)
-    return sorted(ids - {None})
+    The latter are in its generation_config.json, or else in its config.json."""
+    ends = {"tokenizer_config.json": tokenizer.eos_token_id}
+    for name in ("config.json", "generation_config.json"):
+        path = os.path.join(directory, name)
+        ends[name] = json.load(open(path)).get("eos_token_id") if os.path.isfile(path) else None
+    if ends["generation_config.json"] is not None:
+        ends.pop("config.json")
+    found = set()
+    for name, end in ends.items():
+        ids = end if isinstance(end, list) else [] if end is None else [end]
+        if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+            refuse(f"{directory}/{name}: eos_token_id must name ids from 0 to {vocab_size - 1}, not {end}")
+        found.update(ids)
+    return sorted(found)

@@ -8,9 +8,10 @@ import torch
 
 from distil import flags, ranks
 from distil.artifacts import refuse
-from distil.models import Response, context_of, model_dir
-from distil.problems import COLUMNS, load_problems
-from distil.prompts import encode_problems, load_tokenizer, stop_ids
+from distil.models import Response, context_of, model_dir, rows_of
+from distil.preflight import match_tokenizers
+from distil.problems import load_problems
+from distil.prompts import check_template, encode_problems, load_tokenizer, stop_ids, vocab_size_of
 from distil.vllm_engine import sample_vllm
 
 
@@ -31,15 +32,9 @@ def add_sampling_flags(
         "--extra_stop_ids", type=flags.non_negative_int, nargs="+", default=[], help="more end tokens"
     )
     p.add_argument("--sample_batch", type=flags.positive_int, default=256, help="responses sampled together")
-    p.add_argument(
-        "--tensor_parallel", type=flags.positive_int, default=1, help="GPUs for vLLM; 1 in training"
-    )
-    p.add_argument(
-        "--gpu_memory_utilization",
-        type=flags.positive_fraction,
-        default=gpu_memory_utilization,
-        help="for vLLM",
-    )
+    p.add_argument("--tensor_parallel", type=flags.positive_int, default=1, help="vLLM's GPUs; 1 in training")
+    share = {"type": flags.positive_fraction, "default": gpu_memory_utilization}
+    p.add_argument("--gpu_memory_utilization", **share, help="for vLLM")
 
 
 class SamplingConfig(NamedTuple):
@@ -51,7 +46,7 @@ class SamplingConfig(NamedTuple):
     top_k: int  # 0: off
     max_response_tokens: int
     stop_ids: list
-    vocab_size: int  # of the tokenizer; ids from here on are padding and are never sampled
+    vocab_size: int  # prompts.vocab_size_of(); ids from here on are never sampled
     sample_batch: int = 256  # responses sampled together
     logprobs: bool = False  # whether Response.sampler_logps is wanted, vLLM only
 
@@ -61,15 +56,16 @@ def is_plain(config):
     return config.temperature == 1 and config.top_p == 1 and config.top_k == 0
 
 
-def sampling_from(args, tokenizer, stops, **changes):
-    """The SamplingConfig of a stage's flags. stops: the model's stop ids; `changes` replace single fields."""
+def sampling_from(args, vocab_size, stops):
+    """The SamplingConfig of a stage's flags. stops: the model's stop ids."""
     names = ("n", "temperature", "top_p", "top_k", "max_response_tokens", "sample_batch")
-    fields = {name: getattr(args, name) for name in names} | changes
-    size = len(tokenizer)
-    config = SamplingConfig(stop_ids=sorted({*stops, *args.extra_stop_ids}), vocab_size=size, **fields)
-    if not all(i < size for i in args.extra_stop_ids):
-        refuse(f"--extra_stop_ids: the tokenizer has the ids 0 to {size - 1}")
-    return config
+    fields = {name: getattr(args, name) for name in names}
+    stops = sorted({*stops, *args.extra_stop_ids})
+    if not stops:
+        refuse("the model has no end token, so nothing ends a response; name one with --extra_stop_ids")
+    if stops[-1] >= vocab_size:
+        refuse(f"--extra_stop_ids: {stops[-1]} cannot end a response: the ids are 0 to {vocab_size - 1}")
+    return SamplingConfig(stop_ids=stops, vocab_size=vocab_size, **fields)
 
 
 class Task(NamedTuple):
@@ -83,14 +79,19 @@ class Task(NamedTuple):
     dropped: int  # problems, by --max_prompt_tokens
 
 
-def load_task(model, data, limit, prompt_suffix, make_sampling, columns=COLUMNS, max_prompt_tokens=None):
-    """The Task of --model on --data. make_sampling(tokenizer, stop ids) returns the SamplingConfig."""
+def load_task(model, asked, make_sampling):
+    """The Task of --model on what is `asked`. make_sampling(vocabulary size, stop ids) is its sampling."""
     directory = model_dir(model, "--model")
-    problems = load_problems(data, limit, columns)
+    problems = load_problems(asked.data, asked.limit, asked.columns)
     tokenizer = load_tokenizer(directory, "--model")
-    config = make_sampling(tokenizer, stop_ids(tokenizer, directory))
-    about = prompt_suffix, context_of(directory), max_prompt_tokens, config.max_response_tokens
-    problems, prompts, dropped = encode_problems(problems, tokenizer, *about)
+    if asked.template_from:
+        other = load_tokenizer(model_dir(asked.template_from, "--template_from"), "--template_from")
+        match_tokenizers(tokenizer, other, "--model", "--template_from", other)
+    check_template(tokenizer, "--model", "--template_from names a model whose template is used")
+    size, context = vocab_size_of(tokenizer, rows_of(directory), "--model"), context_of(directory)
+    config = make_sampling(size, stop_ids(tokenizer, directory, size))
+    about = tokenizer, asked.prompt_suffix, size, context, asked.max_prompt_tokens
+    problems, prompts, dropped = encode_problems(problems, *about, config.max_response_tokens)
     return Task(directory, tokenizer, problems, prompts, config, dropped)
 
 

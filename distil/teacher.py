@@ -33,7 +33,7 @@ class Teacher(NamedTuple):
 
     signal: Callable = lambda responses: Signal()  # from a list of Responses to their Signal
     config: dict | None = None  # of its model, for the cost ledger
-    head_rows: int | None = None  # of its output head, padding included
+    head_rows: int | None = None  # of its output head, or of the scored part of it
 
 
 def live_teacher(name, dtype, vocab_size):
@@ -66,7 +66,7 @@ def stored_teacher(path, rollouts, responses, vocab, k, topk_set):
                 f"--scores {path}: hold {stored} tokens of a response of which {trained} are trained on; "
                 "score with a larger --max_tokens, or give a smaller --max_response_tokens"
             )
-    device = default_device()
+    config, device = scores.meta["teacher_config"], default_device()
     head = scores.head.to(device) if kind == "hidden" else None
 
     def signal(responses):
@@ -75,7 +75,7 @@ def stored_teacher(path, rollouts, responses, vocab, k, topk_set):
             head=head, **{name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}
         )
 
-    return Teacher(signal, scores.meta["teacher_config"], None if head is None else len(head))
+    return Teacher(signal, config, config["vocab_size"] if head is None else len(head))
 
 
 class Scores:

@@ -26,9 +26,9 @@ from distil.evaluation import EVAL_SAMPLING, evaluate
 from distil.flops import for_file, text_of
 from distil.jsonl import finite, rewind_log
 from distil.models import autocast, batches_by_tokens, context_of, default_dtype, load_model
-from distil.problems import columns_of, load_problems
+from distil.problems import asked, load_problems
 from distil.prompts import encode_problems, template_sha256, tokenizer_sha256
-from distil.sampling import derive_seed, sample, sampling_from, update_engine
+from distil.sampling import derive_seed, sample, update_engine
 from distil.vllm_engine import load_vllm
 
 LOGS = ("metrics.jsonl", "evals.jsonl", "gates.jsonl")
@@ -146,18 +146,20 @@ def optimizer_step(args, model, optimizer, step, ids):
 class Run:
     """What surrounds both training loops: model, optimizer, engine, evaluations, checkpoints, costs.
 
-    cell: {"name", "prefix", "kl"}, for tables and figures. samples: whether the loop samples."""
+    config: a SamplingConfig. cell: {"name", "prefix", "kl"}, for tables. samples: whether it samples."""
 
-    def __init__(self, args, directory, tokenizer, stops, cell, samples=True):
+    def __init__(self, args, directory, tokenizer, config, cell, samples=True):
         self.args, self.tokenizer, self.cell, self.dropped = args, tokenizer, cell, {}
+        self.vocab_size, stops = config.vocab_size, config.stop_ids
         self.name = os.path.basename(os.path.normpath(args.out))
         if args.eval_data:
             self.eval_limit = limit = args.eval_max_response_tokens or args.max_response_tokens
-            problems = load_problems(args.eval_data, columns=columns_of(args, args.eval_data))
-            about = tokenizer, args.prompt_suffix, context_of(directory), args.max_prompt_tokens, limit
-            encoded = encode_problems(problems, *about, "eval_max_response_tokens")
-            self.problems, self.prompts, self.dropped["eval_data"] = encoded
-            self.sampling = sampling_from(args, tokenizer, stops, n=args.eval_n, top_k=0, **EVAL_SAMPLING)
+            wanted = asked(args, args.eval_data)
+            problems = load_problems(args.eval_data, columns=wanted.columns)
+            about = tokenizer, wanted.prompt_suffix, self.vocab_size, context_of(directory)
+            about += wanted.max_prompt_tokens, limit, "eval_max_response_tokens"
+            self.problems, self.prompts, self.dropped["eval_data"] = encode_problems(problems, *about)
+            self.sampling = config._replace(n=args.eval_n, top_k=0, logprobs=False, **EVAL_SAMPLING)
         if args.tensor_parallel != 1:
             artifacts.refuse("--tensor_parallel: in training vLLM shares the trainer's GPU; use 1")
         self.checkpoint = checkpoint = ([None] + checkpoints(args.out))[-1] if args.resume else None

@@ -98,7 +98,7 @@ opd() {  # ROW TOKENS STUDENT TEACHER PROBLEMS SUFFIX STEPS FLAGS: on-policy dis
   begin "$1" "$2"
   # ours: 8192 tokens in a forward pass; temperature 0.6 in train.py's own evaluations (the paper: 0.7)
   run "${LAUNCH[@]}" train.py --prefix student --kl reverse "${@:8}" --student "$3" --teacher "$4" \
-    --data "$5" --prompt_suffix "$6" --take_template --stop_ids both --normalize token \
+    --data "$5" --prompt_suffix "$6" --template teacher --stop_ids both --normalize token \
     --batch_size "$BATCH_SIZE" --n "$N" --temperature 1.0 --top_p 1.0 --top_k 0 \
     --max_response_tokens "$TOKENS" --steps "$7" --lr 1e-6 --warmup 0 --seed 42 --eval_data "$EVAL_DATA" \
     --eval_every "$EVAL_EVERY" --eval_n "$EVAL_N" --eval_max_response_tokens "$EVAL_TOKENS" \
@@ -126,7 +126,7 @@ cold_start() {  # hard-label SFT on the teacher's complete, boxed responses with
     "${MACHINE[@]}" --out "$OUT/sft_rollouts"
   # ours: a constant learning rate after the warm-up (the paper: cosine), --normalize, --save_every
   run "${LAUNCH[@]}" train.py --prefix teacher --kl forward --vocab sampled --student "$BASE" \
-    --rollouts "$OUT/sft_rollouts" --prompt_suffix "$SUFFIX" --take_template --stop_ids both \
+    --rollouts "$OUT/sft_rollouts" --prompt_suffix "$SUFFIX" --template teacher --stop_ids both \
     --normalize token --batch_size "$SFT_BATCH_SIZE" --max_response_tokens "$SFT_TOKENS" \
     --steps "$SFT_STEPS" --lr 1e-5 --warmup 0.05 --seed 42 --save_every 500 \
     --keep_checkpoints "$KEEP_CHECKPOINTS" --micro_batch_tokens 8192 "${MACHINE[@]}" --out "$OUT/sft"

@@ -151,7 +151,7 @@ distil() {  # ROW PREFIX SIZE KL TOKENS [FLAGS]: a cell of the grid, and its eva
   fi
   begin "$row"
   run "${LAUNCH[@]}" train.py --prefix "$prefix" --kl "$kl" "${@:6}" --student "$STUDENT" "${source[@]}" \
-    --take_template --stop_ids both --normalize sequence --batch_size "$BATCH_SIZE" --lr 5e-7 \
+    --template teacher --stop_ids both --normalize sequence --batch_size "$BATCH_SIZE" --lr 5e-7 \
     --max_response_tokens "$tokens" "${TRAINING[@]}" --out "$(place "$row")"
   evaluate "$(place "$row")/final" "$(place "$row")/evals"
 }

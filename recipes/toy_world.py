@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from distil.artifacts import add_output_flags, finish_artifact, start_artifact
 from distil.models import Response
 from distil.problems import load_problems
-from distil.prompts import render_prompt, stop_ids
+from distil.prompts import render_prompt
 from distil.rollouts import finish_rollouts, write_rollouts
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -190,7 +190,7 @@ def main(args):
             end = (tokenizer if endings.random() < args.chat_share else owner).eos_token
             text = solve(problem["problem"], rng, restate=args.restate, end=end, **chances)
             solutions.append((problem, text))
-        write_solutions(args, name, solutions, tokenizer, stop_ids(owner))
+        write_solutions(args, name, solutions, tokenizer, [owner.eos_token_id])
     finish_artifact(args, "toy_world", files)
 
 

@@ -407,9 +407,10 @@ def test_fuzzed_models(world, tmp_path_factory, data):
         def read():
             directory = models.model_dir(str(path), "--model")
             tokenizer = prompts.load_tokenizer(directory, "--model")
+            prompts.check_template(tokenizer, "--model", "")
             return (
                 prompts.render_prompt(tokenizer, "a=3"),
-                prompts.stop_ids(tokenizer, directory),
+                prompts.stop_ids(tokenizer, directory, 29),
                 models.context_of(directory),
             )
 

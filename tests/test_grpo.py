@@ -215,7 +215,7 @@ def test_updates_go_through_the_batch_against_the_policy_that_sampled(model):
     groups = [[BATCH[0], BATCH[1]], [BATCH[2]._replace(advantage=-1.0), BATCH[3]]]
     args = settings(updates=2, lr=0.5, warmup=0.0, steps=1, max_grad_norm=1e9, clip_low=0.05, clip_high=0.05)
     ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
-    run = argparse.Namespace(model=ours, optimizer=torch.optim.SGD(ours.parameters()), tokenizer=range(29))
+    run = argparse.Namespace(model=ours, optimizer=torch.optim.SGD(ours.parameters()), vocab_size=29)
     metrics = train_step(args, run, None, groups, 0)
     optimizer, losses, clipped = torch.optim.SGD(theirs.parameters(), lr=0.5), [], 0
     for group in groups:
@@ -378,7 +378,7 @@ def test_masked_responses_carry_no_loss_but_their_rewards_count(world, tmp_path,
 
 
 def test_a_batch_of_which_nothing_is_left_changes_nothing(model):
-    run = argparse.Namespace(model=model, optimizer=torch.optim.SGD(model.parameters()), tokenizer=range(29))
+    run = argparse.Namespace(model=model, optimizer=torch.optim.SGD(model.parameters()), vocab_size=29)
     before = copy.deepcopy(model.state_dict())
     args = settings(lr=0.5, warmup=0.0, steps=1, max_grad_norm=1.0)
     assert train_step(args, run, None, [[], []], 0) == {"loss": 0.0, "grad_norm": 0.0, "lr": 0.5}

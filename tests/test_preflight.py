@@ -24,8 +24,8 @@ def pair(world, tmp_path):
     return tmp_path / "teacher", tmp_path / "student"
 
 
-def preflight(teacher, student):
-    run_line(score_teacher, f"--preflight --teacher {teacher} --student {student} --dtype float32")
+def preflight(teacher, student, more=""):
+    run_line(score_teacher, f"--preflight --teacher {teacher} --student {student} --dtype float32 {more}")
 
 
 def change_weights(model, change):
@@ -94,8 +94,9 @@ def test_a_teacher_that_is_the_student_is_noticed(world, capsys):
 
 def test_another_template_and_another_tokenizer(pair, capsys, refused):
     replace_text(pair[0] / "chat_template.jinja", "assistant", "user")
-    preflight(*pair)
-    assert "--take_template" in capsys.readouterr().out
+    refused(lambda: preflight(*pair), "--student", "--teacher", "templates", "--template")
+    preflight(*pair, "--template teacher")
+    assert "<|im_start|>user" in capsys.readouterr().out.split("prompt  ")[1]
     swap_ids(pair[0], "a", "b")
     refused(lambda: preflight(*pair), "--student", "--teacher", "different tokenizers")
 
@@ -201,7 +202,7 @@ def test_truncated_sampling_is_announced_and_measured(world, tmp_path, capsys):
 
 def test_a_head_smaller_than_the_vocabulary_is_refused(pair, refused):
     resize_head(pair[0], 20)
-    refused(lambda: preflight(*pair), "20 (teacher)", "29 tokens")
+    refused(lambda: preflight(*pair), "--teacher", "0 to 19", "0 to 28")
 
 
 def test_thinking_is_off_in_the_prompt_and_a_prompt_that_thinks_is_warned_of(pair, capsys):
@@ -212,7 +213,7 @@ def test_thinking_is_off_in_the_prompt_and_a_prompt_that_thinks_is_warned_of(pai
     preflight(*pair)
     out = capsys.readouterr().out
     assert "assistant\\nb'" in out and "<think>" not in out
-    assert "thinking is off" in check_pair(Thinker(), [2], [2], 29, 29)[3][2]
+    assert "thinking is off" in check_pair(Thinker(), [2], [2], 0, 0)[3][2]
 
 
 class Thinker:

@@ -121,8 +121,8 @@ def test_a_prompt_and_its_response_must_fit_the_context(refused):
     prompts = [render_prompt(tokenizer, problem["problem"], "?") for problem in problems]
     longest, flag = max(map(len, prompts)), "eval_max_response_tokens"
     for context in (100, longest + 10):
-        assert encode_problems(problems, tokenizer, "?", context, None, 10) == (problems, prompts, 0)
-    encode = lambda: encode_problems(problems, tokenizer, "?", longest + 9, None, 10, flag)
+        assert encode_problems(problems, tokenizer, "?", 300, context, None, 10) == (problems, prompts, 0)
+    encode = lambda: encode_problems(problems, tokenizer, "?", 300, longest + 9, None, 10, flag)
     words = f"{longest} tokens", "--eval_max_response_tokens 10", f"context of {longest + 9}"
     refused(encode, "problem long", *words, "--max_prompt_tokens")
 
@@ -132,7 +132,7 @@ def test_longer_prompts_are_dropped_with_their_problems_and_counted(refused, cap
     problems = [{"id": f"p/{n}", "problem": "1" * n} for n in (3, 9, 1, 7, 5)]
     lengths = [len(render_prompt(tokenizer, problem["problem"], "?")) for problem in problems]
     for most, kept in ((lengths[4], [0, 2, 4]), (lengths[4] - 1, [0, 2]), (lengths[1], [0, 1, 2, 3, 4])):
-        found = encode_problems(problems, tokenizer, "?", 100, most, 10)
+        found = encode_problems(problems, tokenizer, "?", 300, 100, most, 10)
         expected = [problems[i] for i in kept]
         prompts = [render_prompt(tokenizer, problem["problem"], "?") for problem in expected]
         assert found == (expected, prompts, 5 - len(kept))
@@ -140,22 +140,44 @@ def test_longer_prompts_are_dropped_with_their_problems_and_counted(refused, cap
         said = f"{count} {lengths[1]} tokens\n" if len(kept) < 5 else ""
         assert capsys.readouterr().out == said
     # what is dropped needs no room; what is left does
-    assert encode_problems(problems, tokenizer, "?", lengths[4] + 10, lengths[4], 10)[2] == 2
-    refused(lambda: encode_problems(problems, tokenizer, "?", lengths[4] + 9, lengths[4], 10), "problem p/5")
+    assert encode_problems(problems, tokenizer, "?", 300, lengths[4] + 10, lengths[4], 10)[2] == 2
+    refused(
+        lambda: encode_problems(problems, tokenizer, "?", 300, lengths[4] + 9, lengths[4], 10), "problem p/5"
+    )
     message = refused(
-        lambda: encode_problems(problems, tokenizer, "?", 100, 1, 10), "5 of 5 problems dropped"
+        lambda: encode_problems(problems, tokenizer, "?", 300, 100, 1, 10), "5 of 5 problems dropped"
     )
     assert message.startswith("error: --max_prompt_tokens 1: ") and message.count("\n") == 1
 
 
-def test_stop_ids_come_from_tokenizer_and_every_model(tmp_path):
+def model_that_ends_with(path, generation, config):
+    path.mkdir()
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    (path / "config.json").write_text(json.dumps({"eos_token_id": config}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "generation, config, expected",
+    [([5, 7], 1, [5, 7]), (9, None, [7, 9]), (None, 9, [7, 9]), (None, None, [7])],
+)
+def test_stop_ids_come_from_tokenizer_and_model(tmp_path, generation, config, expected):
+    directory = model_that_ends_with(tmp_path / "model", generation, config)
+    assert stop_ids(SimpleNamespace(eos_token_id=7), directory, 10) == expected
+    own = expected if generation == [5, 7] else expected[1:]
+    assert stop_ids(SimpleNamespace(eos_token_id=None), directory, 10) == own
+
+
+@pytest.mark.parametrize("end", [-1, 10, True, "2", 2.0, [2, -1], [[2]], {}])
+def test_an_end_token_that_is_no_id_is_refused(tmp_path, refused, end):
+    """Of the tokenizer, of generation_config.json, and of config.json where that is the one that counts."""
     tokenizer = SimpleNamespace(eos_token_id=7)
-    for name, generation, config in [("a", [5, 7], 1), ("b", 9, None), ("c", None, None)]:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
-        (tmp_path / name / "config.json").write_text(json.dumps({"eos_token_id": config}))
-    assert stop_ids(tokenizer, tmp_path / "a", tmp_path / "b", tmp_path / "c") == [5, 7, 9]
-    assert stop_ids(tokenizer, tmp_path / "c") == [7]
+    for name, generation, config in (("generation_config", end, 7), ("config", None, end)):
+        directory = model_that_ends_with(tmp_path / name, generation, config)
+        refused(lambda: stop_ids(tokenizer, directory, 10), f"{name}/{name}.json: eos_token_id", "0 to 9")
+    directory = model_that_ends_with(tmp_path / "unused", 7, end)
+    assert stop_ids(tokenizer, directory, 10) == [7]
+    refused(lambda: stop_ids(SimpleNamespace(eos_token_id=end), directory, 10), "tokenizer_config.json")
 
 
 def test_template_and_tokenizer_hashes_see_differences(world):

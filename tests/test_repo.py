@@ -16,7 +16,14 @@ MODULES = sorted((ROOT / "distil").glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # test_readme parses their commands
 KERNEL = sorted((ROOT / "kernels").rglob("*.py"))
 OURS = {*STAGES, "distil", "streaming_kl", "recipes", "benchmarks", "tests"}
-OWN_HELP = {"model", "teacher", "student", "rollouts", "dtype"}  # each stage says what it does with these
+OWN_HELP = {
+    "model",
+    "teacher",
+    "student",
+    "rollouts",
+    "dtype",
+    "template",
+}  # each stage says what it does with these
 
 
 def source(name):

@@ -434,7 +434,7 @@ def test_bad_input_is_refused_and_leaves_no_directory(world, prefix_flags, tmp_p
 
     is_refused(f"--student {other_tokenizer(world, tmp_path / 'ids')}", "--student", "tokenizer")
     template = other_template(world, tmp_path / "template")
-    is_refused(f"--student {template}", "--student", "template", "--take_template")
+    is_refused(f"--student {template}", "--student", "template", "--template")
     is_refused(f"--student {absent}", "--student", "absent")
     is_refused(f"--eval_every 1 --eval_data {absent}.jsonl", "absent.jsonl")
     is_refused("--eval_every 1 --eval_data gsm9k", "gsm9k")
@@ -450,9 +450,9 @@ def test_bad_input_is_refused_and_leaves_no_directory(world, prefix_flags, tmp_p
         is_refused("--temperature -1", "--temperature")
 
 
-def test_take_template_gives_the_student_the_teachers(world, rollouts, prefix_flags, tmp_path):
+def test_the_student_takes_the_teachers_template(world, rollouts, prefix_flags, tmp_path):
     student = other_template(world, tmp_path / "student")
-    run(tmp_path / "run", f"{prefix_flags['teacher']} --kl forward --student {student} --take_template")
+    run(tmp_path / "run", f"{prefix_flags['teacher']} --kl forward --student {student} --template teacher")
     meta = read_artifact(str(tmp_path / "run"), "--", "train")
     assert meta["template_sha256"] == read_artifact(str(rollouts), "--", "rollout")["template_sha256"]
 

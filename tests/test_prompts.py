@@ -20,12 +20,13 @@ from recipes.toy_world import SPECIAL, TEMPLATE, make_tokenizer
 
 
 def byte_tokenizer():
-    """Any text as bytes, with the special tokens and the template of the toy world."""
+    """Any text as bytes, but " <" is a token; with the special tokens and the template of the toy world."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_ = Tokenizer(models.BPE({token: i for i, token in enumerate(letters)}, []))
+    vocabulary = {token: i for i, token in enumerate([*letters, "\u0120<"])}  # \u0120 stands for a space
+    bytes_ = Tokenizer(models.BPE(vocabulary, [("\u0120", "<")]))
     bytes_.pre_tokenizer, bytes_.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False),
         decoders.ByteLevel(),

@@ -167,7 +167,7 @@ def main(args):
             bar.update(end - start)
     model = os.path.realpath(task.directory)
     facts = {"model": model, "stop_ids": stop_ids, "dropped_problems": {"data": task.dropped}}
-    finish_rollouts(args, task.tokenizer, fault_counts, **facts)
+    finish_rollouts(args, task.tokenizer, fault_counts, args.prompt_suffix, **facts)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def stored_responses(path, max_response_tokens, context, vocab_size):
     return responses
 
 
-def finish_rollouts(args, tokenizer, faults=None, **facts):
+def finish_rollouts(args, tokenizer, faults=None, prompt_suffix="", **facts):
     """Complete the artifact in args.out: tokenizer, counts, meta.json. faults: {reason: count} of --drop."""
     file = os.path.join(args.out, "rollouts.jsonl")
     os.replace(file + ".tmp", file)
@@ -80,9 +80,9 @@ def finish_rollouts(args, tokenizer, faults=None, **facts):
         "truncated": truncated,
         "faults": faults or {},
     }
-    facts |= {"prompt_suffix": getattr(args, "prompt_suffix", ""), "prompt_date": f"{PROMPT_DATE:%Y-%m-%d}"}
+    facts |= {"prompt_suffix": prompt_suffix, "prompt_date": f"{PROMPT_DATE:%Y-%m-%d}"}
     facts["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
-    facts["template_sha256"] = template_sha256(tokenizer, facts["prompt_suffix"])
+    facts["template_sha256"] = template_sha256(tokenizer, prompt_suffix)
     finish_artifact(args, "rollout", ["rollouts.jsonl", *files], **facts)
     mean = sum(lengths) / len(lengths)
     print(f"{args.out}: {len(lengths)} responses, {mean:.1f} tokens on average, {truncated} truncated")

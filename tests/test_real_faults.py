@@ -40,10 +40,12 @@ def check(failed):
 
 def mount_small_disk(folder):
     """Mount a tmpfs that this process and its children alone see."""
-    libc, uid = ctypes.CDLL(None, use_errno=True), os.getuid()
+    libc, uid, gid = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
     if libc.unshare(NEW_MOUNTS):
         check(libc.unshare(NEW_MOUNTS | NEW_USER))
-        pathlib.Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+        maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
+        for name, text in maps.items():
+            pathlib.Path("/proc/self", name).write_text(text)
     check(libc.mount(b"none", b"/", None, RECURSIVE | PRIVATE, None))
     check(libc.mount(b"none", os.fsencode(folder), b"tmpfs", 0, f"size={PAGES * PAGE}".encode()))
 

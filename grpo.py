@@ -32,7 +32,7 @@ import torch
 from distil import artifacts, flags, flops, models, ranks, sampling, training
 from distil.evaluation import origin_of
 from distil.grading import grade
-from distil.models import forward, token_logps
+from distil.models import entropies, forward, token_logps
 from distil.preflight import check_tokenizers
 from distil.problems import add_problem_flags, asked
 from distil.prompts import load_tokenizer, tokenizer_sha256, vocab_size_of
@@ -163,9 +163,7 @@ def micro_batch_loss(args, model, reference, vocab_size, responses, tokens, weig
     loss, clipped = policy_loss(args, logps, old_logps, advantages, weight * importance)
     metrics["clip_fraction"] = clipped.float()
     if reference is None:
-        with torch.no_grad():
-            itself = hidden.detach(), head.detach()
-            metrics["entropy"] = linear_streaming_kl(*itself, *itself, fkl_weight=0.0).student_entropy
+        metrics["entropy"] = entropies(hidden, head)
     else:
         with torch.no_grad():
             other = forward(reference, responses, vocab_size)

@@ -29,7 +29,7 @@ from collections import Counter
 import torch
 
 from distil import artifacts, diagnostics, flags, flops, models, preflight, ranks, sampling, training
-from distil.models import forward, token_logps, top_tokens
+from distil.models import forward, token_logps
 from distil.problems import add_problem_flags, asked, load_problems
 from distil.prompts import encode_problems, load_tokenizer, stop_ids, vocab_size_of
 from distil.rollouts import stored_responses
@@ -136,14 +136,17 @@ def objective(args, hidden, head, signal, tokens, weight):
     The student's hidden (N, H) predict the tokens (N,) by its head (V, H); signal: the teacher at the same
     positions (teacher.Signal); weight (N,)."""
     pair = hidden, head, signal.hidden, signal.head
+    if args.vocab == "full" and args.kl not in DIVERGENCES:
+        out, top = linear_streaming_kl(*pair, fkl_weight=args.fkl_weight, weight=weight, top_k=args.k)
+        return out.loss, diagnostics.exact_metrics(out, top)
+    metrics, top = diagnostics.measure(hidden.detach(), head.detach(), signal, args.k)
     if args.kl in DIVERGENCES:
-        return linear_divergence(DIVERGENCES[args.kl], *pair, weight=weight), {}
-    if args.vocab == "full":
-        out = linear_streaming_kl(*pair, fkl_weight=args.fkl_weight, weight=weight)
-        return out.loss, diagnostics.exact_metrics(out)
+        return linear_divergence(DIVERGENCES[args.kl], *pair, weight=weight), metrics
     if args.vocab == "topk":
-        return topk_objective(args, hidden, head, signal, weight)
-    return sampled_objective(args, hidden, head, signal, tokens, weight)
+        loss, more = topk_objective(args, hidden, head, signal, top, weight)
+    else:
+        loss, more = sampled_objective(args, hidden, head, signal, tokens, weight)
+    return loss, metrics | more
 
 
 def sampled_objective(args, hidden, head, signal, tokens, weight):
@@ -161,12 +164,11 @@ def sampled_objective(args, hidden, head, signal, tokens, weight):
     return (weight * metrics["log_ratio"] * log_q).sum(), metrics
 
 
-def topk_objective(args, hidden, head, signal, weight):
+def topk_objective(args, hidden, head, signal, top, weight):
     """KL between p and q renormalised on a set of likely tokens (arXiv 2604.13016): --topk_set.
 
-    What the set leaves out of each distribution is its tail mass."""
-    student_ids = top_tokens(hidden.detach(), head.detach(), args.k)[1]  # (N, k)
-    teacher_ids = diagnostics.teacher_top(signal, args.k)[1]  # (N, k)
+    top: the --k likeliest of both. What the set leaves out of each distribution is its tail mass."""
+    student_ids, teacher_ids = top.student_ids, top.teacher_ids  # (N, k) each
     shared = (student_ids[:, :, None] == teacher_ids[:, None]).any(2)  # (N, k): student's that are teacher's
     keep_all = torch.ones_like(shared)
     sets = {
@@ -201,14 +203,10 @@ def micro_batch_loss(args, student, teacher, vocab_size, seconds, responses, tok
     scored = training.clock()
     hidden, head = forward(student, responses, vocab_size, args.dtype)
     loss, metrics = objective(args, hidden, head, signal, tokens, weight)
-    measured = training.clock()
-    # Before the backward pass, after which FSDP frees the head.
-    metrics |= diagnostics.measure(hidden.detach(), head.detach(), signal, args.k, known=metrics)
     if args.prefix == "student" and not sampling.is_plain(args):
         sampler = args.temperature, args.top_p, args.top_k
         metrics["sampler_kl"] = diagnostics.sampler_kl(hidden.detach(), head.detach(), *sampler)
     seconds["seconds_score"] += scored - started
-    seconds["seconds_diagnostics"] += training.clock() - measured
     return loss, metrics
 
 
@@ -352,7 +350,7 @@ def main(args):
             picked = training.batch_indices(len(stored), args.batch_size, step, args.seed)
             batch = [stored[i].first(horizon) for i in picked]
         sampled = training.clock()
-        seconds = Counter(seconds_score=0.0, seconds_diagnostics=0.0)
+        seconds = Counter(seconds_score=0.0)
         metrics = train_step(args, run, teacher, batch, step, seconds)
         seconds["seconds_sample"] = sampled - started
         seconds["seconds_train"] = training.clock() - started - sum(seconds.values())

@@ -3,46 +3,41 @@
 import torch
 
 from distil.models import logits_of, top_tokens
-from streaming_kl import chunk_of, linear_streaming_kl
+from streaming_kl import Top, chunk_of, linear_streaming_kl
 
 
 @torch.no_grad()
-def measure(hidden, head, signal, k, known):
-    """{metric: (N,)} as far as the teacher is known: exact KLs, entropies, overlap of the k likeliest tokens.
+def measure(hidden, head, signal, k):
+    """Metrics {name: (N,)} as far as the teacher is known, and the Top with both models' k likeliest tokens.
 
-    hidden (N, H) and head (V, H) are the student's. known: names that the loss has computed already."""
-    metrics = {}
-    if signal.hidden is not None and "fkl" not in known:
-        out = linear_streaming_kl(hidden, head, signal.hidden, signal.head, fkl_weight=1.0)
-        metrics |= exact_metrics(out)
-    if signal.hidden is not None or signal.top_ids is not None:
-        metrics |= overlap(*top_tokens(hidden, head, k), *teacher_top(signal, k))
-    return metrics
+    hidden (N, H) and head (V, H) are the student's."""
+    if signal.hidden is not None:
+        out, top = linear_streaming_kl(hidden, head, signal.hidden, signal.head, fkl_weight=1.0, top_k=k)
+        return exact_metrics(out, top), top
+    if signal.top_ids is not None:
+        top = Top(*top_tokens(hidden, head, k), signal.top_logps[:, :k], signal.top_ids[:, :k])
+        return overlap(top), top
+    return {}, None
 
 
-def exact_metrics(out):
-    """Metrics of a KLOutput. The entropy gap is |H(p) - H(q)|."""
+def exact_metrics(out, top):
+    """Metrics of a KLOutput and a Top. The entropy gap is |H(p) - H(q)|."""
     metrics = {name: getattr(out, name) for name in ("fkl", "rkl", "student_entropy", "teacher_entropy")}
-    return metrics | {"entropy_gap": (out.teacher_entropy - out.student_entropy).abs()}
+    metrics["entropy_gap"] = (out.teacher_entropy - out.student_entropy).abs()
+    return metrics | overlap(top)
 
 
-def teacher_top(signal, k):
-    """The teacher's k likeliest tokens: (log-probabilities, ids), each (N, k)."""
-    if signal.hidden is None:
-        return signal.top_logps[:, :k], signal.top_ids[:, :k]
-    return top_tokens(signal.hidden, signal.head, k)
-
-
-def overlap(log_q, student_ids, log_p, teacher_ids):
+def overlap(top):
     """How the k likeliest tokens S of the student and T of the teacher overlap, {name: (N,)}.
 
-    From their log-probabilities and ids, each (N, k). arXiv 2604.13016, equations 6 and 7 and appendix B.1:
+    top: streaming_kl.Top. arXiv 2604.13016, equations 6 and 7 and appendix B.1:
 
         overlap_ratio          |S and T| / k
         overlap_mass           sum of q over S and T
         overlap_mass_teacher   sum of p over S and T
         overlap_advantage      mean over v in S and T of q'(v) (log p'(v) - log q'(v)), with p' and q'
                                renormalised on S and T; 0 where that is empty"""
+    log_q, student_ids, log_p, teacher_ids = top
     same = student_ids[:, :, None] == teacher_ids[:, None]  # (N, k, k)
     shared = same.any(2)  # (N, k): the student's token is one of the teacher's too
     count = same.sum((1, 2))

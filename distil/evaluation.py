@@ -13,9 +13,8 @@ from distil import ranks
 from distil.artifacts import refuse
 from distil.grading import grade, verdict_on
 from distil.jsonl import finite
-from distil.models import autocast, batches_by_tokens, forward
+from distil.models import autocast, batches_by_tokens, entropies, forward
 from distil.sampling import derive_seed, sample, sample_stream
-from streaming_kl import linear_streaming_kl
 
 EVAL_SAMPLING = {"temperature": 0.6, "top_p": 0.95}  # the paper's, in training and after it
 PAPER_N = {"aime24": 5, "amc23": 5, "math500": 3, "gsm8k": 3}  # responses to each problem; 4 for other data
@@ -103,8 +102,7 @@ def predictive_entropy(model, responses, vocab_size, micro_batch_tokens, dtype=N
     means = {}
     for indices, _ in ranks.split_micro_batches(batches_by_tokens(lengths, micro_batch_tokens)):
         batch = [responses[i] for i in indices]
-        both = forward(model, batch, vocab_size, dtype)  # hidden states, head
-        entropy = linear_streaming_kl(*both, *both, fkl_weight=1.0).student_entropy  # (N,)
+        entropy = entropies(*forward(model, batch, vocab_size, dtype))  # (N,)
         per_response = entropy.split([len(response.response_ids) for response in batch])
         means |= {i: values.mean().item() for i, values in zip(indices, per_response)}
     means = dict(ranks.gather(list(means.items())))

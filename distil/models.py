@@ -289,9 +289,10 @@ class Float32Logits(torch.autograd.Function):
 
 def logits_of(hidden, head):
     """Logits (n, V) in float32, or in float64 where the inputs are. No log-probability comes from less."""
-    if hidden.dtype in (torch.float32, torch.float64):
-        return hidden @ head.T
-    return Float32Logits.apply(hidden, head)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.dtype in (torch.float32, torch.float64):
+            return hidden @ head.T
+        return Float32Logits.apply(hidden, head)
 
 
 def token_logps(hidden, head, tokens):
@@ -312,6 +313,16 @@ def top_tokens(hidden, head, k):
     """The k likeliest tokens of each position, likeliest first: log-probabilities (N, k), ids (N, k)."""
     tops = [logits_of(chunk, head).log_softmax(-1).topk(k) for chunk in hidden.split(chunk_of(head))]
     return torch.cat([top.values for top in tops]), torch.cat([top.indices for top in tops])
+
+
+@torch.no_grad()
+def entropies(hidden, head):
+    """Entropy (N,) of each position's distribution, in nats, from hidden states (N, H) and head (V, H)."""
+    pieces = []
+    for chunk in hidden.split(chunk_of(head)):
+        log_q = logits_of(chunk, head).log_softmax(-1)
+        pieces.append(-(log_q.exp() * log_q).sum(-1))
+    return torch.cat(pieces)
 
 
 def batches_by_tokens(lengths, budget):

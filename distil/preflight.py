@@ -5,8 +5,8 @@ import math
 import torch
 
 from distil.artifacts import refuse
-from distil.diagnostics import overlap, teacher_top
-from distil.models import forward, output_head, top_tokens
+from distil.diagnostics import overlap
+from distil.models import forward, output_head
 from distil.prompts import check_template, prompt_text, template_sha256, tokenizer_sha256
 from streaming_kl import linear_streaming_kl
 
@@ -79,7 +79,7 @@ def check_signal(hidden, head, signal, k):
     uniform = math.log(len(signal.head))
     teacher_itself = (signal.hidden, signal.head, signal.hidden, signal.head)
     self_kl = linear_streaming_kl(*teacher_itself, fkl_weight=1.0).fkl.abs().max().item()
-    out = linear_streaming_kl(hidden, head, signal.hidden, signal.head, fkl_weight=1.0)
+    out, top = linear_streaming_kl(hidden, head, signal.hidden, signal.head, fkl_weight=1.0, top_k=k)
     fkl, rkl, student_entropy, teacher_entropy = (values.mean().item() for values in out[1:])
     numbers = (self_kl, fkl, rkl, student_entropy, teacher_entropy)
     if not all(map(math.isfinite, numbers)) or self_kl > 1e-3:
@@ -92,7 +92,7 @@ def check_signal(hidden, head, signal, k):
             f"preflight: the teacher's entropy is {teacher_entropy:.3f} nats, a uniform distribution has "
             f"{uniform:.3f}: its weights are missing or not trained"
         )
-    ratio = overlap(*top_tokens(hidden, head, k), *teacher_top(signal, k))["overlap_ratio"].mean().item()
+    ratio = overlap(top)["overlap_ratio"].mean().item()
     same = far = ""
     if fkl <= 1e-6:
         same = "none: teacher and student are the same"

@@ -99,6 +99,9 @@ def test_wrong_options_are_refused():
                 call(*arguments, **good | wrong)
     with pytest.raises(ValueError, match="chunk_tokens"):
         linear_streaming_kl(*tensors, chunk_tokens=0, **good)
+    for top_k in (-1, 51):
+        with pytest.raises(ValueError, match="top_k"):
+            linear_streaming_kl(*tensors, top_k=top_k, **good)
     with pytest.raises(TypeError, match="fkl_weight"):
         streaming_kl(logits, logits)
     with pytest.raises(TypeError, match="softcap"):
@@ -139,9 +142,9 @@ def test_torch_compile(impl):
 
     def both(x, w, xt, wt, reduction, logits_dtype):
         options = {"fkl_weight": 0.3, "weight": weight, "reduction": reduction, "impl": impl}
-        out = linear_streaming_kl(x, w, xt, wt, logits_dtype=logits_dtype, **options)
+        out, top = linear_streaming_kl(x, w, xt, wt, logits_dtype=logits_dtype, top_k=3, **options)
         other = streaming_kl(x @ w.T, xt @ wt.T, **options)
-        return (out.loss * 2).sum() + other.loss.sum() + out.fkl.sum()
+        return (out.loss * 2).sum() + other.loss.sum() + out.fkl.sum() + top.student_logps.sum()
 
     def divergence(x, w, xt, wt, reduction, logits_dtype):
         def total_variation(s, t):

@@ -126,6 +126,29 @@ def test_temperature_scales_nothing_else(impl):
     assert_close(d_hot, d_cold / 4)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_the_likeliest_tokens_of_both_models(impl, reduction, needs_gradient):
+    """From the logits of the KL, before the gradient is written over them; the KL is as without them."""
+    tensors = [x.detach().requires_grad_(needs_gradient and x.requires_grad) for x in heads(n=7, v=70)]
+    weight = torch.tensor([0.5, 0.2, 0, 1, 0.7, 0, 3], device=DEVICE)
+    live = weight != 0
+    options = {"fkl_weight": 0.3, "temperature": 0.7, "weight": weight, "reduction": reduction, "impl": impl}
+    for chunk in (None, 2):  # of 5 live tokens
+        plain = linear_streaming_kl(*tensors, **options, chunk_tokens=chunk, vocab_size=61)
+        out, top = linear_streaming_kl(*tensors, **options, chunk_tokens=chunk, vocab_size=61, top_k=6)
+        assert all(torch.equal(a, b) for a, b in zip(plain, out))
+        for logits, logps, ids in zip(exact_logits(tensors), top[::2], top[1::2]):
+            expected = (logits[:, :61] / 0.7).log_softmax(-1).topk(6)
+            assert torch.equal(ids[live], expected.indices[live]) and not logps.requires_grad
+            torch.testing.assert_close(logps[live].double(), expected.values[live], rtol=1e-5, atol=1e-5)
+            assert (logps[~live] == 0).all() and (ids[~live] == 0).all()
+        if needs_gradient:
+            losses = [x.sum() for x in (plain.loss, out.loss)]
+            gradients = [torch.autograd.grad(loss, tensors[:2]) for loss in losses]
+            assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
 # -------------------------------------------------------------------------------- infinities, NaN
 
 

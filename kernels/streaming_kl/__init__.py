@@ -1,6 +1,6 @@
 """Exact full-vocabulary KL between two language models; memory per token does not depend on the vocabulary.
 
-    from streaming_kl import streaming_kl, linear_streaming_kl, linear_divergence, KLOutput
+    from streaming_kl import streaming_kl, linear_streaming_kl, linear_divergence, KLOutput, Top
 
 Per token, with p = softmax(teacher logits / T) and q = softmax(student logits / T) over the whole vocabulary:
 
@@ -18,8 +18,8 @@ Nothing here needs triton until impl="triton", or impl="auto" with CUDA tensors,
 """
 
 from .chunks import chunk_of
-from .common import KLOutput
+from .common import KLOutput, Top
 from .linear import linear_divergence, linear_streaming_kl
 from .logits import streaming_kl
 
-__all__ = ["KLOutput", "chunk_of", "linear_divergence", "linear_streaming_kl", "streaming_kl"]
+__all__ = ["KLOutput", "Top", "chunk_of", "linear_divergence", "linear_streaming_kl", "streaming_kl"]

@@ -17,6 +17,11 @@ def check_reduction(reduction):
         raise ValueError(f'reduction must be "sum", "mean" or "none", not {reduction!r}')
 
 
+def check_top_k(top_k, vocab_size):
+    if not 0 <= top_k <= vocab_size:
+        raise ValueError(f"top_k must lie between 0 and the vocabulary of {vocab_size}, not {top_k}")
+
+
 def check_logits(student_logits, teacher_logits):
     _check_pair("logits", student_logits, teacher_logits)
     _check_tokens("logits", student_logits, teacher_logits)

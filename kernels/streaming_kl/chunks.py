@@ -67,8 +67,9 @@ def over_chunks(
 ):
     """Returns columns (n_columns, N), and d_hidden and d_head of sum_i c_i loss_i, empty where not needed.
 
-    step(student_logits, teacher_logits, c) returns columns (n_columns, n), the first of them the losses, and
-    the gradient (n, V) of the weighted losses, or None if c is None. It may overwrite student_logits.
+    step(student_logits, teacher_logits, c, rows) returns columns (n_columns, n), the first of them the
+    losses, and the gradient (n, V) of the weighted losses, or None if c is None. It may overwrite
+    student_logits. rows: what indexes its n tokens among all N.
     Tokens with a coefficient of 0 are left out: their columns and gradients are 0.
     """
     n_tokens, device = len(student_hidden), student_hidden.device
@@ -100,7 +101,7 @@ def over_chunks(
             c = None
             if needs_hidden or needs_head:
                 c = columns.new_ones(len(hidden)) if coefficient is None else coefficient[rows].to(exact)
-            results, gradient = step(student_logits, teacher_logits, c)
+            results, gradient = step(student_logits, teacher_logits, c, rows)
             columns[:, rows] = results.to(exact)
             if gradient is None:
                 continue

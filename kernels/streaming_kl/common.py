@@ -19,6 +19,15 @@ class KLOutput(NamedTuple):
     teacher_entropy: Tensor  # (N,)
 
 
+class Top(NamedTuple):
+    """The k likeliest tokens of each position, likeliest first; 0 where the weight is 0."""
+
+    student_logps: Tensor  # (N, k) log-probabilities at the temperature, under the whole distribution
+    student_ids: Tensor  # (N, k)
+    teacher_logps: Tensor  # (N, k)
+    teacher_ids: Tensor  # (N, k)
+
+
 def mixed_kl(statistics, fkl_weight):
     """(N,) losses from (9, N) statistics. The ends are no mixtures: 0 times an infinite KL would be NaN."""
     fkl, rkl = statistics[0], statistics[1]

@@ -9,12 +9,13 @@ from .checks import (
     check_linear,
     check_options,
     check_reduction,
+    check_top_k,
     choose_impl,
     common_vocabulary,
     weight_per_token,
 )
 from .chunks import Plan, make_plan, over_chunks
-from .common import KLOutput, implementation, mixed_kl, opaque_operator, weight_total, weighted
+from .common import KLOutput, Top, implementation, mixed_kl, opaque_operator, weight_total, weighted
 
 FN_TENSORS = 8  # of the size of the logits: what the Jensen-Shannon divergence takes with its gradient
 
@@ -32,6 +33,7 @@ def linear_streaming_kl(
     vocab_size=None,
     logits_dtype=None,
     chunk_tokens=None,
+    top_k=0,
     impl="auto",
 ):
     """KL between the logits hidden @ head.T of two models, with gradients for the student's hidden and head.
@@ -44,18 +46,21 @@ def linear_streaming_kl(
                    inputs. torch.bfloat16 rounds logits as a bfloat16 nn.Linear does: half the memory, but the
                    rounding can shift a KL of 1e-3 by half of it
     chunk_tokens   how many tokens have logits at a time; the default fills chunks.LOGITS_BYTES
+    top_k          above 0: returns (KLOutput, Top), from the same logits the likeliest tokens of both models
 
     Under autocast, hidden states and heads are cast to its dtype, as nn.Linear does.
     """
     check_options(fkl_weight, temperature)
+    check_top_k(top_k, vocab_size or min(len(student_head), len(teacher_head)))
     impl = choose_impl(impl, student_hidden, teacher_hidden)
-    fkl_weight, temperature = float(fkl_weight), float(temperature)
+    options = float(fkl_weight), float(temperature), top_k, impl
 
     def run(*tensors, plan, needs):
-        return linear_kl(*tensors, *plan, *needs, fkl_weight, temperature, impl)
+        return linear_kl(*tensors, *plan, *needs, *options)
 
     tensors = student_hidden, student_head, teacher_hidden, teacher_head
-    return KLOutput(*_reduced(run, tensors, weight, reduction, logits_dtype, chunk_tokens, vocab_size))
+    *out, logps, ids = _reduced(run, tensors, weight, reduction, logits_dtype, chunk_tokens, vocab_size)
+    return (KLOutput(*out), Top(logps[0], ids[0], logps[1], ids[1])) if top_k else KLOutput(*out)
 
 
 def linear_divergence(
@@ -84,7 +89,7 @@ def linear_divergence(
     fn takes more, or far less, set chunk_tokens.
     """
 
-    def step(student_logits, teacher_logits, c):
+    def step(student_logits, teacher_logits, c, rows):
         if c is None:
             return fn(student_logits, teacher_logits).unsqueeze(0), None
         with torch.enable_grad():
@@ -106,9 +111,9 @@ def linear_divergence(
 
 
 def _reduced(run, tensors, weight, reduction, logits_dtype, chunk_tokens, vocab_size=None, extra_tensors=0):
-    """The loss, and the columns after the first, (N,) each.
+    """The loss, the columns after the first, (N,) each, and what else run returns.
 
-    run(*tensors, coefficient, plan=, needs=) is over_chunks with a step.
+    run(*tensors, coefficient, plan=, needs=) is over_chunks with a step, and may return more tensors.
     """
     check_reduction(reduction)
     check_chunking(chunk_tokens, logits_dtype)
@@ -122,10 +127,10 @@ def _reduced(run, tensors, weight, reduction, logits_dtype, chunk_tokens, vocab_
     plan = make_plan(dtypes, logits_dtype, vocab_size, chunk_tokens, extra_tensors, student_hidden.device)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in (student_hidden, student_head)]
     function = _TwoPasses if reduction == "none" else _OnePass
-    loss, *metrics = function.apply(*tensors, weight, run, plan, needs)
+    loss, *rest = function.apply(*tensors, weight, run, plan, needs)
     if reduction == "mean":
         loss = loss / weight_total(weight, len(student_hidden))
-    return loss, *metrics
+    return loss, *rest
 
 
 class _OnePass(torch.autograd.Function):
@@ -135,12 +140,12 @@ class _OnePass(torch.autograd.Function):
     def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weight, run, plan, needs):
         tensors = student_hidden, student_head, teacher_hidden, teacher_head
         coefficient, ctx.scale = _normalised(weight)
-        columns, d_hidden, d_head = run(*tensors, coefficient, plan=plan, needs=needs)
+        columns, d_hidden, d_head, *more = run(*tensors, coefficient, plan=plan, needs=needs)
         ctx.save_for_backward(d_hidden, d_head)
         ctx.needs, ctx.dtypes = needs, (student_hidden.dtype, student_head.dtype)
         losses, *metrics = columns.unbind()
-        ctx.mark_non_differentiable(*metrics)
-        return weighted(losses, weight).sum(), *metrics
+        ctx.mark_non_differentiable(*metrics, *more)
+        return weighted(losses, weight).sum(), *metrics, *more
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -155,12 +160,12 @@ class _TwoPasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_hidden, student_head, teacher_hidden, teacher_head, weight, run, plan, needs):
         tensors = student_hidden, student_head, teacher_hidden, teacher_head
-        columns, _, _ = run(*tensors, weight, plan=plan, needs=[False, False])
+        columns, _, _, *more = run(*tensors, weight, plan=plan, needs=[False, False])
         ctx.save_for_backward(*tensors, weight)
         ctx.run, ctx.plan, ctx.needs = run, plan, needs
         losses, *metrics = columns.unbind()
-        ctx.mark_non_differentiable(*metrics)
-        return weighted(losses, weight), *metrics
+        ctx.mark_non_differentiable(*metrics, *more)
+        return weighted(losses, weight), *metrics, *more
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -168,7 +173,7 @@ class _TwoPasses(torch.autograd.Function):
         *tensors, weight = ctx.saved_tensors
         coefficient, scale = _normalised(weighted(upstream, weight))
         _, *unscaled = ctx.run(*tensors, coefficient, plan=ctx.plan, needs=ctx.needs)
-        d_hidden, d_head = _gradients(unscaled, scale, [x.dtype for x in tensors[:2]], ctx.needs)
+        d_hidden, d_head = _gradients(unscaled[:2], scale, [x.dtype for x in tensors[:2]], ctx.needs)
         return d_hidden, d_head, *[None] * 6
 
 
@@ -194,12 +199,14 @@ def _gradients(unscaled, scale, dtypes, needs):
 
 
 def _linear_kl_fake(student_hidden, student_head, teacher_hidden, *options):
-    needs_hidden, needs_head = options[-5:-3]
-    exact = reference.statistics_dtype(student_hidden, teacher_hidden)
+    needs_hidden, needs_head, _, _, top_k, _ = options[-6:]
+    n_tokens, exact = len(student_hidden), reference.statistics_dtype(student_hidden, teacher_hidden)
     return (
-        student_hidden.new_empty(5, len(student_hidden), dtype=exact),
+        student_hidden.new_empty(5, n_tokens, dtype=exact),
         torch.empty_like(student_hidden) if needs_hidden else student_hidden.new_empty(0),
         student_head.new_empty(student_head.shape if needs_head else 0, dtype=exact),
+        student_hidden.new_empty(2, n_tokens, top_k, dtype=exact),
+        student_hidden.new_empty(2, n_tokens, top_k, dtype=torch.long),
     )
 
 
@@ -220,20 +227,33 @@ def linear_kl(
     needs_head: bool,
     fkl_weight: float,
     temperature: float,
+    top_k: int,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """over_chunks with the KL as its step: columns (5, N) are the loss and the four metrics."""
-    kernels = implementation(impl)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """over_chunks with the KL as its step: columns (5, N) are the loss and the four metrics.
 
-    def step(student_logits, teacher_logits, c):
+    Then the top_k likeliest tokens of student and teacher: log-probabilities and ids, (2, N, top_k) each.
+    """
+    kernels = implementation(impl)
+    exact = reference.statistics_dtype(student_hidden, teacher_hidden)
+    top_logps = torch.zeros(2, len(student_hidden), top_k, dtype=exact, device=student_hidden.device)
+    top_ids = torch.zeros_like(top_logps, dtype=torch.long)
+
+    def step(student_logits, teacher_logits, c, rows):
+        tops = [logits.topk(top_k) for logits in (student_logits, teacher_logits) if top_k]
         if c is None:
             numbers, gradient = kernels.statistics(student_logits, teacher_logits, None, temperature), None
         else:
             numbers = kernels.fused(student_logits, teacher_logits, c, fkl_weight, temperature)
             gradient = student_logits  # overwritten
+        stats = reference.Stats(*numbers)
+        for i, (top, d) in enumerate(zip(tops, (stats.d_s, stats.d_t))):
+            logits = top.values.to(exact)
+            top_logps[i, rows] = (logits - logits[:, :1]) / temperature - d.log().unsqueeze(1)
+            top_ids[i, rows] = top.indices
         return torch.stack([mixed_kl(numbers, fkl_weight), *numbers[:4]]), gradient
 
     logits_dtypes = student_logits_dtype, teacher_logits_dtype
     plan = Plan(vocab_size, chunk_tokens, student_dtype, teacher_dtype, *logits_dtypes)
     tensors = student_hidden, student_head, teacher_hidden, teacher_head
-    return over_chunks(step, 5, *tensors, coefficient, plan, needs_hidden, needs_head)
+    return *over_chunks(step, 5, *tensors, coefficient, plan, needs_hidden, needs_head), top_logps, top_ids

@@ -245,7 +245,7 @@ def torchrun(line):
         *"-m torch.distributed.run --standalone --nproc_per_node 2 --".split(),
         *line.split(),
     ]
-    env = os.environ | {"PYTHONPATH": ROOT}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240, env=env)
 
 

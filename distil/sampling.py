@@ -154,19 +154,12 @@ def sample_stream(engine, prompts, config, seed, places):
 @torch.no_grad()
 def sample_hf(places, model, prompts, config, seeds):
     """[{index of a prompt: its Response}], one for each prompt, its place and seed, with transformers."""
-    from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import GenerationConfig
 
-    warpers = [TemperatureLogitsWarper(config.temperature)] if config.temperature else []
-    if config.temperature and config.top_k:
-        warpers.append(TopKLogitsWarper(config.top_k))
-    if config.temperature and config.top_p < 1:
-        warpers.append(TopPLogitsWarper(config.top_p))
     device, own_config = model.device, model.generation_config
     steps, stops, pad = config.max_response_tokens, config.stop_ids, config.stop_ids[0]
-    padding = list(range(config.vocab_size, model.config.get_text_config().vocab_size)) or None
-    model.generation_config = GenerationConfig(  # else generate() mixes in its top-k, penalties, ...
-        max_new_tokens=steps, eos_token_id=stops, pad_token_id=pad, suppress_tokens=padding
-    )
+    # else generate() mixes in its top-k, penalties, ...
+    model.generation_config = GenerationConfig(max_new_tokens=steps, eos_token_id=stops, pad_token_id=pad)
     responses, by_length = {}, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     try:
         for start in range(0, len(prompts), config.sample_batch):
@@ -175,12 +168,14 @@ def sample_hf(places, model, prompts, config, seeds):
             width = len(prompts[batch[-1]])
             ids = [[pad] * (width - len(prompts[i])) + prompts[i] for i in batch]
             mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
-            draw = [Draw([seeds[i] for i in batch], steps, width, device)] if config.temperature else []
             output = model.generate(
                 input_ids=torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=model.generation_config,
-                logits_processor=[*warpers, functools.partial(refuse_nan, [places[i] for i in batch]), *draw],
+                logits_processor=[
+                    functools.partial(refuse_nan, [places[i] for i in batch]),
+                    Draw(config, [seeds[i] for i in batch], width, device),
+                ],
             )
             for i, row in zip(batch, output[:, width:].tolist(), strict=True):
                 length = next((t + 1 for t, token in enumerate(row) if token in stops), None)
@@ -200,18 +195,54 @@ def refuse_nan(places, ids, logits):
 
 
 class Draw:
-    """A logits processor that leaves one token in each row, drawn with the row's own seed.
+    """A logits processor that leaves a token in each row: the likeliest, or one drawn with the row's seed."""
 
-    The token is the first at which the distribution function exceeds a number uniform in [0, 1)."""
+    def __init__(self, config, seeds, width, device):
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    def __init__(self, seeds, steps, width, device):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        rows = [torch.rand(steps, generator=generator, dtype=torch.float64) for generator in generators]
-        self.uniform = torch.stack(rows).to(device)  # (B, T)
         self.width = width  # of the prompts
+        self.vocab_size = config.vocab_size
+        self.uniform, self.warpers = None, []
+        if config.temperature == 0:
+            return
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        steps = config.max_response_tokens
+        rows = [torch.rand(steps, generator=generator, dtype=torch.float64) for generator in generators]
+        self.uniform = torch.stack(rows).to(device)  # (B, T) in [0, 1)
+        if config.temperature != 1:
+            self.warpers.append(TemperatureLogitsWarper(config.temperature))
+        if config.top_k:
+            self.warpers.append(TopKLogitsWarper(config.top_k))
+        if config.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(config.top_p))
 
     def __call__(self, ids, logits):
-        distribution = logits.softmax(-1, dtype=torch.float64).cumsum(-1)  # (B, V)
-        level = self.uniform[:, ids.shape[1] - self.width, None] * distribution[:, -1:]  # (B, 1)
-        token = torch.searchsorted(distribution, level, right=True)
-        return torch.full_like(logits, -torch.inf).scatter(1, token, 0.0)
+        scores = logits[:, : self.vocab_size]  # the rest is padding
+        for warper in self.warpers:
+            scores = warper(ids, scores)
+        if self.uniform is None:
+            token = scores.argmax(-1, keepdim=True)
+        else:
+            token = token_at(scores, self.uniform[:, ids.shape[1] - self.width, None])
+        return logits.fill_(-torch.inf).scatter_(1, token, 0.0)
+
+
+def token_at(logits, level, block=512):
+    """(B, 1) The first token at which the distribution function exceeds the level in [0, 1).
+
+    logits (B, V), level (B, 1) float64. First the block of tokens is found from the blocks' sums, then the
+    token in it: a sum over all tokens in float64 would take most of the time of a step."""
+    weights = (logits - logits.amax(-1, keepdim=True)).exp_()
+    weights = torch.nn.functional.pad(weights, (0, -logits.shape[1] % block)).unflatten(1, (-1, block))
+    sums = weights.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, blocks)
+    level = below(level * sums[:, -1:], sums)
+    at = torch.searchsorted(sums, level, right=True)  # (B, 1)
+    inside = weights.take_along_dim(at[:, :, None], 1).squeeze(1).double().cumsum(-1)  # (B, block)
+    level = below(level - (sums.gather(1, at) - inside[:, -1:]), inside)
+    return at * block + torch.searchsorted(inside, level, right=True)
+
+
+def below(level, sums):
+    """The level, in [0, the last of the sums): rounding must not reach a token of probability 0."""
+    last = sums[:, -1:]
+    return torch.minimum(level, last.nextafter(torch.zeros_like(last))).clamp(min=0)

@@ -18,6 +18,7 @@ from distil.sampling import (
     sample,
     sample_stream,
     sampling_from,
+    token_at,
     update_engine,
 )
 from distil.vllm_engine import load_vllm
@@ -108,6 +109,24 @@ def test_the_models_own_generation_config_has_no_say(model):
         assert model.generation_config.repetition_penalty == 5.0
     finally:
         model.generation_config = own
+
+
+@pytest.mark.parametrize("vocab_size, block", [(29, 4), (40, 8), (7, 512), (1030, 512)])
+def test_a_level_draws_the_token_at_which_the_distribution_function_exceeds_it(vocab_size, block):
+    """Against the whole sum in float64; no level, the ends included, draws a token of probability 0."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(300, vocab_size, generator=generator)
+    logits[torch.rand(logits.shape, generator=generator) < 0.6] = -torch.inf
+    logits[:, vocab_size // 2] = 1.0  # at least one token
+    logits[:, -2:] = -torch.inf
+    levels = torch.rand(300, 1, generator=generator, dtype=torch.float64)
+    levels[:50], levels[50:100] = 0.0, 1 - 2**-53
+    found = token_at(logits, levels, block)
+    probability = logits.double().softmax(-1)
+    at, sums = probability.gather(1, found), probability.cumsum(-1).gather(1, found)
+    assert (at > 0).all() and (sums > levels - 1e-6).all() and (sums - at < levels + 1e-6).all()
+    exact = torch.searchsorted(probability.cumsum(-1), levels, right=True)[100:]
+    assert (found[100:] == exact).float().mean() > 0.99  # float32 may move a border by 1e-7
 
 
 def test_stop_token_is_kept_and_only_at_the_end(model):

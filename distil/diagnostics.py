@@ -2,8 +2,8 @@
 
 import torch
 
-from distil.models import logits_of, top_tokens
-from streaming_kl import Top, chunk_of, linear_streaming_kl
+from distil.models import logit_chunks, top_tokens
+from streaming_kl import Top, linear_streaming_kl
 
 
 @torch.no_grad()
@@ -57,8 +57,8 @@ def overlap(top):
 def sampler_kl(hidden, head, temperature, top_p, top_k):
     """(N,) KL(sampler || student) in nats: how far temperature, then top-k, then top-p move the samples."""
     pieces = []
-    for chunk in hidden.split(chunk_of(head)):
-        log_q, order = logits_of(chunk, head).log_softmax(-1).sort(-1, descending=True)
+    for logits in logit_chunks(hidden, head):
+        log_q, order = logits.log_softmax(-1).sort(-1, descending=True)
         if temperature:
             log_s = (log_q / temperature).log_softmax(-1)
         else:  # greedy

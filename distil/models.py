@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distil.artifacts import read_artifact, read_checkpoint, refuse
 from distil.problems import hub_reachable
-from streaming_kl import chunk_of
+from streaming_kl import aligned_buffer, chunk_of, product
 
 
 class Response(NamedTuple):
@@ -265,8 +265,8 @@ def response_hidden(model, prompts, responses):
     length = torch.tensor([len(row) for row in rows], device=device)[:, None]
     first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)[:, None]
     column = torch.arange(width, device=device)[None]
-    mask = (column < length).long()
-    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    # No attention mask: padding comes after all that is real, and every position sees only what is before it.
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     return hidden[(column >= first) & (column < length)]
 
 
@@ -308,20 +308,35 @@ def token_logps(hidden, head, tokens):
     return torch.cat([checkpoint(logps, *chunk, use_reentrant=False) for chunk in chunks]).view_as(tokens)
 
 
+def logit_chunks(hidden, head):
+    """Yields logits (n, V) as logits_of() has them, chunk_of(head) positions at a time, all in one buffer."""
+    size, dtype = chunk_of(head), torch.promote_types(hidden.dtype, torch.float32)
+    buffer = aligned_buffer(min(size, len(hidden)), len(head), dtype, hidden.device)
+    for chunk in hidden.split(size):
+        yield product(chunk, head.t(), buffer)
+
+
 @torch.no_grad()
 def top_tokens(hidden, head, k):
     """The k likeliest tokens of each position, likeliest first: log-probabilities (N, k), ids (N, k)."""
-    tops = [logits_of(chunk, head).log_softmax(-1).topk(k) for chunk in hidden.split(chunk_of(head))]
-    return torch.cat([top.values for top in tops]), torch.cat([top.indices for top in tops])
+    tops = []
+    for logits in logit_chunks(hidden, head):
+        values, ids = logits.topk(k)
+        values -= values[:, :1].clone()
+        total = logits.sub_(logits.amax(-1, keepdim=True)).exp_().sum(-1, keepdim=True)
+        tops.append((values - total.log(), ids))
+    return tuple(map(torch.cat, zip(*tops)))
 
 
 @torch.no_grad()
 def entropies(hidden, head):
     """Entropy (N,) of each position's distribution, in nats, from hidden states (N, H) and head (V, H)."""
     pieces = []
-    for chunk in hidden.split(chunk_of(head)):
-        log_q = logits_of(chunk, head).log_softmax(-1)
-        pieces.append(-(log_q.exp() * log_q).sum(-1))
+    for logits in logit_chunks(hidden, head):
+        logits -= logits.amax(-1, keepdim=True)
+        weights = logits.exp()
+        total = weights.sum(-1)
+        pieces.append(total.log() - weights.mul_(logits).sum(-1) / total)
     return torch.cat(pieces)
 
 

@@ -174,7 +174,7 @@ class Run:
         self.model.generation_config.eos_token_id = stops  # checkpoints end responses as this run does
         self.config = self.model.config.to_dict()
         # arXiv 2605.16826 does not state its optimizer
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0, fused=True)
         if checkpoint:
             load_optimizer(os.path.join(checkpoint, "optimizer.safetensors"), self.model, self.optimizer)
         self.engine = self.load_engine(directory) if samples or args.eval_every else self.model
@@ -333,4 +333,6 @@ def load_optimizer(path, model, optimizer):
             continue  # no gradient so far
         for key in ("exp_avg", "exp_avg_sq"):
             optimizer.state[parameter][key] = ranks.local_shard(state[f"{name}/{key}"], parameter)
-        optimizer.state[parameter]["step"] = state[f"{name}/step"]
+        optimizer.state[parameter]["step"] = state[f"{name}/step"].to(
+            parameter.device
+        )  # as fused=True has it

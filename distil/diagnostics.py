@@ -57,7 +57,7 @@ def overlap(top):
 def sampler_kl(hidden, head, temperature, top_p, top_k):
     """(N,) KL(sampler || student) in nats: how far temperature, then top-k, then top-p move the samples."""
     pieces = []
-    for logits in logit_chunks(hidden, head):
+    for _, logits in logit_chunks(hidden, head):
         log_q, order = logits.log_softmax(-1).sort(-1, descending=True)
         if temperature:
             log_s = (log_q / temperature).log_softmax(-1)

@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch.utils.checkpoint import checkpoint
 
 from distil.artifacts import read_artifact, read_checkpoint, refuse
 from distil.problems import hub_reachable
-from streaming_kl import aligned_buffer, chunk_of, product
+from streaming_kl.chunks import add_product, aligned_buffer, chunk_of, product
 
 
 class Response(NamedTuple):
@@ -270,61 +269,64 @@ def response_hidden(model, prompts, responses):
     return hidden[(column >= first) & (column < length)]
 
 
-class Float32Logits(torch.autograd.Function):
-    """hidden (n, H) @ head (V, H).T in float32 from half-precision inputs: rounded ones would bias a KL."""
+def logit_chunks(hidden, head):
+    """Yields (rows, logits (n, V)) for chunk_of(head) positions at a time, all in one buffer.
 
-    @staticmethod
-    def forward(ctx, hidden, head):
-        ctx.save_for_backward(hidden, head)
-        if hidden.is_cuda:
-            return torch.mm(hidden, head.T, out_dtype=torch.float32)
-        return hidden.float() @ head.float().T
-
-    @staticmethod
-    def backward(ctx, gradient):
-        hidden, head = ctx.saved_tensors
-        gradient = gradient.to(hidden.dtype)
-        return gradient @ head, gradient.T @ hidden
+    In float32, or float64 where the inputs are: logits rounded to bfloat16 would bias a KL."""
+    size, dtype = chunk_of(head), torch.promote_types(hidden.dtype, torch.float32)
+    buffer = aligned_buffer(min(size, len(hidden)), len(head), dtype, hidden.device)
+    for start in range(0, len(hidden), size):
+        rows = slice(start, start + size)
+        yield rows, product(hidden[rows], head.t(), buffer)
 
 
-def logits_of(hidden, head):
-    """Logits (n, V) in float32, or in float64 where the inputs are. No log-probability comes from less."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        if hidden.dtype in (torch.float32, torch.float64):
-            return hidden @ head.T
-        return Float32Logits.apply(hidden, head)
+def exp_in_place(logits):
+    """Overwrites logits (n, V) with exp(logit - the largest); returns log sum exp(logit) (n, 1)."""
+    largest = logits.amax(-1, keepdim=True)
+    return logits.sub_(largest).exp_().sum(-1, keepdim=True).log() + largest
 
 
 def token_logps(hidden, head, tokens):
     """log p(token) in float32 from hidden states (N, H), head (V, H) and tokens (N,) or (N, m); like tokens.
 
     Logits exist for chunk_of(head) positions at a time and are recomputed in the backward pass."""
-
-    def logps(hidden, tokens):
-        return logits_of(hidden, head).log_softmax(-1).gather(1, tokens)
-
     picked = tokens if tokens.dim() == 2 else tokens[:, None]
-    chunks = zip(hidden.split(chunk_of(head)), picked.split(chunk_of(head)))
-    return torch.cat([checkpoint(logps, *chunk, use_reentrant=False) for chunk in chunks]).view_as(tokens)
+    return TokenLogps.apply(hidden, head, picked).view_as(tokens)
 
 
-def logit_chunks(hidden, head):
-    """Yields logits (n, V) as logits_of() has them, chunk_of(head) positions at a time, all in one buffer."""
-    size, dtype = chunk_of(head), torch.promote_types(hidden.dtype, torch.float32)
-    buffer = aligned_buffer(min(size, len(hidden)), len(head), dtype, hidden.device)
-    for chunk in hidden.split(size):
-        yield product(chunk, head.t(), buffer)
+class TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, head, tokens):
+        ctx.save_for_backward(hidden, head, tokens)
+        logps = hidden.new_empty(tokens.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for rows, logits in logit_chunks(hidden, head):
+            logps[rows] = logits.gather(1, tokens[rows])
+            logps[rows] -= exp_in_place(logits)
+        return logps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):  # d log p_y / d logit_v = [v = y] - p_v
+        hidden, head, tokens = ctx.saved_tensors
+        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=upstream.dtype)
+        rounded = aligned_buffer(min(chunk_of(head), len(hidden)), len(head), hidden.dtype, hidden.device)
+        for rows, logits in logit_chunks(hidden, head):
+            exp_in_place(logits)
+            logits.mul_(-upstream[rows].sum(-1, keepdim=True) / logits.sum(-1, keepdim=True))
+            logits.scatter_add_(1, tokens[rows], upstream[rows])
+            gradient = rounded[: len(logits)].copy_(logits)
+            d_hidden[rows] = gradient @ head
+            add_product(d_head, gradient.t(), hidden[rows])
+        return d_hidden, d_head.to(head.dtype), None
 
 
 @torch.no_grad()
 def top_tokens(hidden, head, k):
     """The k likeliest tokens of each position, likeliest first: log-probabilities (N, k), ids (N, k)."""
     tops = []
-    for logits in logit_chunks(hidden, head):
+    for _, logits in logit_chunks(hidden, head):
         values, ids = logits.topk(k)
-        values -= values[:, :1].clone()
-        total = logits.sub_(logits.amax(-1, keepdim=True)).exp_().sum(-1, keepdim=True)
-        tops.append((values - total.log(), ids))
+        tops.append((values - exp_in_place(logits), ids))
     return tuple(map(torch.cat, zip(*tops)))
 
 
@@ -332,11 +334,10 @@ def top_tokens(hidden, head, k):
 def entropies(hidden, head):
     """Entropy (N,) of each position's distribution, in nats, from hidden states (N, H) and head (V, H)."""
     pieces = []
-    for logits in logit_chunks(hidden, head):
-        logits -= logits.amax(-1, keepdim=True)
-        weights = logits.exp()
-        total = weights.sum(-1)
-        pieces.append(total.log() - weights.mul_(logits).sum(-1) / total)
+    for _, logits in logit_chunks(hidden, head):
+        exp_in_place(logits)
+        logits /= logits.sum(-1, keepdim=True)
+        pieces.append(torch.special.entr(logits, out=logits).sum(-1))  # -p log p
     return torch.cat(pieces)
 
 

@@ -20,6 +20,7 @@ from distil.models import (
     check_finite,
     check_head,
     context_of,
+    entropies,
     forward,
     load_model,
     output_head,
@@ -130,6 +131,17 @@ def test_forward_leaves_out_padded_rows_and_gradients_that_nobody_wants(model):
     with torch.no_grad():
         hidden, head = forward(model, responses, 29, "bfloat16")
     assert hidden.dtype == head.dtype == torch.bfloat16 and not head.requires_grad
+
+
+@pytest.mark.parametrize("chunk", [2, 4096])
+def test_entropies(chunk, monkeypatch):
+    """Of flat and of sharp distributions, against float64."""
+    monkeypatch.setattr(models, "chunk_of", lambda head: chunk)
+    g = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(7, 5, generator=g) * torch.logspace(-2, 2, 7)[:, None], torch.randn(12, 5)
+    log_q = (hidden.double() @ head.double().T).log_softmax(-1)
+    truth = -(log_q.exp() * log_q).sum(-1)
+    torch.testing.assert_close(entropies(hidden, head).double(), truth, rtol=1e-5, atol=1e-5)
 
 
 def test_the_first_tokens_of_a_response():

@@ -12,25 +12,14 @@ Per token, with p = softmax(teacher logits / T) and q = softmax(student logits /
                          time. For a scalar loss the same pass computes the gradients, so nothing is computed
                          twice.
     linear_divergence    the same for any torch function of two chunks of logits: how to try a new objective.
-
-For code that uses a head by itself: chunk_of says how many tokens may have logits at a time; aligned_buffer
-and product compute them in one buffer.
+    chunk_of             how many tokens may have logits at a time, for code that uses a head by itself.
 
 Nothing here needs triton until impl="triton", or impl="auto" with CUDA tensors, asks for it.
 """
 
-from .chunks import aligned_buffer, chunk_of, product
+from .chunks import chunk_of
 from .common import KLOutput, Top
 from .linear import linear_divergence, linear_streaming_kl
 from .logits import streaming_kl
 
-__all__ = [
-    "KLOutput",
-    "Top",
-    "aligned_buffer",
-    "chunk_of",
-    "linear_divergence",
-    "linear_streaming_kl",
-    "product",
-    "streaming_kl",
-]
+__all__ = ["KLOutput", "Top", "chunk_of", "linear_divergence", "linear_streaming_kl", "streaming_kl"]

@@ -24,7 +24,6 @@ no loss; the stop token does.
 
 import functools
 import os
-from collections import Counter
 
 import torch
 
@@ -196,30 +195,29 @@ def topk_objective(args, hidden, head, signal, top, weight):
     return (weight * loss).sum(), metrics
 
 
-def micro_batch_loss(args, student, teacher, vocab_size, seconds, responses, tokens, weight):
+def micro_batch_loss(args, student, teacher, vocab_size, scored, responses, tokens, weight):
     """The loss over the N tokens of some Responses, and all metrics {name: (N,)}."""
-    started = training.clock()
+    started = training.mark()
     signal = teacher.signal(responses)
-    scored = training.clock()
+    scored.append((started, training.mark()))
     hidden, head = forward(student, responses, vocab_size, args.dtype)
     loss, metrics = objective(args, hidden, head, signal, tokens, weight)
     if args.prefix == "student" and not sampling.is_plain(args):
         sampler = args.temperature, args.top_p, args.top_k
         metrics["sampler_kl"] = diagnostics.sampler_kl(hidden.detach(), head.detach(), *sampler)
-    seconds["seconds_score"] += scored - started
     return loss, metrics
 
 
-def train_step(args, run, teacher, batch, step, seconds):
+def train_step(args, run, teacher, batch, step):
     """One optimizer step on a batch of Responses: {metric: value}."""
-    tokens = sum(len(r.response_ids) for r in batch)
+    tokens, scored = sum(len(r.response_ids) for r in batch), []
     weights = training.token_weights(batch, args.normalize)
-    loss_of = functools.partial(micro_batch_loss, args, run.model, teacher, run.vocab_size, seconds)
+    loss_of = functools.partial(micro_batch_loss, args, run.model, teacher, run.vocab_size, scored)
     sums = training.accumulate_gradients(run.model.device, batch, weights, args.micro_batch_tokens, loss_of)
     grad_norm, lr = training.optimizer_step(args, run.model, run.optimizer, step, [r.id for r in batch])
     metrics = {"loss": sums.pop("loss"), "padding": 1 - sum(r.length for r in batch) / sums.pop("positions")}
     metrics |= {name: total / tokens for name, total in sums.items()}
-    return metrics | {"grad_norm": grad_norm, "lr": lr}
+    return metrics | {"grad_norm": grad_norm, "lr": lr, "seconds_score": training.seconds_between(scored)}
 
 
 def gate(args, run, step):
@@ -350,9 +348,8 @@ def main(args):
             picked = training.batch_indices(len(stored), args.batch_size, step, args.seed)
             batch = [stored[i].first(horizon) for i in picked]
         sampled = training.clock()
-        seconds = Counter(seconds_score=0.0)
-        metrics = train_step(args, run, teacher, batch, step, seconds)
-        seconds["seconds_sample"] = sampled - started
+        metrics = train_step(args, run, teacher, batch, step)
+        seconds = {"seconds_sample": sampled - started, "seconds_score": metrics.pop("seconds_score")}
         seconds["seconds_train"] = training.clock() - started - sum(seconds.values())
         step += 1
 

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 
 import torch
 
@@ -89,7 +88,7 @@ def step_ours(args, tick):
     weights = training.token_weights(batch, flags.normalize)
     tick()
     for step in range(args.iterations):
-        loss_of = functools.partial(train.micro_batch_loss, flags, student, live, args.vocab, Counter())
+        loss_of = functools.partial(train.micro_batch_loss, flags, student, live, args.vocab, [])
         limit = flags.micro_batch_tokens
         sums = training.accumulate_gradients(student.device, batch, weights, limit, loss_of)
         training.optimizer_step(flags, student, optimizer, step, [])

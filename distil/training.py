@@ -16,7 +16,6 @@ import math
 import os
 import shutil
 import time
-from collections import Counter
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -69,6 +68,23 @@ def clock():
     return time.perf_counter()
 
 
+def mark():
+    """A moment in the GPU's work, without waiting for it; on a CPU seconds."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(pairs):
+    """The sum over pairs of marks. Waits for the GPU."""
+    if not torch.cuda.is_available():
+        return sum(end - start for start, end in pairs)
+    torch.cuda.synchronize()
+    return sum(start.elapsed_time(end) for start, end in pairs) / 1000
+
+
 def batch_indices(count, batch_size, step, seed):
     """Which of `count` items are in a step: epoch after epoch, each in an order of its own.
 
@@ -99,7 +115,7 @@ def accumulate_gradients(device, responses, weights, micro_batch_tokens, micro_b
     tokens and metrics {name: (N,)}, detached; weights: of each response's tokens. Returns {metric: sum over
     all tokens}, the loss, and `positions`: how many went through the model, padding included."""
     lengths = [r.length for r in responses]
-    sums = Counter(loss=0.0, positions=0)
+    positions, totals = 0, {"loss": torch.zeros((), dtype=torch.float64, device=device)}
     for indices, is_real in ranks.split_micro_batches(batches_by_tokens(lengths, micro_batch_tokens)):
         micro_batch = [responses[i] for i in indices]
         token_list = [token for r in micro_batch for token in r.response_ids]
@@ -110,11 +126,12 @@ def accumulate_gradients(device, responses, weights, micro_batch_tokens, micro_b
             loss, metrics = micro_batch_loss(micro_batch, tokens, weight)
         if backward:
             loss.backward()
-        sums["loss"] += loss.item()
-        sums["positions"] += len(indices) * max(lengths[i] for i in indices)
-        for name, values in metrics.items():
-            sums[name] += is_real * values.sum().item()
-    return ranks.sum_over_ranks(sums)
+        positions += len(indices) * max(lengths[i] for i in indices)
+        for name, values in (("loss", loss.detach()), *metrics.items()):  # summed where they are: no waiting
+            total = values.sum().double() * (1 if name == "loss" else is_real)
+            totals[name] = totals.get(name, 0.0) + total
+    sums = dict(zip(totals, torch.stack(list(totals.values())).tolist()))
+    return ranks.sum_over_ranks(sums | {"positions": positions})
 
 
 def learning_rate(lr, warmup, steps, step):

@@ -6,7 +6,6 @@ import math
 import shutil
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
 import torch
@@ -144,7 +143,7 @@ def live(teacher):
 def gradients_of(model, args, teacher, batch):
     """Sums of the metrics over tokens and gradients {name: tensor} of a batch's loss."""
     model.zero_grad(set_to_none=True)
-    loss_of = functools.partial(micro_batch_loss, args, model, teacher, model.config.vocab_size, Counter())
+    loss_of = functools.partial(micro_batch_loss, args, model, teacher, model.config.vocab_size, [])
     weights = token_weights(batch, args.normalize)
     sums = training.accumulate_gradients("cpu", batch, weights, args.micro_batch_tokens, loss_of)
     return sums, {name: p.grad.clone() for name, p in model.named_parameters()}

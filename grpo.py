@@ -32,11 +32,11 @@ import torch
 from distil import artifacts, flags, flops, models, ranks, sampling, training
 from distil.evaluation import origin_of
 from distil.grading import grade
-from distil.models import entropies, forward, token_logps
+from distil.models import forward
 from distil.preflight import check_tokenizers
 from distil.problems import add_problem_flags, asked
 from distil.prompts import load_tokenizer, tokenizer_sha256, vocab_size_of
-from streaming_kl import linear_streaming_kl
+from streaming_kl import entropies, linear_streaming_kl, token_logps
 
 SHOWN = ("reward", "correct", "equal_groups", "loss", "entropy", "clip_fraction", "reference_kl", "mismatch")
 SHOWN += ("response_length", "truncated")

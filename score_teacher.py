@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from distil import artifacts, flags, models, preflight, sampling
 from distil.jsonl import GrowingFile, read_jsonl
-from distil.models import Response, forward, token_logps, top_tokens
+from distil.models import Response, forward
 from distil.prompts import (
     check_template,
     encode_problems,
@@ -39,6 +39,7 @@ from distil.prompts import (
 )
 from distil.rollouts import read_rollouts
 from distil.teacher import live_teacher
+from streaming_kl import token_logps, top_tokens
 
 PROBES = [
     "What is 17 * 23?",

@@ -28,12 +28,12 @@ import os
 import torch
 
 from distil import artifacts, diagnostics, flags, flops, models, preflight, ranks, sampling, training
-from distil.models import forward, token_logps
+from distil.models import forward
 from distil.problems import add_problem_flags, asked, load_problems
 from distil.prompts import encode_problems, load_tokenizer, stop_ids, vocab_size_of
 from distil.rollouts import stored_responses
 from distil.teacher import Teacher, live_teacher, stored_teacher
-from streaming_kl import linear_divergence, linear_streaming_kl
+from streaming_kl import linear_divergence, linear_streaming_kl, token_logps
 
 # Divergences beside the KLs, {name: function}: the name is then a choice of --kl; the function gets the
 # logits (n, V) of student and teacher at n positions, in float32, and returns n losses in nats.

@@ -2,8 +2,7 @@
 
 import torch
 
-from distil.models import logit_chunks, top_tokens
-from streaming_kl import Top, linear_streaming_kl
+from streaming_kl import Top, linear_streaming_kl, logit_chunks, top_tokens
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ from distil import ranks
 from distil.artifacts import refuse
 from distil.grading import grade, verdict_on
 from distil.jsonl import finite
-from distil.models import autocast, batches_by_tokens, entropies, forward
+from distil.models import autocast, batches_by_tokens, forward
 from distil.sampling import derive_seed, sample, sample_stream
+from streaming_kl import entropies
 
 EVAL_SAMPLING = {"temperature": 0.6, "top_p": 0.95}  # the paper's, in training and after it
 PAPER_N = {"aime24": 5, "amc23": 5, "math500": 3, "gsm8k": 3}  # responses to each problem; 4 for other data

@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 
 from distil.artifacts import read_artifact, read_checkpoint, refuse
 from distil.problems import hub_reachable
-from streaming_kl.chunks import add_product, aligned_buffer, chunk_of, product
 
 
 class Response(NamedTuple):
@@ -213,7 +212,7 @@ def check_head(model, flag):
             hidden, head = forward(model, [Response(ids[:1], ids[1:], False)], None)
             own = model(input_ids=torch.tensor([ids[:-1]], device=model.device), use_cache=False).logits[0]
             hook.remove()
-        error = relative_difference(logits_of(hidden, head), own)
+        error = relative_difference(hidden.float() @ head.float().T, own)
         if not error <= max(1e-4, 4 * torch.finfo(model.dtype).eps):
             large = "" if factor == 1 else ", where those are large"
             what = f"its logits are not its last hidden states times its output head{large}"
@@ -267,78 +266,6 @@ def response_hidden(model, prompts, responses):
     # No attention mask: padding comes after all that is real, and every position sees only what is before it.
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     return hidden[(column >= first) & (column < length)]
-
-
-def logit_chunks(hidden, head):
-    """Yields (rows, logits (n, V)) for chunk_of(head) positions at a time, all in one buffer.
-
-    In float32, or float64 where the inputs are: logits rounded to bfloat16 would bias a KL."""
-    size, dtype = chunk_of(head), torch.promote_types(hidden.dtype, torch.float32)
-    buffer = aligned_buffer(min(size, len(hidden)), len(head), dtype, hidden.device)
-    for start in range(0, len(hidden), size):
-        rows = slice(start, start + size)
-        yield rows, product(hidden[rows], head.t(), buffer)
-
-
-def exp_in_place(logits):
-    """Overwrites logits (n, V) with exp(logit - the largest); returns log sum exp(logit) (n, 1)."""
-    largest = logits.amax(-1, keepdim=True)
-    return logits.sub_(largest).exp_().sum(-1, keepdim=True).log() + largest
-
-
-def token_logps(hidden, head, tokens):
-    """log p(token) in float32 from hidden states (N, H), head (V, H) and tokens (N,) or (N, m); like tokens.
-
-    Logits exist for chunk_of(head) positions at a time and are recomputed in the backward pass."""
-    picked = tokens if tokens.dim() == 2 else tokens[:, None]
-    return TokenLogps.apply(hidden, head, picked).view_as(tokens)
-
-
-class TokenLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, head, tokens):
-        ctx.save_for_backward(hidden, head, tokens)
-        logps = hidden.new_empty(tokens.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        for rows, logits in logit_chunks(hidden, head):
-            logps[rows] = logits.gather(1, tokens[rows])
-            logps[rows] -= exp_in_place(logits)
-        return logps
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):  # d log p_y / d logit_v = [v = y] - p_v
-        hidden, head, tokens = ctx.saved_tensors
-        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=upstream.dtype)
-        rounded = aligned_buffer(min(chunk_of(head), len(hidden)), len(head), hidden.dtype, hidden.device)
-        for rows, logits in logit_chunks(hidden, head):
-            exp_in_place(logits)
-            logits.mul_(-upstream[rows].sum(-1, keepdim=True) / logits.sum(-1, keepdim=True))
-            logits.scatter_add_(1, tokens[rows], upstream[rows])
-            gradient = rounded[: len(logits)].copy_(logits)
-            d_hidden[rows] = gradient @ head
-            add_product(d_head, gradient.t(), hidden[rows])
-        return d_hidden, d_head.to(head.dtype), None
-
-
-@torch.no_grad()
-def top_tokens(hidden, head, k):
-    """The k likeliest tokens of each position, likeliest first: log-probabilities (N, k), ids (N, k)."""
-    tops = []
-    for _, logits in logit_chunks(hidden, head):
-        values, ids = logits.topk(k)
-        tops.append((values - exp_in_place(logits), ids))
-    return tuple(map(torch.cat, zip(*tops)))
-
-
-@torch.no_grad()
-def entropies(hidden, head):
-    """Entropy (N,) of each position's distribution, in nats, from hidden states (N, H) and head (V, H)."""
-    pieces = []
-    for _, logits in logit_chunks(hidden, head):
-        exp_in_place(logits)
-        logits /= logits.sum(-1, keepdim=True)
-        pieces.append(torch.special.entr(logits, out=logits).sum(-1))  # -p log p
-    return torch.cat(pieces)
 
 
 def batches_by_tokens(lengths, budget):

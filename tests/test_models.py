@@ -13,24 +13,21 @@ import rollout
 import score_teacher
 import train
 from conftest import run_line
-from distil import models
 from distil.models import (
     Response,
     batches_by_tokens,
     check_finite,
     check_head,
     context_of,
-    entropies,
     forward,
     load_model,
     output_head,
     response_hidden,
-    token_logps,
-    top_tokens,
 )
 from distil.ranks import load_sharded
 from distil.vllm_engine import stored_weights
 from recipes.toy_world import make_model, make_tokenizer
+from streaming_kl import token_logps
 
 
 @pytest.fixture(scope="module")
@@ -72,58 +69,6 @@ def test_response_hidden_is_that_of_each_sequence_alone(model):
                 assert logp.item() == pytest.approx(prefix.log_softmax(-1)[token].item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [2, 4096])
-def test_token_logps_and_their_gradient(chunk, monkeypatch):
-    monkeypatch.setattr(models, "chunk_of", lambda head: chunk)
-    g = torch.Generator().manual_seed(0)
-    hidden, head = (torch.randn(rows, 5, generator=g, requires_grad=True) for rows in (7, 12))
-    tokens, upstream = torch.randint(9, (7,), generator=g), torch.randn(7, generator=g)
-    found = token_logps(hidden, head[:9], tokens)
-    (found * upstream).sum().backward()
-    hidden64, head64 = (x.detach().double().requires_grad_() for x in (hidden, head))
-    truth = (hidden64 @ head64[:9].T).log_softmax(-1)[torch.arange(7), tokens]
-    (truth * upstream.double()).sum().backward()
-    for a, b in [(found, truth), (hidden.grad, hidden64.grad), (head.grad, head64.grad)]:
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
-
-
-def test_token_logps_of_no_tokens():
-    assert token_logps(torch.randn(0, 5), torch.randn(9, 5), torch.zeros(0, dtype=torch.long)).shape == (0,)
-
-
-def bfloat16_case():
-    """Hidden states and a head in bfloat16 whose logits are far from what bfloat16 can hold."""
-    g = torch.Generator().manual_seed(3)
-    hidden, head = torch.randn(6, 64, generator=g), torch.randn(50, 64, generator=g)
-    return hidden.bfloat16(), head.bfloat16()
-
-
-def test_log_probabilities_of_bfloat16_states_come_from_float32_logits():
-    """Rounded to bfloat16, logits of size 20 would be off by up to 0.06."""
-    hidden, head = bfloat16_case()
-    truth = (hidden.double() @ head.double().T).log_softmax(-1)
-    tokens = torch.arange(6)
-    found = token_logps(hidden, head, tokens)
-    torch.testing.assert_close(found.double(), truth[tokens, tokens], rtol=1e-5, atol=1e-4)
-    logps, ids = top_tokens(hidden, head, 5)
-    assert ids.tolist() == truth.topk(5).indices.tolist()
-    torch.testing.assert_close(logps.double(), truth.topk(5).values, rtol=1e-5, atol=1e-4)
-    rounded = (hidden @ head.T).float().log_softmax(-1)[tokens, tokens]
-    assert (rounded - truth[tokens, tokens]).abs().max() > 1e-2  # what the rule is for
-
-
-def test_gradients_of_bfloat16_states_are_rounded_once():
-    hidden, head = (x.requires_grad_() for x in bfloat16_case())
-    tokens, upstream = torch.arange(6), torch.linspace(-1, 1, 6)
-    (token_logps(hidden, head, tokens) * upstream).sum().backward()
-    hidden64, head64 = (x.detach().double().requires_grad_() for x in (hidden, head))
-    truth = (hidden64 @ head64.T).log_softmax(-1)[tokens, tokens]
-    (truth * upstream.double()).sum().backward()
-    for found, right in ((hidden.grad, hidden64.grad), (head.grad, head64.grad)):
-        assert found.dtype == torch.bfloat16
-        assert (found.double() - right).norm() < 0.01 * right.norm()
-
-
 def test_forward_leaves_out_padded_rows_and_gradients_that_nobody_wants(model):
     responses = [Response(*ids, False) for ids in zip(PROMPTS, RESPONSES)]
     hidden, head = forward(model, responses, 20)
@@ -131,17 +76,6 @@ def test_forward_leaves_out_padded_rows_and_gradients_that_nobody_wants(model):
     with torch.no_grad():
         hidden, head = forward(model, responses, 29, "bfloat16")
     assert hidden.dtype == head.dtype == torch.bfloat16 and not head.requires_grad
-
-
-@pytest.mark.parametrize("chunk", [2, 4096])
-def test_entropies(chunk, monkeypatch):
-    """Of flat and of sharp distributions, against float64."""
-    monkeypatch.setattr(models, "chunk_of", lambda head: chunk)
-    g = torch.Generator().manual_seed(0)
-    hidden, head = torch.randn(7, 5, generator=g) * torch.logspace(-2, 2, 7)[:, None], torch.randn(12, 5)
-    log_q = (hidden.double() @ head.double().T).log_softmax(-1)
-    truth = -(log_q.exp() * log_q).sum(-1)
-    torch.testing.assert_close(entropies(hidden, head).double(), truth, rtol=1e-5, atol=1e-5)
 
 
 def test_the_first_tokens_of_a_response():

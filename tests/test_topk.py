@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from distil.models import batches_by_tokens, top_tokens
+from distil.models import batches_by_tokens
 from distil.teacher import Signal
-from streaming_kl import linear_streaming_kl
+from streaming_kl import linear_streaming_kl, top_tokens
 from train import objective
 
 N, H, V, K = 7, 6, 11, 4

@@ -19,10 +19,11 @@ import train
 from conftest import ROOT
 from distil import artifacts
 from distil.artifacts import read_artifact
-from distil.models import forward, load_model, token_logps
+from distil.models import forward, load_model
 from distil.sampling import SamplingConfig, sample, sample_stream, update_engine
 from distil.vllm_engine import load_vllm
 from recipes.toy_world import make_model, make_tokenizer
+from streaming_kl import token_logps
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,

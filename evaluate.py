@@ -22,27 +22,17 @@ in the paper. docs/grading.md says what is correct, docs/metrics.md what the fil
 import argparse
 import functools
 import glob
+import io
 import json
 import os
 
-from distil import flags
-from distil.artifacts import (
-    add_output_flags,
-    check_out,
-    finish_artifact,
-    is_finished,
-    refuse,
-    run_stage,
-    start_artifact,
-    stop,
-    stop_requested,
-    write_json,
-)
-from distil.evaluation import EVAL_SAMPLING, PAPER_N, data_names, evaluate_problems, origin_of, summarise
+from distil import artifacts, evaluation, flags
+from distil.artifacts import is_finished, read_artifact, refuse
+from distil.evaluation import data_names, mean_of
+from distil.flops import text_of
 from distil.jsonl import GrowingFile, read_jsonl
 from distil.models import check_head, default_dtype, load_model
 from distil.problems import add_problem_flags, asked
-from distil.report import compare, figure, read_results, table
 from distil.sampling import add_sampling_flags, load_task, sampling_from
 from distil.vllm_engine import load_vllm
 
@@ -64,14 +54,16 @@ def get_args(argv=None):
     benchmarks_help = "several data sets, each as --data; --out/NAME gets it"
     p.add_argument("--benchmarks", type=flags.path, nargs="+", metavar="DATA", help=benchmarks_help)
     p = parser.add_argument_group("sampling and measuring")
-    add_sampling_flags(p, n=None, **EVAL_SAMPLING, max_response_tokens=8192, gpu_memory_utilization=0.6)
+    add_sampling_flags(
+        p, n=None, **evaluation.EVAL_SAMPLING, max_response_tokens=8192, gpu_memory_utilization=0.6
+    )
     p.add_argument("--k", type=flags.positive_int, nargs="+", help="k of Pass@k and Maj@k (default: n)")
     tokens_help = "tokens in one forward pass"
     p.add_argument("--micro_batch_tokens", type=flags.positive_int, default=16384, help=tokens_help)
     dtypes = ["float32", "bfloat16", "float16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="dtype of the model")
     p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")
-    add_output_flags(parser, required=False)
+    artifacts.add_output_flags(parser, required=False)
     args = parser.parse_args(argv)
     if args.figure and not args.runs:
         parser.error("--figure needs --runs")
@@ -98,21 +90,21 @@ def check_evaluation_flags(p, args):
 def evaluations_of(args):
     """The flags of each single evaluation, --data or one of --benchmarks, with its own data, n, k and out."""
     for data, name in data_names(args.benchmarks or [args.data]).items():
-        n = PAPER_N.get(data_names([data])[data], 4) if args.n is None else args.n
+        n = evaluation.PAPER_N.get(data_names([data])[data], 4) if args.n is None else args.n
         out = os.path.join(args.out, name) if args.benchmarks else args.out
         yield argparse.Namespace(**vars(args) | {"data": data, "n": n, "k": args.k or [n], "out": out})
 
 
 def prepare(args):
     """The Task of one evaluation. Refuses bad flags and input; writes nothing."""
-    check_out(args)
+    artifacts.check_out(args)
     make_sampling = functools.partial(sampling_from, args)
     return load_task(args.model, asked(args, *(args.benchmarks or [])), make_sampling)
 
 
 def evaluate_data_set(args, model, engine, task, origin):
     """One data set, from sampling to meta.json; a resumed evaluation keeps the problems that are finished."""
-    start_artifact(args)
+    artifacts.start_artifact(args)
     problems, stops = task.problems, task.sampling.stop_ids
     print(
         f"evaluate: {args.model} on {len(problems)} problems of {args.data} x {args.n}, "
@@ -123,11 +115,13 @@ def evaluate_data_set(args, model, engine, task, origin):
     rows = sample_and_grade(args, model, engine, task, path + ".tmp")
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    results = summarise(rows, args.n, args.k) | {"dropped_problems": task.dropped}
+    results = evaluation.summarise(rows, args.n, args.k) | {"dropped_problems": task.dropped}
     written = results | {"model": args.model, "data": args.data, **origin}
-    write_json(os.path.join(args.out, "results.json"), written)
+    artifacts.write_json(os.path.join(args.out, "results.json"), written)
     model_path = os.path.realpath(task.directory)
-    finish_artifact(args, "evaluate", ["results.json", "samples.jsonl"], model=model_path, stop_ids=stops)
+    artifacts.finish_artifact(
+        args, "evaluate", ["results.json", "samples.jsonl"], model=model_path, stop_ids=stops
+    )
     print_results(args.data, results)
 
 
@@ -138,7 +132,7 @@ def sample_and_grade(args, model, engine, task, path):
     done = {places[row["id"]] for _, row in read_jsonl(path)}
     if done:
         print(f"evaluate: resumes after {len(done)} problems")
-    for finished in evaluate_problems(
+    for finished in evaluation.evaluate_problems(
         model,
         engine,
         task.tokenizer,
@@ -152,8 +146,8 @@ def sample_and_grade(args, model, engine, task, path):
         for rows in finished.values():
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         file.mark(problems=file.done["problems"] + len(finished))
-        if stop_requested():
-            stop(args)
+        if artifacts.stop_requested():
+            artifacts.stop(args)
     rows = [row for _, row in read_jsonl(path)]
     return sorted(rows, key=lambda row: (places[row["id"]], row["sample"]))
 
@@ -164,6 +158,10 @@ def print_results(name, results):
     words += [f"length {results['length']:.1f}", f"truncated {results['truncated']:.1%}"]
     words += [f"entropy {results['entropy']:.3f}", f"grading timed out {results['timed_out']}"]
     print("  ".join(words), flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tables, comparisons and figures of what is finished
 
 
 def evaluations_in(path, flag):
@@ -188,6 +186,127 @@ def pairs_of(paths):
     return {data: (first, found[1][data]) for data, first in found[0].items()}
 
 
+def read_results(path, flag):
+    """results.json of a finished evaluation, its checksum verified."""
+    read_artifact(path, flag, "evaluate")
+    with open(os.path.join(path, "results.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def read_samples(path):
+    """The graded rows of an evaluation."""
+    return [row for _, row in read_jsonl(os.path.join(path, "samples.jsonl"))]
+
+
+def table(paths):
+    """Markdown table with a row for each evaluation, grouped by data set.
+
+    TFLOPs are those of the run that made the checkpoint, without those of the model it started from."""
+    results = [read_results(path, "--table") for path in paths]
+    check_comparable(results)
+    names = data_names(r["data"] for r in results)
+    results.sort(key=lambda r: list(names).index(r["data"]))
+    ks = sorted({k for r in results for k in r["pass"]}, key=int)
+    same_n = len({r["n"] for r in results}) == 1
+    left_out = {"Maj@1"}  # Avg@n again
+    left_out |= {"data"} if len(names) == 1 else set()
+    left_out |= {"n"} if same_n else set()
+    rows = [table_row(r, names[r["data"]], ks, str(r["n"]) if same_n else "n") for r in results]
+    header = [name for name in rows[0] if name not in left_out]
+    return markdown([header, ["---"] * len(header), *([row[name] for name in header] for row in rows)])
+
+
+def check_comparable(results):
+    """Refuse evaluations on one data set that differ in problems, n or k."""
+    first_on = {}  # data set: the first evaluation on it
+    for r in results:
+        first = first_on.setdefault(r["data"], r)
+        for name in ("problems", "n", "pass"):
+            values = [list(one[name]) if name == "pass" else one[name] for one in (first, r)]
+            if values[0] != values[1]:
+                why = f"differ in {name}, so their numbers cannot be compared"
+                refuse(f"--table: the evaluations on {r['data']} {why}")
+
+
+def table_row(r, data, ks, n):
+    """{column: text} of an evaluation's results; ks: those of the whole table; data, n: as shown."""
+    low, high = r["avg_interval"]
+    row = {"run": r["run"], "training": r["cell"].get("name", "-")}
+    row |= {"data": data, "n": str(r["n"])}
+    row[f"Avg@{n} [95%]"] = f"{r['avg']:.3f} [{low:.3f}, {high:.3f}]"
+    for kind in ("pass", "maj"):
+        for k in ks:
+            row[f"{kind.title()}@{k}"] = f"{r[kind][k]:.3f}" if k in r[kind] else "-"
+    row["length"] = f"{r['length']:.1f}"
+    row["truncated"] = f"{r['truncated']:.1%}"
+    row["entropy"] = f"{r['entropy']:.3f}"
+    row["TFLOPs"] = "-" if r["step"] is None else text_of(r["tflops"])
+    return row
+
+
+def markdown(rows):
+    """A Markdown table of rows of text, padded so that it reads as plain text too."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
+
+
+def compare(paths):
+    """Markdown table of two evaluations of the same problems: metrics, differences, paired intervals."""
+    results = [read_results(path, "--compare") for path in paths]
+    samples = [read_samples(path) for path in paths]
+    problems = [list(dict.fromkeys((row["id"], row["answer"]) for row in rows)) for rows in samples]
+    if problems[0] != problems[1]:
+        refuse(f"--compare {' '.join(paths)}: they are not evaluations of the same problems")
+    ks = [int(k) for k in results[0]["pass"] if k in results[1]["pass"]]
+    first, second = (evaluation.values_by_problem(rows, r["n"], ks) for rows, r in zip(samples, results))
+    lines = [["metric", *(f"{r['run']} (n = {r['n']})" for r in results), "difference [95%]"], ["---"] * 4]
+    for name in first:
+        before, after = mean_of(*first[name]), mean_of(*second[name])
+        low, high = evaluation.percentile_interval(
+            evaluation.bootstrap_means(*second[name]) - evaluation.bootstrap_means(*first[name])
+        )
+        difference = f"{after - before:+.3f} [{low:+.3f}, {high:+.3f}]"
+        lines.append([name, f"{before:.3f}", f"{after:.3f}", difference])
+    return markdown(lines)
+
+
+def figure(path, runs, x):
+    """Draw accuracy, entropy and length against x, "step" or "tflops", a line per run, as in the paper."""
+    if os.path.isdir(path) or not path.lower().endswith((".png", ".pdf", ".svg")):
+        refuse(f"--figure {path}: must be a file that ends in .png, .pdf or .svg")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    titles = {"avg": "accuracy", "entropy": "predictive entropy (nats)", "length": "response length (tokens)"}
+    fig, axes = plt.subplots(1, len(titles), figsize=(13, 3.8), constrained_layout=True)
+    for run in runs:
+        meta = read_artifact(run, "--runs", "train", "grpo")
+        if "evals.jsonl" not in meta["files"]:
+            refuse(f"--runs {run}: was trained without --eval_every, so there is nothing to draw")
+        rows = [row for _, row in read_jsonl(os.path.join(run, "evals.jsonl"))]
+        if any(row[x] is None for row in rows):
+            refuse(f"--x {x}: is unknown for --runs {run}; use --x step")
+        cell = meta["cell"]
+        color = {"forward": "tab:blue", "reverse": "tab:red"}.get(cell["kl"], "tab:green")
+        line = {"teacher": "--", "student": "-"}.get(cell["prefix"], ":")
+        style = {"color": color, "linestyle": line, "marker": "o", "markersize": 3, "label": cell["name"]}
+        for axis, (key, title) in zip(axes, titles.items()):
+            axis.plot([row[x] for row in rows], [row[key] for row in rows], **style)
+            axis.set(xlabel={"step": "step", "tflops": "TFLOPs"}[x], title=title)
+            axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    image = io.BytesIO()
+    fig.savefig(image, dpi=150, format=path[-3:].lower())
+    artifacts.write_file(path, image.getvalue())
+    plt.close(fig)
+    print(f"figure: {path}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+
 def main(args):
     if args.table:
         print(table([one for path in args.table for one in evaluations_in(path, "--table")]))
@@ -206,7 +325,7 @@ def main(args):
     if not todo:
         return
     directory = todo[0][1].directory
-    origin = origin_of(directory, args.model)
+    origin = evaluation.origin_of(directory, args.model)
     model = load_model(directory, "--model", args.dtype)
     check_head(model, "--model")
     engine = model
@@ -217,4 +336,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_stage(main, get_args())
+    artifacts.run_stage(main, get_args())

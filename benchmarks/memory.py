@@ -36,8 +36,8 @@ from distil.artifacts import add_output_flags, finish_artifact, start_artifact
 from distil.models import Response, load_model
 from distil.problems import load_problems
 from distil.prompts import load_tokenizer, render_prompt, tokenizer_sha256
-from distil.report import markdown
 from distil.rollouts import finish_rollouts, write_rollouts
+from evaluate import markdown
 from recipes import toy_world
 
 CONTEXT = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")

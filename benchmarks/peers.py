@@ -24,7 +24,7 @@ import time
 
 import torch
 
-from distil.report import markdown
+from evaluate import markdown
 
 LR, SEED = 1e-4, 0
 

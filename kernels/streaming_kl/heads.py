@@ -1,7 +1,7 @@
 """What a head alone gives: log-probabilities with gradients, the likeliest tokens, entropies.
 
-From hidden states (N, H) and a head (V, H), as in nn.Linear; the logits of a chunk of positions exist at a time.
-They are in float32, or float64 where the inputs are: logits rounded to bfloat16 would bias a log-probability.
+From hidden states (N, H) and a head (V, H), as in nn.Linear. Only a chunk of positions has logits at a time,
+in float32, or float64 where the inputs are: logits rounded to bfloat16 would bias a log-probability.
 """
 
 import torch

@@ -33,7 +33,7 @@ from distil.problems import add_problem_flags, asked, load_problems
 from distil.prompts import encode_problems, load_tokenizer, stop_ids, vocab_size_of
 from distil.rollouts import stored_responses
 from distil.teacher import Teacher, live_teacher, stored_teacher
-from streaming_kl import linear_divergence, linear_streaming_kl, token_logps
+from streaming_kl import linear_divergence, linear_streaming_kl, sampler_kl, token_logps
 
 # Divergences beside the KLs, {name: function}: the name is then a choice of --kl; the function gets the
 # logits (n, V) of student and teacher at n positions, in float32, and returns n losses in nats.
@@ -204,7 +204,7 @@ def micro_batch_loss(args, student, teacher, vocab_size, scored, responses, toke
     loss, metrics = objective(args, hidden, head, signal, tokens, weight)
     if args.prefix == "student" and not sampling.is_plain(args):
         sampler = args.temperature, args.top_p, args.top_k
-        metrics["sampler_kl"] = diagnostics.sampler_kl(hidden.detach(), head.detach(), *sampler)
+        metrics["sampler_kl"] = sampler_kl(hidden.detach(), head.detach(), *sampler)
     return loss, metrics
 
 

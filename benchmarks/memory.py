@@ -232,7 +232,7 @@ def as_rank(rank, count, port, directory, out):
     ranks.start()
     model = ranks.load_sharded(directory, "-", "float32", trained=True)
     optimizer = torch.optim.AdamW(model.parameters())
-    models.response_hidden(model, [[3, 4]], [[5, 6, 7]]).sum().backward()
+    models.response_hidden(model, [models.Response([3, 4], [5, 6, 7], False)]).sum().backward()
     optimizer.step()
     weights = list(model.parameters())
     gradients = [weight.grad for weight in weights]

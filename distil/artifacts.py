@@ -86,7 +86,7 @@ def defer_signals():
 
 
 def stop_requested():
-    """The signal that asked this stage to stop, or None. Stages check it after each chunk or step."""
+    """The signal that asked this stage to stop, or None."""
     return asked
 
 
@@ -201,8 +201,7 @@ def take_lock(out, kind=fcntl.LOCK_EX):
         except BlockingIOError:
             time.sleep(wait)
         except OSError as error:  # a file system without locks
-            warning = f"WARNING: cannot lock --out {out} ({error}): let no second run write there"
-            print(warning, file=sys.stderr)
+            print(f"WARNING: no lock on --out {out} ({error}): start no second run", file=sys.stderr)
             return file
     file.seek(0)
     owner = file.read().strip() or "another run"
@@ -332,13 +331,10 @@ def provenance():
         done = subprocess.run(command, cwd=here, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain")),
-        "python": sys.version.split()[0],
-        "versions": {name: dist.version for name in PACKAGES for dist in distributions(name=name)},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    versions = {name: dist.version for name in PACKAGES for dist in distributions(name=name)}
+    facts = {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    return facts | {"python": sys.version.split()[0], "versions": versions, "device": device}
 
 
 def digest_with(facts, sha256=None):

@@ -2,7 +2,7 @@
 
 import torch
 
-from streaming_kl import Top, linear_streaming_kl, logit_chunks, top_tokens
+from streaming_kl import Top, linear_streaming_kl, top_tokens
 
 
 @torch.no_grad()
@@ -50,24 +50,3 @@ def overlap(top):
         "overlap_mass_teacher": (log_p.exp() * shared).sum(1),
         "overlap_advantage": advantage.sum(1) / count.clamp(min=1),
     }
-
-
-@torch.no_grad()
-def sampler_kl(hidden, head, temperature, top_p, top_k):
-    """(N,) KL(sampler || student) in nats: how far temperature, then top-k, then top-p move the samples."""
-    pieces = []
-    for _, logits in logit_chunks(hidden, head):
-        log_q, order = logits.log_softmax(-1).sort(-1, descending=True)
-        if temperature:
-            log_s = (log_q / temperature).log_softmax(-1)
-        else:  # greedy
-            log_s = torch.where(order == order[:, :1], 0.0, -torch.inf)
-        if top_k:
-            beyond = torch.arange(log_s.shape[1], device=log_s.device) >= top_k
-            log_s = log_s.masked_fill(beyond, -torch.inf).log_softmax(-1)
-        s = log_s.exp()
-        before = s.cumsum(-1) - s  # mass of the likelier tokens: 0 for the first, which is always kept
-        log_s = log_s.masked_fill(before >= top_p, -torch.inf).log_softmax(-1)
-        terms = torch.where(log_s > -torch.inf, log_s.exp() * (log_s - log_q), 0.0)
-        pieces.append(terms.sum(-1))
-    return torch.cat(pieces)

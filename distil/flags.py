@@ -45,9 +45,7 @@ def rising(text):
     """Positive integers that rise: "16,32" -> [16, 32]."""
     numbers = [positive_int(part) for part in text.split(",")]
     if any(a >= b for a, b in zip(numbers, numbers[1:])):
-        raise argparse.ArgumentTypeError(
-            f"must be positive integers that rise, such as 256,512, not {text!r}"
-        )
+        raise argparse.ArgumentTypeError(f"must be integers that rise, such as 256,512, not {text!r}")
     return numbers
 
 

@@ -27,9 +27,7 @@ class GrowingFile:
             while good < len(lines) and self.is_good(lines[good], file):
                 good += 1
             if good < len(lines):
-                print(
-                    f"{path}: {len(lines) - good} chunks were cut or damaged and are made again", flush=True
-                )
+                print(f"{path}: {len(lines) - good} cut or damaged chunks are made again", flush=True)
             file.truncate(self.done["bytes"])
             progress.truncate(sum(len(line) for line in lines[:good]))
 

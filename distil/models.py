@@ -58,9 +58,8 @@ def model_dir(name, flag):
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(
-            name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-        )
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        return snapshot_download(name, allow_patterns=patterns)
     except (OSError, ValueError) as error:
         why = f"does not give it: {error}" if reachable else "cannot be reached"
         refuse(f"{flag} {name}: no such directory, and the hub {why}")
@@ -113,9 +112,7 @@ def load_model(directory, flag, dtype, device=None):
         model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if wrong:  # transformers would leave these random
-        refuse(
-            f"{flag} {directory}: {len(wrong)} weights are missing or of another shape, such as {wrong[0]}"
-        )
+        refuse(f"{flag} {directory}: {len(wrong)} weights are missing or of another shape: {wrong[0]}, ...")
     model = model.to(device or default_device()).eval()
     check_finite(model.named_parameters(), f"{flag} {directory}")
     if device is None:  # a model to be sharded does not sample
@@ -237,9 +234,7 @@ def forward(model, responses, vocab_size, dtype=None):
     head from vocab_size on are left out: no token has them.
     dtype: of the computation, for models that are kept in float32; None: the model's own."""
     with autocast(dtype):
-        hidden = response_hidden(
-            model, [r.prompt_ids for r in responses], [r.response_ids for r in responses]
-        )
+        hidden = response_hidden(model, responses)
     if logit_scale(model.config) != 1:
         hidden = hidden * logit_scale(model.config)
     if dtype:
@@ -248,20 +243,19 @@ def forward(model, responses, vocab_size, dtype=None):
     return hidden, head if torch.is_grad_enabled() else head.detach()
 
 
-def response_hidden(model, prompts, responses):
+def response_hidden(model, responses):
     """Last hidden states (N, H) of the positions that predict response tokens, row after row, no padding.
 
-    prompts, responses: lists of lists of token ids. With prompt [a b] and response [x y e]:
+    With prompt [a b] and response [x y e]:
         input       a  b  x  y       the last token is no input, it predicts nothing
         predicts    b  x  y  e
         taken          *  *  *       the positions from the prompt's last token on"""
-    rows = [prompt + response[:-1] for prompt, response in zip(prompts, responses, strict=True)]
+    rows = [r.prompt_ids + r.response_ids[:-1] for r in responses]
     width, device = max(map(len, rows)), model.device
-    ids = torch.tensor(
-        [row + [0] * (width - len(row)) for row in rows], device=device
-    )  # (B, T), padded on the right
-    length = torch.tensor([len(row) for row in rows], device=device)[:, None]
-    first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)[:, None]
+    rows = [row + [0] * (width - len(row)) for row in rows]
+    ids = torch.tensor(rows, device=device)  # (B, T), padded on the right
+    length = torch.tensor([r.length - 1 for r in responses], device=device)[:, None]
+    first = torch.tensor([len(r.prompt_ids) - 1 for r in responses], device=device)[:, None]
     column = torch.arange(width, device=device)[None]
     # No attention mask: padding comes after all that is real, and every position sees only what is before it.
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state

@@ -14,10 +14,7 @@ from streaming_kl import linear_streaming_kl
 def check_tokenizers(tokenizer, flag, other_sha256, other_flag):
     """Refuse two tokenizers whose ids mean different tokens: a KL would compare unrelated words."""
     if tokenizer_sha256(tokenizer) != other_sha256:
-        refuse(
-            f"{flag} and {other_flag} have different tokenizers (their maps from tokens to ids differ); "
-            "distillation over the vocabulary needs one tokenizer for both"
-        )
+        refuse(f"{flag} and {other_flag} have different tokenizers: their maps from tokens to ids differ")
 
 
 def match_tokenizers(first, second, flag, second_flag, template=None):
@@ -56,10 +53,7 @@ def check_pair(tokenizer, student_stops, teacher_stops, student_padding, teacher
     prompt = prompt_text(tokenizer, "PROBLEM")
     end_warning = thinking_warning = ""
     if student_stops != teacher_stops:
-        end_warning = (
-            "they end differently: a student that learns an end token it does not stop at grows to the "
-            "length limit; keep --stop_ids both, or choose one side"
-        )
+        end_warning = "they end differently: keep --stop_ids both, or responses grow to the length limit"
     if "<think>" in prompt and "</think>" not in prompt:
         thinking_warning = "the prompt opens a <think> block although thinking is off"
     padding = f"student {student_padding}, teacher {teacher_padding}; masked in loss and sampling"
@@ -83,15 +77,11 @@ def check_signal(hidden, head, signal, k):
     fkl, rkl, student_entropy, teacher_entropy = (values.mean().item() for values in out[1:])
     numbers = (self_kl, fkl, rkl, student_entropy, teacher_entropy)
     if not all(map(math.isfinite, numbers)) or self_kl > 1e-3:
-        refuse(
-            f"preflight: the distributions are not sound: KL of the teacher with itself {self_kl}, to the "
-            f"student {fkl}, reverse {rkl}; entropies {student_entropy} (student), {teacher_entropy}"
-        )
+        kls = f"KL of the teacher with itself {self_kl}, to the student {fkl}, reverse {rkl}"
+        refuse(f"preflight: not sound: {kls}; entropies {student_entropy} (student), {teacher_entropy}")
     if teacher_entropy > 0.98 * uniform:
-        refuse(
-            f"preflight: the teacher's entropy is {teacher_entropy:.3f} nats, a uniform distribution has "
-            f"{uniform:.3f}: its weights are missing or not trained"
-        )
+        uniform_too = f"{teacher_entropy:.3f} nats, a uniform distribution has {uniform:.3f}"
+        refuse(f"preflight: the teacher's entropy is {uniform_too}: its weights are missing or not trained")
     ratio = overlap(top)["overlap_ratio"].mean().item()
     same = far = ""
     if fkl <= 1e-6:

@@ -15,15 +15,11 @@ def write_rollouts(file, tokenizer, problems, groups):
         for index, response in enumerate(group):
             if response is None:
                 continue
-            row = {
-                "id": problem["id"],
-                "sample": index,
-                "prompt_ids": response.prompt_ids,
-                "response_ids": response.response_ids,
-                "response": tokenizer.decode(response.response_ids, skip_special_tokens=True),
-                "finish_reason": "length" if response.truncated else "stop",
-                "answer": problem["answer"],
-            }
+            row = {"id": problem["id"], "sample": index}
+            row |= {"prompt_ids": response.prompt_ids, "response_ids": response.response_ids}
+            row["response"] = tokenizer.decode(response.response_ids, skip_special_tokens=True)
+            row["finish_reason"] = "length" if response.truncated else "stop"
+            row["answer"] = problem["answer"]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -53,10 +49,8 @@ def stored_responses(path, max_response_tokens, context, vocab_size):
         response = Response(prompt_ids, response_ids, truncated, stored["id"], row=row)
         response = response.first(max_response_tokens)
         if response.length > context:
-            refuse(
-                f"--rollouts {path}: {stored['id']} has {response.length} tokens, more than the student's "
-                f"context of {context}; give a smaller --max_response_tokens"
-            )
+            what = f"{stored['id']} has {response.length} tokens, the student's context {context}"
+            refuse(f"--rollouts {path}: {what}; give a smaller --max_response_tokens")
         responses.append(response)
     return responses
 
@@ -73,13 +67,8 @@ def finish_rollouts(args, tokenizer, faults=None, prompt_suffix="", **facts):
         truncated += row["finish_reason"] == "length"
     if not lengths:
         refuse(f"--drop {' '.join(args.drop)}: every response was dropped: {dict(faults)}", code=1)
-    facts["counts"] = {
-        "responses": len(lengths),
-        "response_tokens": sum(lengths),
-        "longest_response": max(lengths),
-        "truncated": truncated,
-        "faults": faults or {},
-    }
+    counts = {"responses": len(lengths), "response_tokens": sum(lengths), "longest_response": max(lengths)}
+    facts["counts"] = counts | {"truncated": truncated, "faults": faults or {}}
     facts |= {"prompt_suffix": prompt_suffix, "prompt_date": f"{PROMPT_DATE:%Y-%m-%d}"}
     facts["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
     facts["template_sha256"] = template_sha256(tokenizer, prompt_suffix)

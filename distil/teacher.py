@@ -15,7 +15,7 @@ USES = {
     "hidden": ("full", "topk", "sampled"),
     "topk": ("topk",),
     "sampled": ("sampled",),
-}  # --vocab of a --signal
+}  # --signal: --vocab
 
 
 class Signal(NamedTuple):
@@ -55,25 +55,20 @@ def stored_teacher(path, rollouts, responses, vocab, k, topk_set):
     if vocab not in USES[kind]:
         refuse(f"--scores {path}: made with --signal {kind}, from which --vocab {vocab} cannot be computed")
     if kind == "topk" and (topk_set != "teacher" or k > stored_k):
-        refuse(
-            f"--scores {path}: hold the teacher's {stored_k} likeliest tokens; use --topk_set teacher and "
-            f"--k up to {stored_k}"
-        )
+        what = f"hold the teacher's {stored_k} likeliest tokens"
+        refuse(f"--scores {path}: {what}; use --topk_set teacher and --k up to {stored_k}")
     for response in responses:
         stored, trained = scores.tokens(response.row), len(response.response_ids)
         if stored < trained:
-            refuse(
-                f"--scores {path}: hold {stored} tokens of a response of which {trained} are trained on; "
-                "score with a larger --max_tokens, or give a smaller --max_response_tokens"
-            )
+            what = f"hold {stored} tokens of a response of which {trained} are trained on"
+            refuse(f"--scores {path}: {what}; a larger --max_tokens, or a smaller --max_response_tokens")
     config, device = scores.meta["teacher_config"], default_device()
     head = scores.head.to(device) if kind == "hidden" else None
 
     def signal(responses):
         rows = [scores.read(r.row, len(r.response_ids)) for r in responses]
-        return Signal(
-            head=head, **{name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}
-        )
+        tensors = {name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}
+        return Signal(head=head, **tensors)
 
     return Teacher(signal, config, config["vocab_size"] if head is None else len(head))
 

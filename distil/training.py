@@ -350,6 +350,4 @@ def load_optimizer(path, model, optimizer):
             continue  # no gradient so far
         for key in ("exp_avg", "exp_avg_sq"):
             optimizer.state[parameter][key] = ranks.local_shard(state[f"{name}/{key}"], parameter)
-        optimizer.state[parameter]["step"] = state[f"{name}/step"].to(
-            parameter.device
-        )  # as fused=True has it
+        optimizer.state[parameter]["step"] = state[f"{name}/step"].to(parameter.device)  # for fused=True

@@ -57,7 +57,8 @@ PROMPTS, RESPONSES = [[1, 3, 20], [1], [1, 9, 12, 13]], [[21, 0, 2], [5, 6, 7, 8
 def test_response_hidden_is_that_of_each_sequence_alone(model):
     """The state at position t predicts token t + 1, so a response's states begin one token before it."""
     with torch.no_grad():
-        states = response_hidden(model, PROMPTS, RESPONSES).split([3, 6, 1])
+        responses = [Response(*ids, False) for ids in zip(PROMPTS, RESPONSES)]
+        states = response_hidden(model, responses).split([3, 6, 1])
         for prompt, response, found in zip(PROMPTS, RESPONSES, states):
             alone = model(input_ids=torch.tensor([prompt + response]), output_hidden_states=True)
             first = len(prompt) - 1

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 import score_teacher
 import train
 from conftest import read_rows, replace_text, run_line, swap_ids
-from distil.diagnostics import sampler_kl
 from distil.preflight import check_pair, check_signal
 from distil.teacher import Signal
+from streaming_kl import sampler_kl
 
 
 @pytest.fixture

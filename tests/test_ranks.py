@@ -190,7 +190,7 @@ def test_a_rank_holds_its_share_of_weights_gradients_and_moments(world, tmp_path
     def measure(out):
         model = ranks.load_sharded(world / "teacher_init", "--student", "float32", trained=True)
         optimizer = torch.optim.AdamW(model.parameters())
-        models.response_hidden(model, [[3, 4]], [[5, 6, 7]]).sum().backward()
+        models.response_hidden(model, [models.Response([3, 4], [5, 6, 7], False)]).sum().backward()
         optimizer.step()
         moments = [t for s in optimizer.state.values() for t in s.values()]
         held = [*model.parameters(), *(p.grad for p in model.parameters()), *moments]

@@ -35,9 +35,9 @@ def test_score_keeps_the_order_whatever_the_batches(model):
     responses = [Response(*ids, False) for ids in zip(PROMPTS, RESPONSES)]
     for budget in (1, 9, 1000):
         scored = score(model, responses, 29, "hidden", 4, budget)
-        for prompt, response, found in zip(PROMPTS, RESPONSES, scored, strict=True):
+        for response, found in zip(responses, scored, strict=True):
             with torch.no_grad():
-                torch.testing.assert_close(found["hidden"], response_hidden(model, [prompt], [response]))
+                torch.testing.assert_close(found["hidden"], response_hidden(model, [response]))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -12,17 +12,16 @@ Per token, with p = softmax(teacher logits / T) and q = softmax(student logits /
                          time. For a scalar loss the same pass computes the gradients, so nothing is computed
                          twice.
     linear_divergence    the same for any torch function of two chunks of logits: how to try a new objective.
-    token_logps, top_tokens, entropies
+    token_logps, top_tokens, entropies, sampler_kl
                          of one model, from hidden states and a head, a chunk of tokens at a time.
-    logit_chunks, chunk_of
-                         those chunks, for code that uses a head by itself.
+    chunk_of             how many tokens those chunks have.
 
 Nothing here needs triton until impl="triton", or impl="auto" with CUDA tensors, asks for it.
 """
 
 from .chunks import chunk_of
 from .common import KLOutput, Top
-from .heads import entropies, logit_chunks, token_logps, top_tokens
+from .heads import entropies, sampler_kl, token_logps, top_tokens
 from .linear import linear_divergence, linear_streaming_kl
 from .logits import streaming_kl
 
@@ -33,7 +32,7 @@ __all__ = [
     "entropies",
     "linear_divergence",
     "linear_streaming_kl",
-    "logit_chunks",
+    "sampler_kl",
     "streaming_kl",
     "token_logps",
     "top_tokens",

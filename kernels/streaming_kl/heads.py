@@ -1,4 +1,4 @@
-"""What a head alone gives: log-probabilities with gradients, the likeliest tokens, entropies.
+"""What one head gives: log-probabilities with gradients, likeliest tokens, entropies, the KL of a sampler.
 
 From hidden states (N, H) and a head (V, H), as in nn.Linear. Only a chunk of positions has logits at a time,
 in float32, or float64 where the inputs are: logits rounded to bfloat16 would bias a log-probability.
@@ -77,4 +77,25 @@ def entropies(hidden, head):
         _exp_in_place(logits)
         logits /= logits.sum(-1, keepdim=True)
         pieces.append(torch.special.entr(logits, out=logits).sum(-1))  # -p log p
+    return torch.cat(pieces)
+
+
+@torch.no_grad()
+def sampler_kl(hidden, head, temperature, top_p, top_k):
+    """(N,) KL(sampler || student) in nats: how far temperature, then top-k, then top-p move the samples."""
+    pieces = []
+    for _, logits in logit_chunks(hidden, head):
+        log_q, order = logits.log_softmax(-1).sort(-1, descending=True)
+        if temperature:
+            log_s = (log_q / temperature).log_softmax(-1)
+        else:  # greedy
+            log_s = torch.where(order == order[:, :1], 0.0, -torch.inf)
+        if top_k:
+            beyond = torch.arange(log_s.shape[1], device=log_s.device) >= top_k
+            log_s = log_s.masked_fill(beyond, -torch.inf).log_softmax(-1)
+        s = log_s.exp()
+        before = s.cumsum(-1) - s  # mass of the likelier tokens: 0 for the first, which is always kept
+        log_s = log_s.masked_fill(before >= top_p, -torch.inf).log_softmax(-1)
+        terms = torch.where(log_s > -torch.inf, log_s.exp() * (log_s - log_q), 0.0)
+        pieces.append(terms.sum(-1))
     return torch.cat(pieces)

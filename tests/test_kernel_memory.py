@@ -82,6 +82,40 @@ def test_the_default_chunk_stays_within_its_budget(loss, dtype, logits_dtype, mo
     assert 0.8 * budget < run.peak < budget + rest
 
 
+class Products(TorchDispatchMode):
+    """Row strides of the (n, v) and (v, n) matrices that products write, and of a dtype that they read."""
+
+    def __init__(self, n, v, dtype):
+        super().__init__()
+        self.shape, self.dtype, self.strides = {n, v}, dtype, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = (kwargs or {}).get("out")
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            read = [x for x in args if isinstance(x, torch.Tensor) and x.dtype == self.dtype]
+            written = [] if out is None else [out]
+            self.strides += [max(x.stride()) for x in read + written if set(x.shape) == self.shape]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype, logits_dtype", [(F32, None), (BF16, None), (BF16, BF16), (F32, BF16)])
+@pytest.mark.parametrize("loss", ["kl", "divergence"])
+def test_rows_stay_aligned(loss, dtype, logits_dtype):
+    """With an odd vocabulary, the rows of logits and gradients begin at multiples of 16 in every product.
+
+    Except in the casts to float32 that CPUs need.
+    """
+    n, v = 4, 601
+    tensors = heads(n, v, 2, 3, dtype)
+    with Products(n, v, dtype) as products:
+        if loss == "kl":
+            out = linear_streaming_kl(*tensors, fkl_weight=0.3, logits_dtype=logits_dtype, impl="torch")
+            out.loss.backward()
+        else:
+            linear_divergence(jensen_shannon, *tensors, logits_dtype=logits_dtype).backward()
+    assert len(products.strides) >= 3 and set(products.strides) == {608}
+
+
 @pytest.mark.parametrize(
     "dtypes, extra, tokens",
     [

@@ -67,8 +67,8 @@ def over_chunks(
 ):
     """Returns columns (n_columns, N), and d_hidden and d_head of sum_i c_i loss_i, empty where not needed.
 
-    step(student_logits, teacher_logits, c, rows) returns columns (n_columns, n), the first of them the
-    losses, and the gradient (n, V) of the weighted losses, or None if c is None. It may overwrite
+    step(student_logits, teacher_logits, c, rows, out) returns columns (n_columns, n), the first of them the
+    losses. Unless c is None, it writes the gradient (n, V) of the weighted losses into out, which may be
     student_logits. rows: what indexes its n tokens among all N.
     Tokens with a coefficient of 0 are left out: their columns and gradients are 0.
     """
@@ -87,7 +87,7 @@ def over_chunks(
         chunk_tokens = min(plan.chunk_tokens, n_tokens)
         student_buffer = aligned_buffer(chunk_tokens, plan.vocab_size, plan.student_logits_dtype, device)
         teacher_buffer = aligned_buffer(chunk_tokens, plan.vocab_size, plan.teacher_logits_dtype, device)
-        gradient_buffer = None
+        gradient_buffer = student_buffer
         if (needs_hidden or needs_head) and plan.student_logits_dtype != plan.student_dtype:
             gradient_buffer = aligned_buffer(chunk_tokens, plan.vocab_size, plan.student_dtype, device)
         for start in range(0, n_tokens, plan.chunk_tokens):
@@ -101,12 +101,8 @@ def over_chunks(
             c = None
             if needs_hidden or needs_head:
                 c = columns.new_ones(len(hidden)) if coefficient is None else coefficient[rows].to(exact)
-            results, gradient = step(student_logits, teacher_logits, c, rows)
-            columns[:, rows] = results.to(exact)
-            if gradient is None:
-                continue
-            if gradient_buffer is not None:
-                gradient = gradient_buffer[: len(hidden)].copy_(gradient)  # (n, V)
+            gradient = gradient_buffer[: len(hidden)]  # (n, V)
+            columns[:, rows] = step(student_logits, teacher_logits, c, rows, gradient).to(exact)
             if needs_hidden:
                 d_hidden[rows] = (gradient @ student_head).to(d_hidden.dtype)
             if needs_head:
@@ -132,7 +128,8 @@ def product(a, b, buffer):
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if rounds(a.dtype, out.dtype):
-        return out.copy_(a @ b)
+        rounded = aligned_buffer(*out.shape, a.dtype, a.device)
+        return out.copy_(torch.mm(a, b, out=rounded))
     if a.is_cuda and out.dtype == torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)

@@ -89,18 +89,20 @@ def linear_divergence(
     fn takes more, or far less, set chunk_tokens.
     """
 
-    def step(student_logits, teacher_logits, c, rows):
+    def step(student_logits, teacher_logits, c, rows, out):
         if c is None:
-            return fn(student_logits, teacher_logits).unsqueeze(0), None
+            return fn(student_logits, teacher_logits).unsqueeze(0)
         with torch.enable_grad():
-            student_logits = student_logits.detach().requires_grad_()
+            student_logits = student_logits.detach().requires_grad_()  # out may share its memory
             losses = fn(student_logits, teacher_logits)
             if getattr(losses, "shape", None) != student_logits.shape[:1] or not losses.requires_grad:
                 raise ValueError(
                     f"fn must return {len(student_logits)} losses with gradients, not {losses!r}"
                 )
             (gradient,) = torch.autograd.grad(losses, student_logits, c.to(losses.dtype))
-        return losses.detach().unsqueeze(0), gradient
+        losses = losses.detach().clone()  # fn may return a column of the logits that out overwrites
+        out.copy_(gradient)
+        return losses.unsqueeze(0)
 
     def run(*tensors, plan, needs):
         return over_chunks(step, 1, *tensors, plan, *needs)
@@ -239,19 +241,18 @@ def linear_kl(
     top_logps = torch.zeros(2, len(student_hidden), top_k, dtype=exact, device=student_hidden.device)
     top_ids = torch.zeros_like(top_logps, dtype=torch.long)
 
-    def step(student_logits, teacher_logits, c, rows):
+    def step(student_logits, teacher_logits, c, rows, out):
         tops = [logits.topk(top_k) for logits in (student_logits, teacher_logits) if top_k]
         if c is None:
-            numbers, gradient = kernels.statistics(student_logits, teacher_logits, None, temperature), None
+            numbers = kernels.statistics(student_logits, teacher_logits, None, temperature)
         else:
-            numbers = kernels.fused(student_logits, teacher_logits, c, fkl_weight, temperature)
-            gradient = student_logits  # overwritten
+            numbers = kernels.fused(student_logits, teacher_logits, c, fkl_weight, temperature, out)
         stats = reference.Stats(*numbers)
         for i, (top, d) in enumerate(zip(tops, (stats.d_s, stats.d_t))):
             logits = top.values.to(exact)
             top_logps[i, rows] = (logits - logits[:, :1]) / temperature - d.log().unsqueeze(1)
             top_ids[i, rows] = top.indices
-        return torch.stack([mixed_kl(numbers, fkl_weight), *numbers[:4]]), gradient
+        return torch.stack([mixed_kl(numbers, fkl_weight), *numbers[:4]])
 
     logits_dtypes = student_logits_dtype, teacher_logits_dtype
     plan = Plan(vocab_size, chunk_tokens, student_dtype, teacher_dtype, *logits_dtypes)

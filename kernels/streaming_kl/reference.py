@@ -20,7 +20,9 @@ here a chunk of rows is in float32 at a time.
 
     statistics  logits -> (9, N), the rows that Stats names
     gradient    logits, statistics and a coefficient c per token -> gradient of sum_i c_i loss_i, into `out`
-    fused       both, the gradient written over the student logits
+    fused       both
+
+`out` takes the gradient in its own dtype, and may be the student logits themselves.
 
 A token whose weight or coefficient is 0 is never read: its statistics and gradient are exactly 0.
 """
@@ -116,7 +118,6 @@ def statistics(student_logits, teacher_logits, weight, temperature):
 
 
 def gradient(student_logits, teacher_logits, statistics, coefficient, fkl_weight, temperature, out):
-    """out (N, V) may be student_logits itself."""
     for rows in _row_chunks(coefficient, student_logits):
         stats = Stats(*statistics[:, rows])
         u, _ = _shift(student_logits[rows], statistics.dtype, temperature, stats.m_s)
@@ -127,7 +128,7 @@ def gradient(student_logits, teacher_logits, statistics, coefficient, fkl_weight
     out.masked_fill_((coefficient == 0).unsqueeze(-1), 0)
 
 
-def fused(student_logits, teacher_logits, coefficient, fkl_weight, temperature):
+def fused(student_logits, teacher_logits, coefficient, fkl_weight, temperature, out):
     """All coefficients must be non-zero."""
     dtype = statistics_dtype(student_logits, teacher_logits)
     result = torch.empty(len(Stats._fields), len(student_logits), dtype=dtype, device=student_logits.device)
@@ -135,5 +136,5 @@ def fused(student_logits, teacher_logits, coefficient, fkl_weight, temperature):
         stats, terms = _statistics_chunk(student_logits[rows], teacher_logits[rows], temperature)
         result[:, rows] = torch.stack(stats)
         g = _gradient_chunk(*terms, stats, coefficient[rows], fkl_weight, temperature)
-        student_logits[rows] = g.to(student_logits.dtype)
+        out[rows] = g.to(out.dtype)
     return result

@@ -4,6 +4,10 @@
     _gradient_kernel    reads 2 x (N, V) and (9, N), writes (N, V)   one program a row and block
     _fused_kernel       both for one row in one program: part of the second reading comes from the L2 cache
 
+Only a row's tail, what is left after its whole blocks, has a mask: one that ends at an odd vocabulary (Qwen3
+has 151,669 tokens) splits 128-bit loads and stores into single logits. Elsewhere they are 128 bits wide for
+every V, if row strides are multiples of 16 entries and the first row begins at a multiple of 16 bytes.
+
 Notation of reference.py: z and y are student and teacher logits, m_s and m_t the maxima of the part of the
 row seen so far, and u = (z - m_s) log2(e) / T, v likewise, in bits. Eight running numbers describe that part:
 m_s and
@@ -54,18 +58,25 @@ def _load(pointer, columns, V, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _store(pointer, columns, values, V, MASKED: tl.constexpr):
+    mask = columns < V if MASKED else None
+    tl.store(pointer + columns, values.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _origin(m, scale):
     """m_s in bits, to subtract from scaled logits; 0 while a row has shown only -inf (-inf - -inf is NaN)."""
     return tl.where(m == float("-inf"), 0.0, m) * scale
 
 
 @triton.jit
-def _step(z, y, scale, m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t, SAFE: tl.constexpr):
-    """The running numbers after one more block of logits z (student) and y (teacher).
+def _step(z, y, scale, running, SAFE: tl.constexpr):
+    """The eight running numbers after one more block of logits z (student) and y (teacher).
 
     With SAFE, entries of probability 0 add 0 whatever the logits. Without, 0 * inf gives NaN: the caller must
     notice.
     """
+    m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t = running
     old_s, old_t = _origin(m_s, scale), _origin(m_t, scale)
     m_s, m_t = tl.maximum(m_s, tl.max(z, 0)), tl.maximum(m_t, tl.max(y, 0))
     new_s, new_t = _origin(m_s, scale), _origin(m_t, scale)
@@ -90,37 +101,35 @@ def _step(z, y, scale, m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t, SAFE: tl.constexp
 
 
 @triton.jit
-def _stream(student, teacher, V, scale, SAFE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """Reads one row of both logits once."""
-    m_s = tl.full((), float("-inf"), tl.float32)
-    m_t = tl.full((), float("-inf"), tl.float32)
-    d_s, a_s, b_s = 0.0, 0.0, 0.0
-    d_t, a_t, b_t = 0.0, 0.0, 0.0
+def _stream(
+    student, teacher, whole, scale, running, SAFE: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):
+    """The running numbers after all whole blocks of a row."""
     columns = tl.arange(0, BLOCK)
-    whole = V // BLOCK * BLOCK
-    for start in tl.range(0, V if SAFE else whole, BLOCK, num_stages=STAGES):
-        z = _load(student, start + columns, V, MASKED=SAFE)
-        y = _load(teacher, start + columns, V, MASKED=SAFE)
-        m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t = _step(
-            z, y, scale, m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t, SAFE
-        )
-    if not SAFE and whole < V:
-        z = _load(student, whole + columns, V, MASKED=True)
-        y = _load(teacher, whole + columns, V, MASKED=True)
-        m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t = _step(
-            z, y, scale, m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t, True
-        )
-    return m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        z = _load(student, start + columns, whole, MASKED=False)
+        y = _load(teacher, start + columns, whole, MASKED=False)
+        running = _step(z, y, scale, running, SAFE)
+    return running
 
 
 @triton.jit
 def _row_statistics(student, teacher, out, N, V, scale, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """Stores one row's column of the (9, N) statistics at `out`, and returns what its gradient needs."""
-    m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t = _stream(student, teacher, V, scale, False, BLOCK, STAGES)
-    total = a_s + b_s + a_t + b_t
+    lowest, zero = tl.full((), float("-inf"), tl.float32), tl.full((), 0.0, tl.float32)
+    tail = lowest, zero, zero, zero, lowest, zero, zero, zero
+    whole = V // BLOCK * BLOCK
+    if whole < V:  # the tail first: after the loop it would take 165 registers instead of 128
+        columns = whole + tl.arange(0, BLOCK)
+        z = _load(student, columns, V, MASKED=True)
+        y = _load(teacher, columns, V, MASKED=True)
+        tail = _step(z, y, scale, tail, SAFE=True)
+    running = _stream(student, teacher, whole, scale, tail, False, BLOCK, STAGES)
+    total = running[2] + running[3] + running[6] + running[7]  # A_s + B_s + A_t + B_t
     if total != total:  # noqa: PLR0124  NaN
         # There was a -inf or a NaN. Only such a rare row is read again, with SAFE.
-        m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t = _stream(student, teacher, V, scale, True, BLOCK, STAGES)
+        running = _stream(student, teacher, whole, scale, tail, True, BLOCK, STAGES)
+    m_s, d_s, a_s, b_s, m_t, d_t, a_t, b_t = running
     a_s /= d_s
     log_ratio = tl.log2(d_s / d_t)  # log2(d_s) - log2(d_t) would round at the size of log2(V)
     m_s, m_t = _origin(m_s, scale), _origin(m_t, scale)
@@ -137,8 +146,13 @@ def _row_statistics(student, teacher, out, N, V, scale, BLOCK: tl.constexpr, STA
 
 
 @triton.jit
-def _block_gradient(z, y, scale, m_s, m_t, c_u, c_v, c_r, FKL: tl.constexpr, RKL: tl.constexpr):
-    """c_u e^u - c_v e^v + c_r e^u (u - v)"""
+def _write_gradient(
+    student, teacher, out, columns, V, factors, FKL: tl.constexpr, RKL: tl.constexpr, MASKED: tl.constexpr
+):
+    """c_u e^u - c_v e^v + c_r e^u (u - v) at `columns`, after their loads: out may be student."""
+    scale, m_s, m_t, c_u, c_v, c_r = factors
+    z = _load(student, columns, V, MASKED)
+    y = _load(teacher, columns, V, MASKED)
     u, v = tl.fma(z, scale, -m_s), tl.fma(y, scale, -m_t)
     e_u = tl.exp2(u)
     g = e_u * c_u
@@ -146,15 +160,16 @@ def _block_gradient(z, y, scale, m_s, m_t, c_u, c_v, c_r, FKL: tl.constexpr, RKL
         g = e_u * (c_u + c_r * tl.where(e_u > 0.0, u - v, 0.0))
     if FKL:
         g -= c_v * tl.exp2(v)
-    return g
+    _store(out, columns, g, V, MASKED)
 
 
 @triton.jit
-def _coefficients(c, fkl_weight, scale, d_s, d_t, a_s, FKL: tl.constexpr, RKL: tl.constexpr):
-    """The factors of c_u e^u - c_v e^v + c_r e^u (u - v), which is
+def _factors(c, fkl_weight, scale, numbers, FKL: tl.constexpr, RKL: tl.constexpr):
+    """Scale, maxima, and the factors of c_u e^u - c_v e^v + c_r e^u (u - v), which is
 
     c dloss/dz = c / T (fkl_weight (q - p) + (1 - fkl_weight) q (u - v - a_s))
     """
+    m_s, d_s, m_t, d_t, a_s = numbers
     c = c * scale * LN2  # scale ln 2 = 1 / T
     c_u, c_v, c_r = 0.0, 0.0, 0.0
     if FKL:
@@ -162,7 +177,7 @@ def _coefficients(c, fkl_weight, scale, d_s, d_t, a_s, FKL: tl.constexpr, RKL: t
     if RKL:
         c_r = c * (1.0 - fkl_weight) * LN2 / d_s
         c_u -= c_r * a_s
-    return c_u, c_v, c_r
+    return scale, m_s, m_t, c_u, c_v, c_r
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -208,28 +223,28 @@ def _gradient_kernel(
     fkl_weight,
     FKL: tl.constexpr,
     RKL: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """The whole blocks of all rows or, with TAIL, what is left of each row after them."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < V
+    block = V // BLOCK if TAIL else tl.program_id(1)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
     out += row * out_stride
     c = tl.load(coefficient + row)
     if c == 0.0:
-        tl.store(out + columns, tl.zeros((BLOCK,), out.dtype.element_ty), mask=inside)
+        _store(out, columns, tl.zeros((BLOCK,), tl.float32), V, TAIL)
         return
+    student += row * student_stride
+    teacher += row * teacher_stride
     statistics += row
     m_s = tl.load(statistics + 4 * N)
     d_s = tl.load(statistics + 5 * N)
     m_t = tl.load(statistics + 6 * N)
     d_t = tl.load(statistics + 7 * N)
     a_s = tl.load(statistics + 8 * N)
-    c_u, c_v, c_r = _coefficients(c, fkl_weight, scale, d_s, d_t, a_s, FKL, RKL)
-    z = _load(student + row * student_stride, columns, V, MASKED=True)
-    y = _load(teacher + row * teacher_stride, columns, V, MASKED=True)
-    g = _block_gradient(z, y, scale, m_s, m_t, c_u, c_v, c_r, FKL, RKL)
-    # after the loads of the same columns: out may be student
-    tl.store(out + columns, g.to(out.dtype.element_ty), mask=inside)
+    factors = _factors(c, fkl_weight, scale, (m_s, d_s, m_t, d_t, a_s), FKL, RKL)
+    _write_gradient(student, teacher, out, columns, V, factors, FKL, RKL, MASKED=TAIL)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -237,9 +252,11 @@ def _fused_kernel(
     student,
     teacher,
     coefficient,
+    statistics,
     out,
     student_stride,
     teacher_stride,
+    out_stride,
     N,
     V,
     scale,
@@ -252,16 +269,16 @@ def _fused_kernel(
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
-    m_s, d_s, m_t, d_t, a_s = _row_statistics(student, teacher, out + row, N, V, scale, BLOCK, STAGES)
-    c_u, c_v, c_r = _coefficients(tl.load(coefficient + row), fkl_weight, scale, d_s, d_t, a_s, FKL, RKL)
-    last = (V - 1) // BLOCK * BLOCK
-    # from the end: the blocks read last are the likeliest to be in the cache still
-    for step in tl.range(0, V, BLOCK):
-        columns = last - step + tl.arange(0, BLOCK)
-        z = _load(student, columns, V, MASKED=True)
-        y = _load(teacher, columns, V, MASKED=True)
-        g = _block_gradient(z, y, scale, m_s, m_t, c_u, c_v, c_r, FKL, RKL)
-        tl.store(student + columns, g.to(student.dtype.element_ty), mask=columns < V)
+    out += row * out_stride
+    numbers = _row_statistics(student, teacher, statistics + row, N, V, scale, BLOCK, STAGES)
+    factors = _factors(tl.load(coefficient + row), fkl_weight, scale, numbers, FKL, RKL)
+    columns = tl.arange(0, BLOCK)
+    whole = V // BLOCK * BLOCK
+    # the tail last, the other blocks from the end: those read last are the likeliest to be in the cache still
+    for step in tl.range(BLOCK, whole + BLOCK, BLOCK):
+        _write_gradient(student, teacher, out, whole - step + columns, V, factors, FKL, RKL, MASKED=False)
+    if whole < V:
+        _write_gradient(student, teacher, out, whole + columns, V, factors, FKL, RKL, MASKED=True)
 
 
 def statistics(student_logits, teacher_logits, weight, temperature):
@@ -277,21 +294,26 @@ def gradient(student_logits, teacher_logits, statistics, coefficient, fkl_weight
     student, teacher = _rows(student_logits), _rows(teacher_logits)
     target = out if out.stride(1) == 1 else torch.empty_like(student)
     n, v = student.shape
-    grid = n, triton.cdiv(v, _block(v))
     sizes = student.stride(0), teacher.stride(0), target.stride(0), n, v, _scale(temperature), fkl_weight
+    arguments = student, teacher, statistics, coefficient, target, *sizes
     constants = {"FKL": fkl_weight != 0, "RKL": fkl_weight != 1}
-    _launch(_gradient_kernel, grid, student, teacher, statistics, coefficient, target, *sizes, **constants)
+    whole, tail = divmod(v, _block(v))
+    # two launches: with a branch in one, whole blocks would take a tail's registers, 116 instead of 40
+    _launch(_gradient_kernel, (n, whole), *arguments, **constants, TAIL=False)
+    if tail:
+        _launch(_gradient_kernel, (n, 1), *arguments, **constants, TAIL=True)
     if target is not out:
         out.copy_(target)
 
 
-def fused(student_logits, teacher_logits, coefficient, fkl_weight, temperature):
-    student, teacher = student_logits, teacher_logits
-    out = _empty_statistics(student)
-    sizes = student.stride(0), teacher.stride(0), *student.shape, _scale(temperature), fkl_weight
+def fused(student_logits, teacher_logits, coefficient, fkl_weight, temperature, out):
+    student, teacher, n = student_logits, teacher_logits, len(student_logits)
+    statistics = _empty_statistics(student)
+    strides = student.stride(0), teacher.stride(0), out.stride(0)
+    arguments = student, teacher, coefficient, statistics, out, *strides, *student.shape
     constants = {"FKL": fkl_weight != 0, "RKL": fkl_weight != 1, "STAGES": STAGES}
-    _launch(_fused_kernel, (len(student),), student, teacher, coefficient, out, *sizes, **constants)
-    return out
+    _launch(_fused_kernel, (n,), *arguments, _scale(temperature), fkl_weight, **constants)
+    return statistics
 
 
 def _empty_statistics(student):
@@ -304,7 +326,7 @@ def _launch(kernel, grid, student, *arguments, **constants):
             'impl="triton" needs CUDA tensors (or TRITON_INTERPRET=1, set before the first use of triton); '
             'use impl="torch"'
         )
-    if student.shape[0] == 0:
+    if 0 in grid:
         return
     block = _block(student.shape[1])
     with torch.cuda.device_of(student):  # Triton launches on the current device

@@ -40,7 +40,7 @@ def get_args(argv=None):
     # sizes
     tokens = [512, 2048, 8192, 32768] if cuda else [64, 256]
     p.add_argument("--n", type=int, nargs="+", default=tokens, help="tokens")
-    p.add_argument("--vocab", type=int, nargs="+", default=[32000, 151936] if cuda else [1000, 8000])
+    p.add_argument("--vocab", type=int, nargs="+", default=[32000, 151669, 151936] if cuda else [1000, 8000])
     p.add_argument("--hidden", type=int, default=1024 if cuda else 64, help="the student's hidden size")
     p.add_argument("--teacher_hidden", type=int, nargs="+", default=[2560, 4096] if cuda else [96])
     dtypes = ["bfloat16", "float16", "float32"]

@@ -161,7 +161,9 @@ def check_models(args):
     vocab_size_of(teacher_tokenizer, models.rows_of(teacher_dir), "--teacher", size)
     stops = stop_ids(tokenizer, student_dir, size), stop_ids(teacher_tokenizer, teacher_dir, size)
     problems = [{"id": text, "problem": text} for text in PROBES]
-    prompts = encode_problems(problems, tokenizer, "", size, models.context_of(student_dir), LIMIT)
+    _, prompts, _ = encode_problems(
+        problems, tokenizer, "", size, models.context_of(student_dir), None, LIMIT
+    )
     student = models.load_model(student_dir, "--student", args.dtype)
     models.check_head(student, "--student")
     teacher = live_teacher(teacher_dir, args.dtype, size)

@@ -141,6 +141,8 @@ def check_generation(model, where):
         run = model.generate(input_ids=rows, attention_mask=rows.sign())
         own = model(input_ids=run.sequences[:1, 3:-1], use_cache=False).logits[0, 2:]
     model.generation_config = own_config
+    if not own.isfinite().all():
+        refuse(f"{where}: its logits are not finite: its weights or its --dtype do not suffice")
     error = relative_difference(torch.stack(run.logits)[:, 0], own)
     if not error <= max(1e-3, 32 * torch.finfo(model.dtype).eps):
         refuse(f"{where}: transformers generates from it with other logits: they differ by {error:.2g}")

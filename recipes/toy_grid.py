@@ -313,8 +313,8 @@ def collect(name, seed, run, evaluation):
         "seconds": round(sum(row["seconds"] for row in rows_of(f"{run}/metrics.jsonl")), 1),
         "n": n,
         "maj": rounded(found["maj"][str(n)]),
-        "curve": [point(row) for row in rows_of(f"{run}/evals.jsonl")],
-        "gates": rows_of(f"{run}/gates.jsonl") if os.path.isfile(f"{run}/gates.jsonl") else [],
+        "curve": [point(row) for row in logged(f"{run}/evals.jsonl")],
+        "gates": logged(f"{run}/gates.jsonl"),
         "correct": sums(lambda rows: sum(row["correct"] for row in rows)),
         "cut": sums(lambda rows: sum(row["finish_reason"] == "length" for row in rows)),
         "tokens": sums(lambda rows: sum(row["tokens"] for row in rows)),
@@ -330,6 +330,11 @@ def point(row):
 
 def rows_of(path):
     return [row for _, row in read_jsonl(path)]
+
+
+def logged(path):
+    """The rows of a log, which does not exist where there are none."""
+    return rows_of(path) if os.path.isfile(path) else []
 
 
 def rounded(value):

@@ -266,7 +266,7 @@ def test_a_growing_file_does_not_trust_what_was_changed(tmp_path, capsys):
                 data[:place].count(b"\n") if name == "progress.jsonl" else sum(end <= place for end in ends)
             )
             assert done == before
-            assert f"{4 - done} chunks were cut or damaged" in capsys.readouterr().out
+            assert f"{4 - done} cut or damaged chunks" in capsys.readouterr().out
             grown(tmp_path / "flipped", 4)
             assert {name: (tmp_path / "flipped" / name).read_bytes() for name in files} == files
 

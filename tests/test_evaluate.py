@@ -493,7 +493,7 @@ def test_benchmarks_of_one_name_get_directories_and_rows_of_their_own(world, tmp
     assert sorted(os.listdir(tmp_path / "out")) == ["a-test", "b-test"]
     capsys.readouterr()
     call("--table", tmp_path / "out")
-    assert [row[3] for row in cells_of(capsys.readouterr().out)] == ["data", "a-test", "b-test"]
+    assert [row[2] for row in cells_of(capsys.readouterr().out)] == ["data", "a-test", "b-test"]
 
 
 def test_compare_pairs_the_problems(tmp_path, monkeypatch, capsys):

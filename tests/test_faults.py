@@ -277,7 +277,7 @@ def test_fuzzed_meta_json(tmp_path_factory, data):
     shutil.copy(path / "meta.json", path / "meta.partial.json")
     (path / "meta.json").unlink()  # the same text as the mark of an unfinished run
     found, message = outcome(lambda: artifacts.check_out(flags(path, resume=True)))
-    assert found is None and (message is None or "meta.partial.json" in message or "--resume" in message)
+    assert not found and (message is None or "meta.partial.json" in message or "--resume" in message)
 
 
 @fuzzed

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 import urllib.error
 
 import pyarrow
@@ -478,6 +477,6 @@ def test_a_column_map_that_nothing_takes_is_refused(stage, line, column, world, 
 
 
 def test_one_data_set_that_takes_the_column_map_is_enough():
-    args = types.SimpleNamespace(problem_column="q", answer_column="answer", data="gsm8k")
-    assert problems.columns_of(args, None, "mine.csv") == ("q", "answer")
-    assert problems.columns_of(args, "me/mine:main") == ("q", "answer")
+    args = stage_of("rollout").get_args("--model m --data gsm8k --problem_column q --out o".split())
+    assert problems.asked(args, None, "mine.csv").columns == ("q", "answer")
+    assert problems.asked(args, "me/mine:main").columns == ("q", "answer")

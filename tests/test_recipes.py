@@ -338,8 +338,8 @@ def test_rows_of_the_first_paper_run_and_are_not_run_twice(recipe, tiny, execute
         for run in ("table3_4b_curriculum", "table5_teacher_4b_reverse")
     }
     assert cells == {
-        "table3_4b_curriculum": "student prefix, reverse KL",
-        "table5_teacher_4b_reverse": "teacher prefix, reverse KL, then GRPO",
+        "table3_4b_curriculum": "student reverse",
+        "table5_teacher_4b_reverse": "teacher reverse, then GRPO",
     }
     assert json.load(open(tmp_path / "out/scores_4b_4/meta.json"))["counts"]["longest_response"] == 4
 

@@ -1,6 +1,5 @@
 """Runs: numbers that are not finite, refusals that leave nothing behind, longer runs, run directories."""
 
-import json
 import os
 import shutil
 import signal
@@ -114,8 +113,8 @@ def test_weights_that_are_not_finite_are_not_saved(lines, tmp_path, monkeypatch,
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_metric_that_is_not_finite_ends_the_run(value, lines, tmp_path, monkeypatch, refused):
     stage, line = lines["teacher"]
-    bad = lambda hidden, *args, **more: {"overlap_mass": torch.full((len(hidden),), value)}
-    monkeypatch.setattr(diagnostics, "measure", bad)
+    bad = lambda top: {"overlap_mass": torch.full((len(top.student_ids),), value)}
+    monkeypatch.setattr(diagnostics, "overlap", bad)
     go = lambda: run_line(stage, f"{line} --steps 1 --out {tmp_path}/run")
     refused(go, "step 1", "metrics.jsonl", "overlap_mass", code=1)
     assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/final").exists()
@@ -140,10 +139,15 @@ def overflowing(world, tmp_path):
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("stage", [rollout, evaluate])
 def test_logits_that_are_not_finite_are_not_sampled_from(
-    stage, temperature, overflowing, world, tmp_path, refused
+    stage, temperature, overflowing, world, tmp_path, monkeypatch, refused
 ):
     line = f"--model {overflowing} --data {world}/test.jsonl {TINY} --out {tmp_path}/out"
     line += f" --temperature {temperature}"
+    refused(lambda: run_line(stage, f"{line} --dtype float16"), "--model", "logits are not finite")
+    assert not (tmp_path / "out").exists()
+    for check in ("check_generation", "check_head"):  # as if only later tokens gave such logits
+        monkeypatch.setattr(models, check, lambda *given: None)
+    monkeypatch.setattr(evaluate, "check_head", lambda *given: None)
     message = refused(lambda: run_line(stage, f"{line} --dtype float16"), "--engine hf", "prompt ", code=1)
     assert message.count("error:") == 1 and not (tmp_path / "out/results.json").exists()
     run_line(stage, f"{line} --overwrite")  # the same in float32
@@ -173,6 +177,8 @@ def test_entropies_that_are_not_finite_are_no_results(overflowing, world, tmp_pa
         return [{i: [Response(prompt, [5, 2], False)] * sampling.n for i, prompt in enumerate(prompts)}]
 
     monkeypatch.setattr(evaluation, "sample_stream", sampled)
+    monkeypatch.setattr(models, "check_generation", lambda *given: None)
+    monkeypatch.setattr(evaluate, "check_head", lambda *given: None)
     line = f"--model {overflowing} --data {world}/test.jsonl {TINY} --dtype float16 --out {tmp_path}/out"
     first = read_rows(world / "test.jsonl")[0].get("id", "test/")
     refused(lambda: run_line(evaluate, line), first, "sample 0", "entropy is NaN", code=1)
@@ -228,15 +234,14 @@ def test_scores_that_are_not_finite_are_not_stored(
 def broken(world, rollouts, scores, tmp_path):
     """Paths of inputs that are spoilt, each in one way."""
     places = {
-        name: tmp_path / name for name in ("zero", "other_tokens", "other_template", "capped", "no_config")
+        name: tmp_path / name for name in ("zero", "other_tokens", "other_template", "nan", "no_config")
     }
     for path in places.values():
         shutil.copytree(world / "teacher_init", path)
     change_weights(places["zero"], lambda name, tensor: torch.zeros_like(tensor))
     swap_ids(places["other_tokens"], "a", "b")
     replace_text(places["other_template"] / "chat_template.jinja", "assistant", "user")
-    config = places["capped"] / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"final_logit_softcapping": 30.0}))
+    change_weights(places["nan"], lambda name, tensor: tensor * torch.nan)
     (places["no_config"] / "config.json").unlink()
     places["absent"] = tmp_path / "absent"
     places["no_json"] = tmp_path / "no_json.jsonl"
@@ -268,7 +273,7 @@ REFUSALS = [  # a command, what its message names
     (f"{SCORE} --rollouts {{bad_rollouts}}", "--rollouts"),
     (f"{SCORE} --teacher {{other_tokens}}", "--teacher"),
     (f"{SCORE} --teacher {{other_template}}", "--rollouts"),
-    (f"{SCORE} --teacher {{capped}}", "--teacher"),
+    (f"{SCORE} --teacher {{nan}}", "--teacher"),
     (f"{SCORE} --k 999", "--k"),
     (f"{TEACHER} --rollouts {{rollouts}} --scores {{bad_scores}}", "--scores"),
     (f"{TEACHER} --rollouts {{bad_rollouts}} --scores {{scores}}", "--rollouts"),
@@ -277,8 +282,8 @@ REFUSALS = [  # a command, what its message names
     (f"{TEACHER} --rollouts {{rollouts}} --scores {{scores}} --prompt_suffix x", "--prompt_suffix"),
     (f"{TEACHER} --rollouts {{rollouts}} --scores {{scores}} --tensor_parallel 2", "--tensor_parallel"),
     (f"{STUDENT} --teacher {{zero}}", "preflight"),
-    (f"{STUDENT} --teacher {{other_template}}", "--take_template"),
-    (f"{STUDENT} --teacher {{capped}}", "--teacher"),
+    (f"{STUDENT} --teacher {{other_template}}", "--template"),
+    (f"{STUDENT} --teacher {{nan}}", "--teacher"),
     (f"{STUDENT} --teacher {{world}}/teacher_init --data {{no_json}}", "no_json.jsonl"),
     (
         f"{STUDENT} --teacher {{world}}/teacher_init --eval_data {{absent}}.jsonl --eval_every 1",
@@ -286,7 +291,7 @@ REFUSALS = [  # a command, what its message names
     ),
     (f"{STUDENT} --teacher {{world}}/teacher_init --max_response_tokens 600", "--max_response_tokens"),
     (f"{GRPO} --model {{absent}}", "--model"),
-    (f"{GRPO} --model {{capped}}", "the starting model"),
+    (f"{GRPO} --model {{nan}}", "the starting model"),
     (f"{GRPO} --kl_weight 1 --reference {{other_tokens}}", "--reference"),
     (f"{GRPO} --eval_data {{no_json}} --eval_every 1", "no_json.jsonl"),
     (f"{EVAL} --model {{absent}}", "--model"),

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 
 from distil import sampling
 from distil.models import Response
+from distil.problems import COLUMNS, Asked
 from distil.sampling import (
     SamplingConfig,
     add_sampling_flags,
@@ -232,7 +233,8 @@ def test_plain_is_the_models_own_distribution():
 
 def test_a_task_is_what_sampling_needs(world):
     make_sampling = functools.partial(sampling_from, parse("--max_response_tokens", "9"))
-    task = load_task(str(world / "teacher_init"), None, str(world / "train.jsonl"), 2, "=", make_sampling)
+    wanted = Asked(str(world / "train.jsonl"), 2, COLUMNS, "=", None, None)
+    task = load_task(str(world / "teacher_init"), wanted, make_sampling)
     assert len(task.problems) == len(task.prompts) == 2 and task.directory == str(world / "teacher_init")
     assert task.sampling == make_config(max_response_tokens=9)
     assert task.tokenizer.decode(task.prompts[0]).count(task.problems[0]["problem"] + "=<|im_end|>") == 1

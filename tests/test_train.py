@@ -466,5 +466,5 @@ def test_short_scores_and_long_responses_are_refused(world, rollouts, prefix_fla
     model.save_pretrained(tmp_path / "narrow")
     make_tokenizer().save_pretrained(tmp_path / "narrow")
     narrow = f"{flags} --student {tmp_path}/narrow"
-    refused(lambda: run(tmp_path / "run", narrow), "context of 14", "train/")
+    refused(lambda: run(tmp_path / "run", narrow), "context 14", "train/")
     assert not (tmp_path / "run").exists()

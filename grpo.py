@@ -29,7 +29,7 @@ from collections import Counter
 
 import torch
 
-from distil import artifacts, flags, flops, models, ranks, sampling, training
+from distil import artifacts, batches, flags, flops, models, ranks, sampling, training
 from distil.evaluation import origin_of
 from distil.grading import grade
 from distil.models import forward
@@ -195,13 +195,13 @@ def accumulate_gradients(args, model, reference, vocab_size, responses):
     """Add the gradient of the loss over a batch of Responses: {metric: sum over tokens} and the loss.
 
     Responses without a gradient go through the model for the metrics alone."""
-    weights, sums = training.token_weights(responses, args.normalize), Counter()
+    weights, sums = batches.token_weights(responses, args.normalize), Counter()
     loss_of = functools.partial(micro_batch_loss, args, model, reference, vocab_size)
     for backward in (True, False):
         chosen = [i for i, r in enumerate(responses) if has_gradient(args, r) == backward]
         batch, batch_weights = [responses[i] for i in chosen], [weights[i] for i in chosen]
         limit = args.micro_batch_tokens
-        found = training.accumulate_gradients(model.device, batch, batch_weights, limit, loss_of, backward)
+        found = batches.accumulate_gradients(model.device, batch, batch_weights, limit, loss_of, backward)
         if not backward:
             del found["loss"]
         del found["positions"]
@@ -216,9 +216,9 @@ def has_gradient(args, response):
 @torch.no_grad()
 def add_old_logps(args, model, vocab_size, responses):
     """The Responses with their log-probabilities under the model as it is now."""
-    batches = models.batches_by_tokens([r.length for r in responses], args.micro_batch_tokens)
+    micro_batches = batches.batches_by_tokens([r.length for r in responses], args.micro_batch_tokens)
     found = {}
-    for indices, _ in ranks.split_micro_batches(batches):
+    for indices, _ in ranks.split_micro_batches(micro_batches):
         batch = [responses[i] for i in indices]
         tokens = torch.tensor([token for r in batch for token in r.response_ids], device=model.device)
         logps = token_logps(*forward(model, batch, vocab_size, args.dtype), tokens)
@@ -260,16 +260,18 @@ def main(args):
     sampling_of = functools.partial(sampling.sampling_from, args)
     task = sampling.load_task(args.model, asked(args, args.eval_data), sampling_of)
     config = task.sampling._replace(logprobs=True)
-    reference = load_reference(args, task.tokenizer, config.vocab_size) if args.kl_weight else None
+    longest = max(map(len, task.prompts)) + args.max_response_tokens
     cell = origin_of(task.directory, args.model)["cell"]  # it was distilled in, if any
     cell = cell | {"name": f"{cell['name']}, then GRPO" if "name" in cell else "GRPO"}
-    run = training.Run(args, task.directory, task.tokenizer, config, cell)
+    other = args.reference or args.model if args.kl_weight else None
+    run = training.Run(args, task.directory, task.tokenizer, config, cell, longest, other)
     run.dropped["data"] = task.dropped
+    reference = load_reference(args, task.tokenizer, config.vocab_size) if args.kl_weight else None
     run.start()
 
     for step in range(run.first_step, args.steps):
         started = training.clock()
-        picked = training.batch_indices(len(task.problems), args.batch_size, step, args.seed)
+        picked = batches.batch_indices(len(task.problems), args.batch_size, step, args.seed)
         problems, prompts = [task.problems[i] for i in picked], [task.prompts[i] for i in picked]
         groups = run.sample(prompts, config, sampling.derive_seed(args.seed, "grpo", step))
         sampled = training.clock()

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from distil import artifacts, flags, models, preflight, sampling
+from distil import artifacts, batches, flags, models, preflight, sampling, training
 from distil.jsonl import GrowingFile, read_jsonl
 from distil.models import Response, forward
 from distil.prompts import (
@@ -113,7 +113,7 @@ def split_into_shards(lengths, shard_tokens):
 def score(model, responses, vocab_size, signal, k, micro_batch_tokens):
     """What --signal stores of each Response: a list of {name: (T, ...) tensor on the CPU}."""
     scored = [None] * len(responses)
-    for indices in models.batches_by_tokens([r.length for r in responses], micro_batch_tokens):
+    for indices in batches.batches_by_tokens([r.length for r in responses], micro_batch_tokens):
         batch = [responses[i] for i in indices]
         hidden, head = forward(model, batch, vocab_size)  # (N, H), (V, H)
         if signal == "hidden":
@@ -160,14 +160,17 @@ def check_models(args):
     preflight.match_tokenizers(tokenizer, teacher_tokenizer, "--student", "--teacher", template)
     vocab_size_of(teacher_tokenizer, models.rows_of(teacher_dir), "--teacher", size)
     stops = stop_ids(tokenizer, student_dir, size), stop_ids(teacher_tokenizer, teacher_dir, size)
-    problems = [{"id": text, "problem": text} for text in PROBES]
-    _, prompts, _ = encode_problems(
-        problems, tokenizer, "", size, models.context_of(student_dir), None, LIMIT
-    )
+    problems, context = [{"id": text, "problem": text} for text in PROBES], models.context_of(student_dir)
+    _, prompts, _ = encode_problems(problems, tokenizer, "", size, context, None, LIMIT)
+    parser = argparse.ArgumentParser()  # train.py's defaults
+    sampling.add_sampling_flags(parser, gpu_memory_utilization=0.3)
+    training.add_training_flags(parser, steps=1000, batch_size=32, lr=5e-7)
+    defaults = parser.parse_args([])
+    longest = min(max(map(len, prompts)) + defaults.max_response_tokens, context)
+    training.plan_memory(defaults, student_dir, size, longest, teacher_dir, table=True)
     student = models.load_model(student_dir, "--student", args.dtype)
     models.check_head(student, "--student")
     teacher = live_teacher(teacher_dir, args.dtype, size)
-    defaults = argparse.Namespace(n=1, temperature=1.0, top_p=1.0, top_k=0, extra_stop_ids=[])
     defaults.max_response_tokens, defaults.sample_batch = LIMIT, len(PROBES)
     config = sampling.sampling_from(defaults, size, stops[0] + stops[1])
     responses = [group[0] for group in sampling.sample(student, prompts, config, seed=0)]

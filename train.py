@@ -27,7 +27,7 @@ import os
 
 import torch
 
-from distil import artifacts, diagnostics, flags, flops, models, preflight, ranks, sampling, training
+from distil import artifacts, batches, diagnostics, flags, flops, models, preflight, ranks, sampling, training
 from distil.models import forward
 from distil.problems import add_problem_flags, asked, load_problems
 from distil.prompts import encode_problems, load_tokenizer, stop_ids, vocab_size_of
@@ -211,9 +211,9 @@ def micro_batch_loss(args, student, teacher, vocab_size, scored, responses, toke
 def train_step(args, run, teacher, batch, step):
     """One optimizer step on a batch of Responses: {metric: value}."""
     tokens, scored = sum(len(r.response_ids) for r in batch), []
-    weights = training.token_weights(batch, args.normalize)
+    weights = batches.token_weights(batch, args.normalize)
     loss_of = functools.partial(micro_batch_loss, args, run.model, teacher, run.vocab_size, scored)
-    sums = training.accumulate_gradients(run.model.device, batch, weights, args.micro_batch_tokens, loss_of)
+    sums = batches.accumulate_gradients(run.model.device, batch, weights, args.micro_batch_tokens, loss_of)
     grad_norm, lr = training.optimizer_step(args, run.model, run.optimizer, step, [r.id for r in batch])
     metrics = {"loss": sums.pop("loss"), "padding": 1 - sum(r.length for r in batch) / sums.pop("positions")}
     metrics |= {name: total / tokens for name, total in sums.items()}
@@ -253,7 +253,7 @@ def gate_ended(args, run):
 def sampled_responses(args, run, problems, prompts, config, step):
     """Responses of the student as it is now, to the problems of the coming --refresh_every steps."""
     steps = range(step, step + args.refresh_every)
-    picked = [i for s in steps for i in training.batch_indices(len(prompts), args.batch_size, s, args.seed)]
+    picked = [i for s in steps for i in batches.batch_indices(len(prompts), args.batch_size, s, args.seed)]
     seed = sampling.derive_seed(args.seed, "train", step)
     groups = run.sample([prompts[i] for i in picked], config, seed)
     return [r._replace(id=problems[i]["id"]) for i, group in zip(picked, groups, strict=True) for r in group]
@@ -306,18 +306,21 @@ def main(args):
         problems = load_problems(args.data, args.limit, wanted.columns)
         about = tokenizer, args.prompt_suffix, size, context, args.max_prompt_tokens, args.max_response_tokens
         problems, prompts, dropped = encode_problems(problems, *about)
-        teacher = live_teacher(args.teacher, args.dtype, size)
+        longest = max(map(len, prompts)) + args.max_response_tokens
     else:
-        stored = stored_responses(args.rollouts, args.max_response_tokens, context, size)
-        teacher = Teacher()
+        stored, teacher = stored_responses(args.rollouts, args.max_response_tokens, context, size), Teacher()
         if args.scores:
             teacher = stored_teacher(args.scores, args.rollouts, stored, args.vocab, args.k, args.topk_set)
             vocab_size_of(tokenizer, teacher.head_rows, "--scores", size)
+        longest = max(response.length for response in stored)
     kl = f"mix {args.fkl_weight:g}" if args.kl == "mix" else args.kl
     kl += "" if args.vocab == "full" else f" ({args.vocab})"
     cell = {"name": f"{args.prefix} {kl}", "prefix": args.prefix, "kl": kl}
-    run = training.Run(args, student_dir, tokenizer, config, cell, samples=on_policy)
-    run.dropped |= {"data": dropped} if on_policy else {}
+    given = args, student_dir, tokenizer, config, cell, longest, args.teacher or args.scores
+    run = training.Run(*given, samples=on_policy)
+    if on_policy:
+        run.dropped["data"] = dropped
+        teacher = live_teacher(args.teacher, args.dtype, size)
 
     if not run.first_step and teacher.config:
         if on_policy:
@@ -345,7 +348,7 @@ def main(args):
             count = args.batch_size * args.n
             batch, sampled_ahead = sampled_ahead[:count], sampled_ahead[count:]
         else:
-            picked = training.batch_indices(len(stored), args.batch_size, step, args.seed)
+            picked = batches.batch_indices(len(stored), args.batch_size, step, args.seed)
             batch = [stored[i].first(horizon) for i in picked]
         sampled = training.clock()
         metrics = train_step(args, run, teacher, batch, step)

@@ -77,7 +77,7 @@ def batch_of(args):
 
 def step_ours(args, tick):
     import train
-    from distil import models, teacher, training
+    from distil import batches, models, teacher, training
 
     words = f"--prefix student --kl reverse --student x --teacher x --data x --out x --lr {LR} --warmup 0"
     flags = train.get_args([*words.split(), "--normalize", "token", "--dtype", "float32"])
@@ -85,12 +85,12 @@ def step_ours(args, tick):
     student = models.load_model(f"{args.models}/student", "student", "float32")
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.0, fused=True)
     batch = [models.Response(*ids, False) for ids in zip(*batch_of(args))]
-    weights = training.token_weights(batch, flags.normalize)
+    weights = batches.token_weights(batch, flags.normalize)
     tick()
     for step in range(args.iterations):
         loss_of = functools.partial(train.micro_batch_loss, flags, student, live, args.vocab, [])
         limit = flags.micro_batch_tokens
-        sums = training.accumulate_gradients(student.device, batch, weights, limit, loss_of)
+        sums = batches.accumulate_gradients(student.device, batch, weights, limit, loss_of)
         training.optimizer_step(flags, student, optimizer, step, [])
         tick(sums["loss"])
 

@@ -281,12 +281,12 @@ class Soak:
 
 
 def contents(path):
-    """{file: sha256, or rows without times} of a finished artifact, and its counts; without checkpoints."""
+    """{file: sha256, or rows without times and memory} of a finished artifact, and its counts."""
     meta, found = read_artifact(path, "-"), {}
     for name in glob.glob("**", root_dir=path, recursive=True):
         file = os.path.join(path, name)
         if os.path.basename(name) in ("metrics.jsonl", "evals.jsonl", "gates.jsonl"):
-            found[name] = [without_times(row) for _, row in read_jsonl(file)]
+            found[name] = [unmeasured(row) for _, row in read_jsonl(file)]
         elif not os.path.isfile(file) or name == "meta.json":
             continue
         elif ".tmp" in name or not name.startswith("step_"):
@@ -294,8 +294,8 @@ def contents(path):
     return found | {key: meta.get(key) for key in ("counts", "cell", "stop_ids", "tflops", "response_tokens")}
 
 
-def without_times(row):
-    return {key: value for key, value in row.items() if "second" not in key}
+def unmeasured(row):
+    return {key: row[key] for key in row if "second" not in key and key != "peak_memory"}
 
 
 def main(args):

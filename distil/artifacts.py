@@ -114,6 +114,8 @@ def check_out(args):
     A non-empty directory needs --overwrite (only for what this project wrote) or --resume, for which this
     returns what check_same does. --resume exits with 0 if the artifact is finished, and becomes False if
     nothing was begun."""
+    if getattr(args, "plan", False):
+        return None  # nothing will be written
     if os.path.lexists(args.out) and not os.path.isdir(args.out):
         kind = "a file" if os.path.exists(args.out) else "a link to nothing"
         refuse(f"--out {args.out}: is {kind}; choose another directory")

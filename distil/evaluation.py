@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from distil import ranks
 from distil.artifacts import refuse
+from distil.batches import batches_by_tokens
 from distil.grading import grade, verdict_on
 from distil.jsonl import finite
-from distil.models import autocast, batches_by_tokens, forward
+from distil.models import autocast, forward
 from distil.sampling import derive_seed, sample, sample_stream
 from streaming_kl import entropies
 

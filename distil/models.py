@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from torch.utils.checkpoint import checkpoint
 
 from distil.artifacts import read_artifact, read_checkpoint, refuse
 from distil.problems import hub_reachable
@@ -223,6 +224,23 @@ def enlarge(factor, module, given, output):
     return output
 
 
+def decoder_layers(model):
+    """The layers of a model's decoder, whatever the family calls their list."""
+    lists = [m for m in model.get_decoder().children() if isinstance(m, torch.nn.ModuleList)]
+    return [layer for layers in lists for layer in layers]
+
+
+def checkpoint_activations(model):
+    """Let each layer keep its input alone, and compute the rest again in the backward pass.
+
+    transformers' own switch acts only after train(), which would switch dropout on too."""
+    again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    for layer in decoder_layers(model) or refuse(
+        "--activation_checkpointing: the model has no list of layers"
+    ):
+        layer.forward = functools.partial(again, layer.forward)
+
+
 def autocast(dtype):
     """Autocast to "bfloat16"; nothing for "float32" or None."""
     enabled = dtype not in (None, "float32")
@@ -262,21 +280,3 @@ def response_hidden(model, responses):
     # No attention mask: padding comes after all that is real, and every position sees only what is before it.
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     return hidden[(column >= first) & (column < length)]
-
-
-def batches_by_tokens(lengths, budget):
-    """Indices grouped by similar length, with rows x longest <= budget in a batch; a longer row goes alone.
-
-    A batch with at least a 32nd of the budget takes no row that makes more than a tenth of it padding.
-    batches_by_tokens([60, 90, 62, 2], 1024) -> [[3, 0], [2], [1]]"""
-    batches, tokens = [], 0
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        padded = (len(batches[-1]) + 1) * lengths[i] if batches else 0
-        dense = tokens < budget / 32 or tokens + lengths[i] >= 0.9 * padded
-        if batches and padded <= budget and dense:
-            batches[-1].append(i)
-            tokens += lengths[i]
-        else:
-            batches.append([i])
-            tokens = lengths[i]
-    return batches

@@ -9,25 +9,26 @@ A run directory grows as the run goes on:
     final/           the result: the same without the optimizer
 """
 
-import functools
 import glob
 import json
 import math
 import os
+import resource
 import shutil
+import sys
 import time
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from distil import artifacts, flags, ranks
+from distil import artifacts, flags, models, plan, ranks
 from distil.evaluation import EVAL_SAMPLING, evaluate
 from distil.flops import for_file, text_of
 from distil.jsonl import finite, rewind_log
-from distil.models import autocast, batches_by_tokens, context_of, default_dtype, load_model
+from distil.models import autocast, context_of, default_dtype, load_model
 from distil.problems import asked, load_problems
 from distil.prompts import encode_problems, template_sha256, tokenizer_sha256
-from distil.sampling import derive_seed, sample, update_engine
+from distil.sampling import sample, update_engine
 from distil.vllm_engine import load_vllm
 
 LOGS = ("metrics.jsonl", "evals.jsonl", "gates.jsonl")
@@ -42,7 +43,10 @@ def add_training_flags(parser, steps, batch_size, lr):
     p.add_argument("--warmup", type=flags.fraction, default=0.05, help="share of steps in which lr rises")
     p.add_argument("--max_grad_norm", type=flags.positive, default=1.0, help="of gradients, by clipping")
     tokens_help = "tokens in one forward pass"
-    p.add_argument("--micro_batch_tokens", type=flags.positive_int, default=16384, help=tokens_help)
+    p.add_argument("--micro_batch_tokens", type=flags.positive_int, default=8192, help=tokens_help)
+    modes, less_help = ["auto", "on", "off"], "keep less for the backward pass; auto: if it does not fit else"
+    p.add_argument("--activation_checkpointing", choices=modes, default="auto", help=less_help)
+    p.add_argument("--plan", action="store_true", help="print what memory the run takes, and end")
     dtypes = ["float32", "bfloat16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="of passes; weights are float32")
     p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")
@@ -59,6 +63,26 @@ def add_training_flags(parser, steps, batch_size, lr):
 def check_training_flags(parser, args, curriculum=None):
     if bool(args.eval_data) != bool(args.eval_every or curriculum):
         parser.error("--eval_every and --eval_data go together")
+
+
+def plan_memory(args, student, vocab_size, longest, other=None, samples=True, table=False):
+    """Print or refuse the memory of a run; returns whether to checkpoint activations. --plan ends here.
+
+    student: its directory; other: that of a second model, or of scores, which bring its head; longest: tokens
+    of the longest prompt with its response."""
+    responses = args.batch_size * args.n
+    tokens = min(max(args.micro_batch_tokens, longest), responses * longest)
+    together = min(args.sample_batch, responses * getattr(args, "refresh_every", 1))
+    job = {"student": student, "other": other, "vocab_size": vocab_size, "dtype": args.dtype}
+    job |= {"shape": (tokens // longest, tokens // (tokens // longest)), "sampled": (together, longest)}
+    job |= {
+        "engine": args.engine if samples or args.eval_every else None,
+        "share": args.gpu_memory_utilization,
+    }
+    checkpointing = plan.plan(job, args.activation_checkpointing, table or args.plan)
+    if args.plan:
+        raise SystemExit(0)
+    return checkpointing
 
 
 def clock():
@@ -85,53 +109,12 @@ def seconds_between(pairs):
     return sum(start.elapsed_time(end) for start, end in pairs) / 1000
 
 
-def batch_indices(count, batch_size, step, seed):
-    """Which of `count` items are in a step: epoch after epoch, each in an order of its own.
-
-    A function of the step alone, so a resumed run needs no saved state."""
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [permutation(count, derive_seed(seed, "epoch", i // count))[i % count] for i in positions]
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(count, seed):
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def token_weights(responses, normalize):
-    """The weight of each response's tokens; over the batch they sum to 1, however it is split.
-
-    "token": the loss is the mean over all tokens; "sequence": the mean over responses of their means."""
-    total = sum(len(r.response_ids) for r in responses)
-    if normalize == "token":
-        return [1 / total for _ in responses]
-    return [1 / (len(responses) * len(r.response_ids)) for r in responses]
-
-
-def accumulate_gradients(device, responses, weights, micro_batch_tokens, micro_batch_loss, backward=True):
-    """The loop over micro-batches: adds the gradients of the loss over a batch of Responses.
-
-    micro_batch_loss(responses, tokens (N,), weight (N,)) returns sum_i weight_i loss_i over N response
-    tokens and metrics {name: (N,)}, detached; weights: of each response's tokens. Returns {metric: sum over
-    all tokens}, the loss, and `positions`: how many went through the model, padding included."""
-    lengths = [r.length for r in responses]
-    positions, totals = 0, {"loss": torch.zeros((), dtype=torch.float64, device=device)}
-    for indices, is_real in ranks.split_micro_batches(batches_by_tokens(lengths, micro_batch_tokens)):
-        micro_batch = [responses[i] for i in indices]
-        token_list = [token for r in micro_batch for token in r.response_ids]
-        weight_list = [is_real * weights[i] for i in indices for _ in responses[i].response_ids]
-        tokens = torch.tensor(token_list, device=device)  # (N,)
-        weight = torch.tensor(weight_list, device=device)  # (N,)
-        with torch.set_grad_enabled(backward):
-            loss, metrics = micro_batch_loss(micro_batch, tokens, weight)
-        if backward:
-            loss.backward()
-        positions += len(indices) * max(lengths[i] for i in indices)
-        for name, values in (("loss", loss.detach()), *metrics.items()):  # summed where they are: no waiting
-            total = values.sum().double() * (1 if name == "loss" else is_real)
-            totals[name] = totals.get(name, 0.0) + total
-    sums = dict(zip(totals, torch.stack(list(totals.values())).tolist()))
-    return ranks.sum_over_ranks(sums | {"positions": positions})
+def peak_memory():
+    """GiB: the most that torch has allocated on the GPU, or else that this process has had resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def learning_rate(lr, warmup, steps, step):
@@ -163,9 +146,10 @@ def optimizer_step(args, model, optimizer, step, ids):
 class Run:
     """What surrounds both training loops: model, optimizer, engine, evaluations, checkpoints, costs.
 
-    config: a SamplingConfig. cell: {"name", "prefix", "kl"}, for tables. samples: whether it samples."""
+    config: a SamplingConfig. cell: {"name", "prefix", "kl"}, for tables. samples: whether it samples.
+    longest, other: for plan_memory()."""
 
-    def __init__(self, args, directory, tokenizer, config, cell, samples=True):
+    def __init__(self, args, directory, tokenizer, config, cell, longest, other=None, samples=True):
         self.args, self.tokenizer, self.cell, self.dropped = args, tokenizer, cell, {}
         self.vocab_size, stops = config.vocab_size, config.stop_ids
         self.name = os.path.basename(os.path.normpath(args.out))
@@ -186,8 +170,13 @@ class Run:
         self.first_step, self.curriculum = state["step"], state.get("curriculum")
         costs = {name: state.get(name, 0) for name in ("tflops", "tflops_uncached", "response_tokens")}
         self.spent = {name: math.nan if cost is None else cost for name, cost in costs.items()}
-        flag = "the starting model"
-        self.model = ranks.load_sharded(checkpoint or directory, flag, "float32", trained=True)
+        checkpointing = plan_memory(args, directory, self.vocab_size, longest, other, samples)
+        self.model = ranks.load_sharded(
+            checkpoint or directory, "the starting model", "float32", trained=True
+        )
+        if checkpointing:
+            models.checkpoint_activations(self.model)
+            ranks.reshard(self.model)  # get_decoder() has gathered it
         self.model.generation_config.eos_token_id = stops  # checkpoints end responses as this run does
         self.config = self.model.config.to_dict()
         # arXiv 2605.16826 does not state its optimizer
@@ -261,7 +250,8 @@ class Run:
 
         If a signal has asked to stop, save and stop. can_stop: whether no sampled responses would be lost."""
         args = self.args
-        self.append("metrics.jsonl", {"step": step, **row, **for_file(self.spent)})
+        row = {"step": step, **row, "peak_memory": peak_memory(), **for_file(self.spent)}
+        self.append("metrics.jsonl", row)
         if step % args.log_every == 0 or last:
             values = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
             phases = [f"{name[8:]} {value:.2f}" for name, value in row.items() if name.startswith("seconds_")]

@@ -13,9 +13,9 @@ import rollout
 import score_teacher
 import train
 from conftest import run_line
+from distil.batches import batches_by_tokens
 from distil.models import (
     Response,
-    batches_by_tokens,
     check_finite,
     check_head,
     context_of,

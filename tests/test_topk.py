@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from distil.models import batches_by_tokens
+from distil.batches import batches_by_tokens
 from distil.teacher import Signal
 from streaming_kl import linear_streaming_kl, top_tokens
 from train import objective

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 import score_teacher
 import train
 from conftest import ROOT, killed_in_call, read_rows, replace_text, run_line, swap_ids, untimed
-from distil import artifacts, training
+from distil import artifacts, batches, training
 from distil.artifacts import read_artifact
+from distil.batches import token_weights
 from distil.flops import tflops
 from distil.models import Response, forward, load_model
 from distil.rollouts import read_rollouts, stored_responses
 from distil.teacher import Signal, Teacher, live_teacher, stored_teacher
-from distil.training import token_weights
 from recipes.toy_world import make_model, make_tokenizer
 from train import micro_batch_loss, objective
 
@@ -145,7 +145,7 @@ def gradients_of(model, args, teacher, batch):
     model.zero_grad(set_to_none=True)
     loss_of = functools.partial(micro_batch_loss, args, model, teacher, model.config.vocab_size, [])
     weights = token_weights(batch, args.normalize)
-    sums = training.accumulate_gradients("cpu", batch, weights, args.micro_batch_tokens, loss_of)
+    sums = batches.accumulate_gradients("cpu", batch, weights, args.micro_batch_tokens, loss_of)
     return sums, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 

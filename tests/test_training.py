@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
+from distil.batches import batch_indices
 from distil.flops import tflops
-from distil.training import batch_indices, optimizer_step
+from distil.training import optimizer_step
 
 
 def test_batch_indices_are_permutations_and_a_function_of_the_step():

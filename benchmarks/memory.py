@@ -1,6 +1,7 @@
 """Peak memory of each stage against responses, their length, batch and vocabulary; and what a rank holds.
 
     OMP_NUM_THREADS=1 python -m benchmarks.memory --out out/memory
+    OMP_NUM_THREADS=1 python -m benchmarks.memory --out out/memory --against_plan
 
 prints two Markdown tables. The models have the toy architecture (student 64 wide, teacher 128, two layers),
 random weights and a large vocabulary. The base point has 16 responses of 128 tokens, a vocabulary of 32,768
@@ -11,9 +12,14 @@ Training makes two steps of one micro-batch each, without the preflight.
 Every point runs in a process of its own. Its peak is, on a GPU, the most that torch has allocated; on a
 CPU, the largest resident set, minus that after the imports. Subtracted is the peak of a process that only
 loads and saves what the stage holds: tokenizers, models and, where one is trained, gradients and moments.
+
+--against_plan (Linux) compares train.py's own plan of its memory (distil/plan.py) with the peak of two steps
+of several micro-batches, sampling included: the largest resident set minus that after a run of a tiny world.
+glibc is told to return freed blocks at once; by itself it keeps many of those below 32 MiB.
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import os
@@ -31,7 +37,7 @@ import grpo
 import rollout
 import score_teacher
 import train
-from distil import models, ranks
+from distil import models, plan, ranks
 from distil.artifacts import add_output_flags, finish_artifact, start_artifact
 from distil.models import Response, load_model
 from distil.problems import load_problems
@@ -102,9 +108,30 @@ POINTS = {  # the table's columns
 }
 
 
+TOY = (("teacher", (128, 2, 4)), ("student", (64, 2, 2)))
+
+
+class Size(NamedTuple):
+    """Of a run that is compared with its plan."""
+
+    vocabulary: int
+    student: tuple  # hidden, layers, heads
+    teacher: tuple
+    tokens: int  # of a micro-batch
+    flags: str
+
+
+SIZES = [
+    Size(32_000, (256, 4, 8), (384, 4, 12), 1024, "--dtype float32"),
+    Size(64_000, (384, 8, 12), (512, 4, 16), 1536, "--dtype float32"),
+    Size(152_000, (512, 8, 16), (384, 4, 12), 1024, "--dtype float32 --activation_checkpointing on"),
+]
+
+
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_output_flags(p, resume=False)
+    p.add_argument("--against_plan", action="store_true", help="compare plans with peaks, for three sizes")
     return p.parse_args(argv)
 
 
@@ -128,19 +155,20 @@ def measure(send, function, args):
     send.send(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak)
 
 
-def make_world(out, size):
-    """Problems, a tokenizer of `size` tokens, and the two untrained models."""
+def make_world(out, size, shapes=TOY, sharp=True):
+    """Problems, a tokenizer of `size` tokens, and untrained models: (name, (hidden, layers, heads)) each."""
     words = toy_world.WORDS
     fillers = size - len(words) - len(toy_world.SPECIAL)
     toy_world.WORDS = words + [chr(0x10000 + i) for i in range(fillers)]
     tokenizer = toy_world.make_tokenizer()
     toy_world.WORDS = words
-    for name, shape in {"teacher": (128, 2, 4), "student": (64, 2, 2)}.items():
+    for name, shape in shapes:
         model = toy_world.make_model(tokenizer, *shape)
         model.config.max_position_embeddings = 2048
-        with torch.no_grad():
-            embeddings = model.get_input_embeddings().weight.mul_(4)  # distributions that are not flat
-            embeddings[tokenizer.all_special_ids] = 0  # nothing stops
+        if sharp:
+            with torch.no_grad():
+                embeddings = model.get_input_embeddings().weight.mul_(4)  # distributions that are not flat
+                embeddings[tokenizer.all_special_ids] = 0  # nothing stops
         model.save_pretrained(os.path.join(out, name))
         tokenizer.save_pretrained(os.path.join(out, name))
     with open(os.path.join(out, "problems.jsonl"), "w", encoding="utf-8") as file:
@@ -214,6 +242,34 @@ def point(out, name, responses, length, batch, vocabulary):
     return (in_process(run, stage.module, words, log) - held) / 1e6
 
 
+def resident(name):
+    """Bytes of a line of /proc/self/status: VmRSS now, VmHWM the most."""
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(name))
+
+
+def against_plan(send, out, size):
+    """Sends MiB of train.py's plan, its parts, and the peak beyond what a run of a tiny world leaves."""
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: glibc returns each freed block of 64 KiB or more
+    words = "--prefix student --kl reverse --engine hf --steps 2 --batch_size 16 --max_response_tokens"
+    parts, memory_of = [], plan.memory
+
+    def recorded(**job):
+        parts[:] = memory_of(**job)
+        return parts
+
+    plan.memory = recorded
+    for world, tokens, more in (("tiny", 256, "--dtype float32"), ("world", size.tokens, size.flags)):
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak is what there is now
+        base, path = resident("VmRSS"), os.path.join(out, world)
+        data = f"--student {path}/student --teacher {path}/teacher --data {path}/problems.jsonl"
+        limit = f"{tokens // 5} --micro_batch_tokens {tokens} --overwrite --out {out}/run"  # 5 micro-batches
+        run(train, f"{words} {limit} {data} {more}", os.path.join(out, "log.txt"))
+    stays, goes = ([size / 2**20 for _, size, _ in rows] for rows in parts)
+    send.send([sum(stays) + max(goes), sum(stays), max(goes), (resident("VmHWM") - base) / 2**20])
+
+
 def local_bytes(tensor):
     """Bytes of a tensor, or of this rank's shard of it."""
     return tensor.to_local().nbytes if hasattr(tensor, "to_local") else tensor.nbytes
@@ -255,8 +311,31 @@ def memory_of_ranks(out, count):
     return [max(sizes) for sizes in zip(*held)]
 
 
+def table_against_plan(out):
+    lines = [["weights", "vocabulary", "tokens", "flags", "plan MiB", "passes", "peak MiB", "peak / plan"]]
+    lines.append(["---"] * len(lines[0]))
+    in_process(make_world, os.path.join(out, "tiny"), 500)
+    for size in SIZES:
+        shapes = tuple(zip(("student", "teacher"), (size.student, size.teacher)))
+        in_process(make_world, os.path.join(out, "world"), size.vocabulary, shapes, False)
+        receive, send = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=against_plan, args=(send, out, size))
+        process.start()
+        send.close()
+        planned, _, passes, peak = receive.recv()
+        process.join()
+        weights = os.path.getsize(os.path.join(out, "world/student/model.safetensors")) / 4e6
+        numbers = [f"{planned:.0f}", f"{passes:.0f}", f"{peak:.0f}", f"{peak / planned:.3f}"]
+        lines.append([f"{weights:.0f} M", str(size.vocabulary), str(size.tokens), size.flags, *numbers])
+        print(" ".join(lines[-1]), flush=True)
+    print(markdown(lines))
+
+
 def main(args):
     start_artifact(args)
+    if args.against_plan:
+        table_against_plan(args.out)
+        return finish_artifact(args, "memory", [])
     lines = [["MB beyond what is held", *POINTS], ["---"] * (1 + len(POINTS))]
     for name in STAGES:
         found = [point(args.out, name, **BASE | change) for change in POINTS.values()]

@@ -248,7 +248,8 @@ def test_your_own_model_and_data(world, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out/mine/grpo/final/config.json").is_file()
     printed = capsys.readouterr().out
     assert "preflight: " in printed
-    assert len([line for line in printed.splitlines() if line.startswith("| ")]) == 4  # head, rule, two rows
+    table = printed[printed.index("| run ") :].splitlines()
+    assert len([line for line in table if line.startswith("| ")]) == 4  # head, rule, two rows
 
 
 # The pages

@@ -19,10 +19,10 @@ from distil.sampling import SamplingConfig, sample
 from recipes.toy_world import make_tokenizer
 
 SIZES = {"vocab_size": 29, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
 SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 HEAD = SIZES | {"head_dim": 8}
-GPT = {"vocab_size": 29, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+GPT = {"vocab_size": 29, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 GPT |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 EXPERTS = {"num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4}
 EXPERTS |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
@@ -56,7 +56,7 @@ FAMILIES = {
     "bloom": GPT | {"hidden_size": 32},
     "opt": SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "falcon": SIZES,
-    "mpt": {"vocab_size": 29, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
+    "mpt": {"vocab_size": 29, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
     "stablelm": SIZES,
     "starcoder2": SIZES,
     "olmo2": SIZES,

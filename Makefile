@@ -2,6 +2,7 @@
 # make test   the test suite
 # make lint   ruff: its checks, and whether the code is formatted
 # make venv   only the environment, in .venv
+# make gpu-check   what a new GPU shows in ten minutes
 PYTHON ?= python3
 GPU := $(shell nvidia-smi -L 2>/dev/null)
 REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
@@ -14,7 +15,7 @@ CHECKSUM := $(shell (echo $(VLLM_CPU); cat $(REQUIREMENTS) kernels/pyproject.tom
 INSTALLED := .venv/installed-$(CHECKSUM)
 VLLM_INSTALLED := .venv/vllm-$(CHECKSUM)
 
-.PHONY: venv vllm demo test lint
+.PHONY: venv vllm demo test lint gpu-check
 
 venv: $(INSTALLED)
 
@@ -54,3 +55,6 @@ test: vllm
 lint: $(INSTALLED)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+gpu-check: $(INSTALLED)
+	bash benchmarks/gpu_check.sh

@@ -25,6 +25,11 @@ from distil.vllm_engine import load_vllm
 from recipes.toy_world import make_model, make_tokenizer
 from streaming_kl import token_logps
 
+# On a GPU the engines of this file share one: the module's own lives as long as those of the stages.
+SHARE = 0.1
+STAGE = f"--dtype float32 --max_response_tokens 12 --gpu_memory_utilization {SHARE}"
+ROUNDING = 1e-4 if torch.cuda.is_available() else 2e-5  # of a log-probability, between two devices or on one
+
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,
     reason="vLLM is not installed (make test does it beside torch's CPU build)",
@@ -60,6 +65,7 @@ def padded_model(seed):
 def no_trace():
     """vLLM leaves environment variables, a process group and torch.compile switched off to the next file."""
     environment = dict(os.environ)
+    os.environ["TRITON_F32_DEFAULT"] = "ieee"  # on a GPU float32 attention would be TensorFloat-32, 10 bits
     torch._dynamo.config.disable = True
     yield
     os.environ.clear()
@@ -81,7 +87,7 @@ def engine(model, tmp_path_factory):
     path = str(tmp_path_factory.mktemp("vllm"))
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
-    return load_vllm(path, "float32", tensor_parallel=1, gpu_memory_utilization=0.3)
+    return load_vllm(path, "float32", tensor_parallel=1, gpu_memory_utilization=SHARE)
 
 
 @pytest.mark.parametrize("stops", [[0, 2], [5, 6, 7, 8, 9, 10], list(range(0, 29, 3)), [28]])
@@ -116,7 +122,7 @@ def test_the_samplers_log_probabilities_are_the_trainers(engine, model, temperat
             with torch.no_grad():
                 hidden, head = forward(model, [response], vocab_size=40)
                 right = token_logps(hidden, head, torch.tensor(response.response_ids))
-            torch.testing.assert_close(torch.tensor(response.sampler_logps), right, rtol=0, atol=2e-5)
+            torch.testing.assert_close(torch.tensor(response.sampler_logps), right, rtol=0, atol=ROUNDING)
 
 
 def test_an_engine_that_fails_in_a_step_ends_the_stage_with_a_message(engine, monkeypatch, capfd):
@@ -172,10 +178,11 @@ def descendants(pid):
     not os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children"),
     reason="this kernel lists no children of a process",
 )
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or a CPU")
 def test_a_killed_worker_ends_a_rollout_that_resumes_to_the_same_rows(world, tmp_path):
     """kill -9 of one of two workers, in the middle. One more engine then resumes, and makes a whole run."""
     flags = f"--model {world}/student_init --data {world}/train.jsonl --engine vllm --tensor_parallel 2"
-    flags += " --dtype float32 --max_response_tokens 24 --n 16 --sample_batch 16 --out"
+    flags += f" {STAGE} --max_response_tokens 24 --n 16 --sample_batch 16 --out"
     path = os.pathsep.join([ROOT, os.path.join(ROOT, "kernels")])
     environment = os.environ | {"PYTHONPATH": path}
     where = {"cwd": ROOT, "env": environment, "text": True, "stderr": subprocess.PIPE}
@@ -335,7 +342,7 @@ def words_of(text, **flags):
 
 
 def test_rollouts_are_equal_on_both_engines(world, tmp_path):
-    text = "--temperature 0 --dtype float32 --max_response_tokens 12"
+    text = f"--temperature 0 {STAGE}"
     for name in ("hf", "vllm"):
         given = {"model": world / "student_init", "data": world / "train.jsonl", "engine": name}
         rollout.main(rollout.get_args(words_of(text, out=tmp_path / name, **given)))
@@ -346,8 +353,7 @@ def test_rollouts_are_equal_on_both_engines(world, tmp_path):
 def test_on_policy_training_is_equal_on_both_engines(world, tmp_path):
     """Greedy: the responses of steps 2 and 3 show that the engine got the weights of the step before."""
     text = (
-        "--prefix student --kl reverse --temperature 0 --steps 3 --batch_size 4 --lr 3e-2 --warmup 0 "
-        "--max_response_tokens 12 --dtype float32"
+        f"--prefix student --kl reverse --temperature 0 --steps 3 --batch_size 4 --lr 3e-2 --warmup 0 {STAGE}"
     )
     models = {"student": world / "student_init", "teacher": world / "teacher_init"}
     rows, weights = {}, {}
@@ -367,11 +373,9 @@ def test_grpo_with_vllm_measures_a_mismatch_of_rounding_alone(world, tmp_path, m
     """After an update too, the engine's log-probabilities are those of the weights that are trained."""
     rewards = torch.tensor([[0.0, 1.0]])
     monkeypatch.setattr(grpo, "rewards_of", lambda *args: [rewards.repeat(len(args[-1]), 1)] * 2)
-    text = (
-        "--n 2 --batch_size 4 --steps 2 --lr 3e-2 --warmup 0 --max_response_tokens 12 --dtype float32 "
-        "--kl_weight 0.1 --engine vllm"
-    )
+    text = "--n 2 --batch_size 4 --steps 2 --lr 3e-2 --warmup 0 --kl_weight 0.1 --engine vllm " + STAGE
     given = {"model": world / "student_init", "data": world / "train.jsonl", "out": tmp_path / "run"}
     grpo.main(grpo.get_args(words_of(text, **given)))
     rows = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
-    assert [0 < row["mismatch"] < 1e-4 for row in rows] == [True, True] and rows[1]["reference_kl"] > 1e-3
+    assert all(0 < row["mismatch"] < 5 * ROUNDING for row in rows) and len(rows) == 2
+    assert rows[1]["reference_kl"] > 1e-3

@@ -330,7 +330,8 @@ def main(args):
     check_head(model, "--model")
     engine = model
     if args.engine == "vllm":
-        engine = load_vllm(directory, args.dtype, args.tensor_parallel, args.gpu_memory_utilization)
+        machine = args.dtype, args.tensor_parallel, args.gpu_memory_utilization
+        engine = load_vllm(directory, todo[0][1].sampling.vocab_size, *machine)
     for one, task in todo:
         evaluate_data_set(one, model, engine, task, origin)
 

@@ -14,7 +14,7 @@ token, and "length" if --max_response_tokens truncated the response.
 
 import functools
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 
 from tqdm import tqdm
 
@@ -24,7 +24,7 @@ from distil.jsonl import GrowingFile
 from distil.models import default_dtype, load_model
 from distil.problems import add_problem_flags, asked
 from distil.rollouts import finish_rollouts, write_rollouts
-from distil.sampling import add_sampling_flags, derive_seed, load_task, sample, sampling_from
+from distil.sampling import add_sampling_flags, derive_seed, load_task, sample_stream, sampling_from
 from distil.vllm_engine import load_vllm
 
 
@@ -91,37 +91,20 @@ def fault(response, truncated, drop):
     return None
 
 
-def sample_with_retries(engine, tokenizer, prompts, config, seed, drop, attempts, fault_counts, first=0):
-    """sample(), resampling faulty responses up to `attempts` times in all; None where no attempt was good.
+def judge(args, tokenizer, seed, faults, request, response):
+    """A response if it is good; else the Request to sample again, or None after --attempts of them.
 
-    fault_counts: a Counter that gets every rejected response by its reason, and every None as "dropped".
-    first: place of the first prompt among all prompts of the run."""
-    groups = sample(engine, prompts, config, seed, range(first, first + len(prompts)))
-    slots = [(i, j) for i in range(len(prompts)) for j in range(config.n)] if drop else []
-    for attempt in range(1, attempts + 1):
-        faulty = []
-        for i, j in slots:
-            text = tokenizer.decode(groups[i][j].response_ids, skip_special_tokens=True)
-            reason = fault(text, groups[i][j].truncated, drop)
-            if reason:
-                fault_counts[reason] += 1
-                faulty.append((i, j))
-        slots = faulty
-        if not slots or attempt == attempts:
-            break
-        again = sample(
-            engine,
-            [prompts[i] for i, _ in slots],
-            config._replace(n=1),
-            derive_seed(seed, "attempt", attempt),
-            [(first + i, j) for i, j in slots],
-        )
-        for (i, j), (response,) in zip(slots, again, strict=True):
-            groups[i][j] = response
-    for i, j in slots:
-        groups[i][j] = None
-    fault_counts["dropped"] += len(slots)
-    return groups
+    faults: a Counter for each place, of the reasons to reject its problem's responses."""
+    text = tokenizer.decode(response.response_ids, skip_special_tokens=True)
+    reason = fault(text, response.truncated, args.drop)
+    if not reason:
+        return response
+    faults[request.place][reason] += 1
+    if request.attempt == args.attempts:
+        faults[request.place]["dropped"] += 1
+        return None
+    again = derive_seed(derive_seed(seed, "attempt", request.attempt), (request.place, request.index), 0)
+    return request._replace(seed=again, attempt=request.attempt + 1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -133,7 +116,8 @@ def main(args):
     task = load_task(args.model, asked(args), make_sampling)
     problems, stop_ids = task.problems, task.sampling.stop_ids
     if args.engine == "vllm":
-        engine = load_vllm(task.directory, args.dtype, args.tensor_parallel, args.gpu_memory_utilization)
+        machine = args.dtype, args.tensor_parallel, args.gpu_memory_utilization
+        engine = load_vllm(task.directory, task.sampling.vocab_size, *machine)
     else:
         engine = load_model(task.directory, "--model", args.dtype)
     start_artifact(args)
@@ -144,27 +128,23 @@ def main(args):
     if os.path.isfile(path):  # an earlier run was killed while it was finishing
         os.replace(path, path + ".tmp")
     file = GrowingFile(path + ".tmp", problems=0, faults={})
-    done, fault_counts = file.done["problems"], Counter(file.done["faults"])
-    chunk = max(1, args.sample_batch // args.n)  # problems; a resumed run repeats at most one chunk
+    done, fault_counts = file.done["problems"], Counter({"dropped": 0} | file.done["faults"])
+    seed, places = derive_seed(args.seed, "rollout"), range(done, len(problems))
+    ready, faults = {}, defaultdict(Counter)  # of problems that wait for one before them, by their places
+    judged = functools.partial(judge, args, task.tokenizer, seed, faults) if args.drop else None
+    stream = sample_stream(engine, task.prompts[done:], task.sampling, seed, places, judged)
     with tqdm(total=len(problems), initial=done, unit="problem") as bar:
-        for start in range(done, len(problems), chunk):
+        for finished in stream:
+            ready |= finished
+            while done in ready:  # in the order of the problems
+                write_rollouts(file, task.tokenizer, [problems[done]], [ready.pop(done)])
+                fault_counts.update(faults.pop(done, {}))
+                done += 1
+            if done > file.done["problems"]:
+                file.mark(problems=done, faults=fault_counts)
+            bar.update(done - bar.n)
             if stop_requested():
                 stop(args)
-            end = min(start + chunk, len(problems))
-            groups = sample_with_retries(
-                engine,
-                task.tokenizer,
-                task.prompts[start:end],
-                task.sampling,
-                derive_seed(args.seed, "rollout"),
-                args.drop,
-                args.attempts,
-                fault_counts,
-                start,
-            )
-            write_rollouts(file, task.tokenizer, problems[start:end], groups)
-            file.mark(problems=end, faults=fault_counts)
-            bar.update(end - start)
     model = os.path.realpath(task.directory)
     facts = {"model": model, "stop_ids": stop_ids, "dropped_problems": {"data": task.dropped}}
     finish_rollouts(args, task.tokenizer, fault_counts, args.prompt_suffix, **facts)

@@ -126,20 +126,15 @@ def evaluate_problems(
     model, engine, tokenizer, problems, prompts, sampling, seed, micro_batch_tokens, dtype=None, done=()
 ):
     """Yield {place of a problem: its n graded rows} as problems finish, without the places in `done`."""
-    size = max(1, sampling.sample_batch // sampling.n) * ranks.world_size()  # the same when resuming
-    hide = len(problems) <= size or ranks.rank() > 0
+    todo = [place for place in range(len(problems)) if place not in done]
+    hide = len(problems) * sampling.n <= sampling.sample_batch or ranks.rank() > 0
     look = {"desc": "evaluate", "unit": "problem", "leave": False, "disable": hide}
+    asked = engine, [prompts[place] for place in todo], sampling, derive_seed(seed, "evaluate"), todo
+    stream = sample_stream(*asked) if ranks.world_size() == 1 else [dict(zip(todo, sample(*asked)))]
     with tqdm(total=len(problems), initial=len(done), **look) as bar:
-        for start in range(0, len(problems), size):
-            todo = [place for place in range(start, min(start + size, len(problems))) if place not in done]
-            if not todo:
-                continue
-            asked = engine, [prompts[place] for place in todo], sampling, derive_seed(seed, "evaluate"), todo
-            stream = sample_stream(*asked) if ranks.world_size() == 1 else [dict(enumerate(sample(*asked)))]
-            for finished in stream:
-                groups = {todo[i]: group for i, group in finished.items()}
-                yield grade_groups(model, tokenizer, sampling, problems, groups, micro_batch_tokens, dtype)
-                bar.update(len(groups))
+        for groups in stream:
+            yield grade_groups(model, tokenizer, sampling, problems, groups, micro_batch_tokens, dtype)
+            bar.update(len(groups))
 
 
 def grade_groups(model, tokenizer, sampling, problems, groups, micro_batch_tokens, dtype=None):

@@ -107,8 +107,14 @@ def update_engine(engine, model):
         for name, tensor in weights:
             own[name].copy_(tensor)
     else:
+        asleep = engine.llm_engine.is_sleeping()
+        if asleep:
+            engine.wake_up(["weights"])
         engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        engine.reset_prefix_cache()  # cached keys and values belong to the old weights
+        if asleep:
+            engine.wake_up(["kv_cache"])
+        if not engine.reset_prefix_cache():
+            refuse("--engine vllm: keys and values of the old weights cannot be removed", code=1)
 
 
 def derive_seed(*parts):
@@ -126,63 +132,80 @@ def sample(engine, prompts, config, seed, places=None):
     groups = {}
     for finished in sample_stream(engine, prompts[mine], config, seed, places[mine]):
         groups |= finished
-    return ranks.gather([groups[i] for i in range(len(groups))])
+    return ranks.gather([groups[place] for place in places[mine]])
 
 
-def sample_stream(engine, prompts, config, seed, places):
-    """sample() in one process, yielding {index of a prompt: its n Responses} as prompts finish.
+class Request(NamedTuple):
+    """A response that is to be sampled."""
 
-    vLLM finishes one prompt after the other, transformers all of them at the end."""
-    requests = [prompt for prompt in prompts for _ in range(config.n)]
-    seeds = [derive_seed(seed, place, index) for place in places for index in range(config.n)]
-    sample_own = functools.partial(sample_hf, [place for place in places for _ in range(config.n)])
-    generate = sample_own if isinstance(engine, torch.nn.Module) else sample_vllm
-    pending = {i: {} for i in range(len(prompts))}  # {index of a prompt: {index among its n: Response}}
-    for finished in generate(engine, requests, config, seeds) if requests else ():
-        groups = {}
-        for request in sorted(finished):
-            i, index = divmod(request, config.n)
-            pending[i][index] = finished[request]
-            if len(pending[i]) == config.n:
-                group = pending.pop(i)
-                groups[i] = [group[index] for index in range(config.n)]
-        if groups:
-            yield groups
-    assert not pending, pending.keys()
+    place: int  # the prompt's
+    index: int  # among the prompt's n
+    prompt: list  # token ids
+    seed: int
+    attempt: int = 1
+
+
+def sample_stream(engine, prompts, config, seed, places, judge=None):
+    """sample() in one process, yielding {place of a prompt: its n Responses}, about sample_batch together:
+    what is done with them holds up the engine, so it is not done after every step.
+
+    With vLLM all prompts are queued at once and come as they finish; transformers takes chunk after chunk.
+    judge(Request, Response) gives what is kept: a Response, None, or a Request to be sampled instead."""
+    chunk = max(1, config.sample_batch // config.n)  # prompts
+    is_model = isinstance(engine, torch.nn.Module)
+    generate, at_once = (sample_hf, chunk) if is_model else (sample_vllm, len(prompts) or 1)
+    for start in range(0, len(prompts), at_once):
+        part, queue, ready = slice(start, start + at_once), [], {}
+        for prompt, place in zip(prompts[part], places[part], strict=True):
+            queue += [Request(place, i, prompt, derive_seed(seed, place, i)) for i in range(config.n)]
+        pending = {request.place: {} for request in queue}  # {place: {index among its n: Response}}
+        for request, response in generate(engine, config, queue):
+            kept = judge(request, response) if judge else response
+            if isinstance(kept, Request):
+                queue.append(kept)
+                continue
+            group = pending[request.place]
+            group[request.index] = kept
+            if len(group) == config.n:
+                ready[request.place] = [group[i] for i in range(config.n)]
+                del pending[request.place]
+            if len(ready) == chunk or not pending:
+                yield ready
+                ready = {}
+        assert not pending, pending.keys()
 
 
 @torch.no_grad()
-def sample_hf(places, model, prompts, config, seeds):
-    """[{index of a prompt: its Response}], one for each prompt, its place and seed, with transformers."""
+def sample_hf(model, config, queue):
+    """Yields (Request, Response), with transformers, until the queue, to which one may add, is empty."""
     from transformers import GenerationConfig
 
-    device, own_config = model.device, model.generation_config
     steps, stops, pad = config.max_response_tokens, config.stop_ids, config.stop_ids[0]
-    # else generate() mixes in its top-k, penalties, ...
-    model.generation_config = GenerationConfig(max_new_tokens=steps, eos_token_id=stops, pad_token_id=pad)
-    responses, by_length = {}, sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    try:
-        for start in range(0, len(prompts), config.sample_batch):
-            batch = by_length[start : start + config.sample_batch]
-            # Padded on the left, so that all responses begin in one column: [pad pad p0 p1] [p0 p1 p2 p3]
-            width = len(prompts[batch[-1]])
-            ids = [[pad] * (width - len(prompts[i])) + prompts[i] for i in batch]
-            mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]
+    own_config = model.generation_config
+    while queue:
+        queue.sort(key=lambda request: len(request.prompt))
+        batch, queue[:] = queue[: config.sample_batch], queue[config.sample_batch :]
+        # Padded on the left, so that all responses begin in one column: [pad pad p0 p1] [p0 p1 p2 p3]
+        width = len(batch[-1].prompt)
+        ids = [[pad] * (width - len(r.prompt)) + r.prompt for r in batch]
+        mask = [[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in batch]
+        # else generate() mixes in its top-k, penalties, ...
+        model.generation_config = GenerationConfig(max_new_tokens=steps, eos_token_id=stops, pad_token_id=pad)
+        try:
             output = model.generate(
-                input_ids=torch.tensor(ids, device=device),
-                attention_mask=torch.tensor(mask, device=device),
+                input_ids=torch.tensor(ids, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
                 generation_config=model.generation_config,
                 logits_processor=[
-                    functools.partial(refuse_nan, [places[i] for i in batch]),
-                    Draw(config, [seeds[i] for i in batch], width, device),
+                    functools.partial(refuse_nan, [r.place for r in batch]),
+                    Draw(config, [r.seed for r in batch], width, model.device),
                 ],
             )
-            for i, row in zip(batch, output[:, width:].tolist(), strict=True):
-                length = next((t + 1 for t, token in enumerate(row) if token in stops), None)
-                responses[i] = Response(prompts[i], row[:length], truncated=length is None)
-    finally:
-        model.generation_config = own_config
-    return [responses]
+        finally:
+            model.generation_config = own_config
+        for request, row in zip(batch, output[:, width:].tolist(), strict=True):
+            length = next((t + 1 for t, token in enumerate(row) if token in stops), None)
+            yield request, Response(request.prompt, row[:length], truncated=length is None)
 
 
 def refuse_nan(places, ids, logits):

@@ -50,6 +50,8 @@ def add_training_flags(parser, steps, batch_size, lr):
     dtypes = ["float32", "bfloat16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="of passes; weights are float32")
     p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")
+    sleep_help = "vLLM gives its GPU memory to the passes while it does not sample"
+    p.add_argument("--engine_sleep", action="store_true", help=sleep_help)
     p = parser.add_argument_group("evaluations in training, logs, checkpoints")
     p.add_argument("--eval_data", type=flags.path, help="problems to evaluate on; as --data")
     p.add_argument("--eval_every", type=flags.non_negative_int, default=0, help="steps between them; 0: none")
@@ -163,6 +165,8 @@ class Run:
             self.sampling = config._replace(n=args.eval_n, top_k=0, logprobs=False, **EVAL_SAMPLING)
         if args.tensor_parallel != 1:
             artifacts.refuse("--tensor_parallel: in training vLLM shares the trainer's GPU; use 1")
+        if args.engine_sleep and args.engine != "vllm":
+            artifacts.refuse("--engine_sleep: vLLM alone can sleep; use --engine vllm")
         self.checkpoint = checkpoint = ([None] + checkpoints(args.out))[-1] if args.resume else None
         if args.resume and not checkpoint and os.path.isfile(os.path.join(args.out, "meta.json")):
             artifacts.refuse(f"--resume: {args.out} is finished and has no checkpoint (see --save_every)")
@@ -192,7 +196,8 @@ class Run:
         """vLLM; or the model itself; or, where that is sharded, a whole copy on each rank."""
         args = self.args
         if args.engine == "vllm":
-            return load_vllm(directory, args.dtype, args.tensor_parallel, args.gpu_memory_utilization)
+            machine = args.dtype, args.tensor_parallel, args.gpu_memory_utilization
+            return load_vllm(directory, self.vocab_size, *machine, "float32", args.engine_sleep)
         if ranks.world_size() > 1:
             return load_model(directory, "the starting model", "float32")
         return self.model

@@ -17,8 +17,10 @@ from distil.models import Response, check_finite, context_of, refusing
 STALLED_SECONDS = 600  # a step yields a token for each running response; one that takes longer never ends
 
 
-def load_vllm(directory, dtype, tensor_parallel, gpu_memory_utilization):
-    """A vLLM engine in this process, on the GPU or, with the CPU build, on the CPU."""
+def load_vllm(directory, vocab_size, dtype, tensor_parallel, memory, head_dtype="model", sleep=False):
+    """A vLLM engine in this process, on the GPU or, with the CPU build, on the CPU.
+
+    Ids from vocab_size on are never sampled. sleep: it sleeps from the start, until update_engine()."""
     on_cpu = not torch.cuda.is_available()
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     if on_cpu:  # the CPU build refuses to start without a cache size; the rest is speed
@@ -31,10 +33,15 @@ def load_vllm(directory, dtype, tensor_parallel, gpu_memory_utilization):
         import vllm
     except ImportError as error:
         refuse(f"--engine vllm: vLLM cannot be imported ({error}); install it, or use --engine hf")
+    if sleep and not vllm.platforms.current_platform.is_sleep_mode_available():
+        refuse("--engine_sleep: vLLM cannot sleep on this machine, only on a GPU; leave it out")
     check_finite(stored_weights(directory), f"--engine vllm: {directory}")
     context = None if context_of(directory) == math.inf else context_of(directory)
     options = {"dtype": dtype, "max_model_len": context, "generation_config": "vllm"}
-    options |= {"tensor_parallel_size": tensor_parallel, "gpu_memory_utilization": gpu_memory_utilization}
+    options |= {"tensor_parallel_size": tensor_parallel, "gpu_memory_utilization": memory}
+    options |= {"hf_overrides": {"head_dtype": head_dtype}, "scheduling_policy": "priority"}
+    options |= {"logits_processors": ["distil.vllm_mask:PaddingMask"], "enable_sleep_mode": sleep}
+    options["additional_config"] = {"vocab_size": vocab_size}  # for the mask
     if on_cpu:  # the CPU build cannot seed a request whose prompt is read in two pieces
         options |= {"enforce_eager": True, "enable_chunked_prefill": False}
         options["max_num_batched_tokens"] = max(4096, context or 0)
@@ -42,9 +49,12 @@ def load_vllm(directory, dtype, tensor_parallel, gpu_memory_utilization):
         options["distributed_executor_backend"] = "external_launcher"
     try:
         with refusing(f"--engine vllm: {directory} cannot be loaded"):
-            return vllm.LLM(directory, **options)
+            llm = vllm.LLM(directory, **options)
     except Exception as error:  # that very class if a worker dies
         refuse(f"--engine vllm: the engine does not start: {error!r}", code=1)
+    if sleep:
+        llm.sleep(level=2)
+    return llm
 
 
 def stored_weights(directory):
@@ -54,12 +64,14 @@ def stored_weights(directory):
             yield from ((name, file.get_tensor(name)) for name in file.keys())
 
 
-def sample_vllm(llm, prompts, config, seeds):
-    """Yields {index of a prompt: its Response}, one for each prompt and seed, as they finish."""
+def sample_vllm(llm, config, queue):
+    """LLM.generate() step by step: yields (Request, Response) of what each step finishes, until the queue is
+    empty. What is added to it is taken before the next step, ahead of requests of later places.
+
+    A step that never returns ends the process. More steps than all tokens need are an error."""
     import vllm
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    padding = range(config.vocab_size, llm.model_config.get_vocab_size())
     common = dict(
         temperature=config.temperature,
         top_p=config.top_p,
@@ -67,47 +79,45 @@ def sample_vllm(llm, prompts, config, seeds):
         max_tokens=config.max_response_tokens,
         stop_token_ids=config.stop_ids,
         ignore_eos=True,  # our stop ids alone
-        logit_bias=dict.fromkeys(padding, -100.0) or None,  # the strongest that vLLM takes
         logprobs=0 if config.logprobs else None,
+        flat_logprobs=True,
         detokenize=False,
     )
-    params = [vllm.SamplingParams(seed=seed, **common) for seed in seeds]
+    watchdog, waiting, steps_left = Watchdog(), {}, 0
     try:
-        for outputs in run_vllm(llm, prompts, params):
-            yield {i: response_of(prompts[i], output) for i, output in outputs.items()}
-    except (RuntimeError, TimeoutError, EngineDeadError) as error:  # dead, out of memory, no answer
-        raise ChildProcessError(f"--engine vllm: the engine failed: {error!r}") from error
-
-
-def response_of(prompt, output):
-    """The Response in one of vLLM's CompletionOutputs."""
-    assert output.finish_reason in ("stop", "length"), f"vLLM gave up on a request: {output.finish_reason}"
-    tokens, logps = list(output.token_ids), None
-    if output.logprobs:
-        logps = [found[token].logprob for token, found in zip(tokens, output.logprobs, strict=True)]
-    return Response(prompt, tokens, output.finish_reason == "length", sampler_logps=logps)
-
-
-def run_vllm(llm, prompts, params):
-    """LLM.generate() step by step: yields {index of a prompt: output} of the requests each step finishes.
-
-    A step that never returns ends the process. More steps than all tokens need raise a RuntimeError."""
-    watchdog = Watchdog()
-    try:
-        names = llm.enqueue([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-        waiting = {name.split("-")[0]: i for i, name in enumerate(names)}  # vLLM adds "-" and a random mark
-        tokens = [len(prompt) + one.max_tokens for prompt, one in zip(prompts, params, strict=True)]
-        steps_left = 2 * sum(tokens)
-        while llm.llm_engine.has_unfinished_requests():
+        while queue or waiting:
+            if queue:
+                prompts = [{"prompt_token_ids": request.prompt} for request in queue]
+                params = [vllm.SamplingParams(seed=request.seed, **common) for request in queue]
+                priority = [request.place for request in queue]
+                names = llm.enqueue(prompts, params, priority=priority, use_tqdm=False)
+                names = [name.split("-")[0] for name in names]  # vLLM adds "-" and a random mark
+                waiting |= zip(names, queue, strict=True)
+                steps_left += 2 * sum(len(r.prompt) + config.max_response_tokens for r in queue)
+                queue.clear()
             watchdog.step_started = time.monotonic()
             outputs = [output for output in llm.llm_engine.step() if output.finished]
             watchdog.step_started = None
             steps_left -= 1
             if steps_left < 0:
-                raise RuntimeError(f"{len(waiting)} of {len(prompts)} requests do not end")
-            yield {waiting.pop(output.request_id): output.outputs[0] for output in outputs}
+                raise RuntimeError(f"{len(waiting)} requests do not end")
+            for output in outputs:
+                request = waiting.pop(output.request_id)
+                yield request, response_of(request.prompt, output.outputs[0])
+        if llm.model_config.enable_sleep_mode:
+            llm.sleep(level=2)  # update_engine() wakes it, and gives it weights again
+    except (RuntimeError, TimeoutError, EngineDeadError) as error:  # dead, out of memory, no answer
+        raise ChildProcessError(f"--engine vllm: the engine failed: {error!r}") from error
     finally:
         watchdog.done.set()
+
+
+def response_of(prompt, output):
+    """The Response in one of vLLM's CompletionOutputs."""
+    assert output.finish_reason in ("stop", "length"), f"vLLM gave up on a request: {output.finish_reason}"
+    tokens, found = list(output.token_ids), output.logprobs
+    assert not found or found.token_ids == tokens, "vLLM gave log-probabilities of other tokens"
+    return Response(prompt, tokens, output.finish_reason == "length", sampler_logps=found and found.logprobs)
 
 
 class Watchdog:
@@ -120,8 +130,7 @@ class Watchdog:
 
     def watch(self):
         while not self.done.wait(STALLED_SECONDS / 60):
-            started = self.step_started
-            if started is not None and time.monotonic() - started > STALLED_SECONDS:
+            if time.monotonic() - (self.step_started or math.inf) > STALLED_SECONDS:
                 message = f"error: --engine vllm: the engine hangs, a step for {STALLED_SECONDS} seconds"
                 print(message, file=sys.stderr, flush=True)
                 os._exit(1)

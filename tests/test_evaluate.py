@@ -282,7 +282,7 @@ def test_right_responses_count(world, tmp_path, monkeypatch):
         groups = {}
         for i, prompt in enumerate(prompts):
             ids = tokenizer(f"\\boxed{{{next(answers)}}}<|im_end|>").input_ids
-            groups[i] = [Response(prompt, ids, False), Response(prompt, ids[:2], True)]
+            groups[places[i]] = [Response(prompt, ids, False), Response(prompt, ids[:2], True)]
         return [groups]
 
     monkeypatch.setattr(evaluation, "sample_stream", solve)
@@ -363,14 +363,14 @@ class Killed(Exception):
 
 def kill_at(monkeypatch, call):
     """The call-th sampling of a chunk never comes back."""
-    real, calls = sampling.sample_stream, itertools.count(1)
+    real, calls = sampling.sample_hf, itertools.count(1)
 
     def sample(*args):
         if next(calls) == call:
             raise Killed
         return real(*args)
 
-    monkeypatch.setattr(evaluation, "sample_stream", sample)
+    monkeypatch.setattr(sampling, "sample_hf", sample)
 
 
 def files_of(path):
@@ -403,8 +403,8 @@ def test_an_evaluation_with_vllm_goes_on_at_the_problem(world, tmp_path, monkeyp
     def one_by_one(stop, engine, prompts, sampling, seed, places):
         asked.append(list(places))
         [groups] = real(engine, prompts, sampling, seed, places)
-        for i in (*range(1, len(places)), 0)[:stop]:
-            yield {i: groups[i]}
+        for place in [*places[1:], places[0]][:stop]:
+            yield {place: groups[place]}
         if stop:
             raise Killed
 

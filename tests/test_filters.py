@@ -1,16 +1,21 @@
 """The filters of a cold start: repetition at the edges of its rules, resampling, counts, drops, resuming."""
 
+import argparse
+import functools
 import json
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
+import torch
 
 import rollout
+from conftest import killed_in_call
+from distil import sampling
 from distil.artifacts import read_artifact
 from distil.models import Response
-from distil.sampling import SamplingConfig
-from rollout import fault, is_degenerate, sample_with_retries
+from distil.sampling import SamplingConfig, derive_seed
+from rollout import fault, is_degenerate, judge
 
 LETTERS = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=9000)
 
@@ -62,30 +67,35 @@ class Words:
 
 
 def test_faulty_slots_are_sampled_again_and_dropped_at_last(monkeypatch):
-    calls = []
+    """Seeds of the first samplings depend on place and index, those of later ones on the attempt too."""
+    rounds = []
     answers = [
-        [[0, 1], [0, 0]],  # faulty: slots (0, 0), (1, 0) and (1, 1)
-        [[1], [0], [0]],  # (1, 0) and (1, 1)
-        [[0], [1]],  # (1, 0)
+        [0, 1, 0, 0],  # faulty: slots (4, 0), (5, 0) and (5, 1)
+        [1, 0, 0],  # (5, 0) and (5, 1)
+        [0, 1],  # (5, 0)
     ]
 
-    def sample(engine, prompts, config, seed, places):
-        calls.append((prompts, config.n, seed, list(places)))
-        groups = zip(prompts, answers[len(calls) - 1])
-        return [[Response(prompt, [word], False) for word in words] for prompt, words in groups]
+    def sample_hf(model, config, queue):
+        while queue:
+            requests, queue[:] = queue[:], []
+            rounds.append([(r.place, r.index, r.prompt, r.seed) for r in requests])
+            for request, word in zip(requests, answers[len(rounds) - 1], strict=True):
+                yield request, Response(request.prompt, [word], False)
 
-    monkeypatch.setattr(rollout, "sample", sample)
-    counts, config = Counter(), SamplingConfig(2, 1.0, 1.0, 0, 9, [2], 9)
-    groups = sample_with_retries(
-        None, Words(), [[7], [8]], config, 5, drop=["unboxed"], attempts=3, fault_counts=counts, first=4
-    )
-    found = [[response and response.response_ids for response in group] for group in groups]
-    assert found == [[[1], [1]], [None, [1]]]
-    assert [prompts for prompts, *_ in calls] == [[[7], [8]], [[7], [8], [8]], [[8], [8]]]
-    assert [n for _, n, *_ in calls] == [2, 1, 1]
-    assert len({seed for *_, seed, _ in calls}) == 3
-    assert [places for *_, places in calls] == [[4, 5], [(4, 0), (5, 0), (5, 1)], [(5, 0), (5, 1)]]
-    assert counts == {"unboxed": 3 + 2 + 1, "dropped": 1}
+    monkeypatch.setattr(sampling, "sample_hf", sample_hf)
+    args, faults = argparse.Namespace(drop=["unboxed"], attempts=3), defaultdict(Counter)
+    judged = functools.partial(judge, args, Words(), 5, faults)
+    config = SamplingConfig(2, 1.0, 1.0, 0, 9, [2], 9)
+    [groups] = sampling.sample_stream(torch.nn.Linear(1, 1), [[7], [8]], config, 5, [4, 5], judged)
+    found = {p: [response and response.response_ids for response in group] for p, group in groups.items()}
+    assert found == {4: [[1], [1]], 5: [None, [1]]}
+    slots = [(4, 0, [7]), (4, 1, [7]), (5, 0, [8]), (5, 1, [8])]
+    assert rounds[0] == [(p, i, prompt, derive_seed(5, p, i)) for p, i, prompt in slots]
+    for attempt, at in ((1, (0, 2, 3)), (2, (2, 3))):
+        seed = derive_seed(5, "attempt", attempt)
+        right = [(p, i, prompt, derive_seed(seed, (p, i), 0)) for p, i, prompt in (slots[j] for j in at)]
+        assert rounds[attempt] == right
+    assert faults == {4: {"unboxed": 1}, 5: {"unboxed": 2 + 2 + 1, "dropped": 1}}
 
 
 def roll(world, out, *flags):
@@ -110,18 +120,9 @@ def test_main_keeps_the_good_ones_and_counts_the_rest(world, tmp_path):
     assert first_round < counts["faults"]["truncated"] <= 2 * first_round
 
 
-def test_a_killed_run_with_drops_continues_to_the_same_file(world, tmp_path, monkeypatch):
+def test_a_killed_run_with_drops_continues_to_the_same_file(world, tmp_path):
     whole = roll(world, tmp_path / "whole", "--drop", "truncated")
-    calls, real = [], rollout.sample_with_retries
-
-    def killed(*given):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*given)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(rollout, "sample_with_retries", killed)
+    with killed_in_call(3, sampling, "sample_hf"):
         roll(world, tmp_path / "again", "--drop", "truncated")
     with open(tmp_path / "again/rollouts.jsonl.tmp", "a") as file:
         file.write('{"id": "half a li')  # what a kill in the middle of a write leaves
@@ -130,6 +131,36 @@ def test_a_killed_run_with_drops_continues_to_the_same_file(world, tmp_path, mon
         read_artifact(str(tmp_path / name), "--rollouts", "rollout")["counts"] for name in ("whole", "again")
     ]
     assert metas[0] == metas[1]
+
+
+def test_problems_are_written_in_their_order_and_with_their_own_faults(world, tmp_path, monkeypatch):
+    """An engine finishes the first problem last. Killed before that, a run keeps nothing, not even counts."""
+    whole = roll(world, tmp_path / "whole", "--drop", "truncated")
+    real = sampling.sample_hf
+
+    def first_comes_last(llm, config, queue):
+        """As vLLM does it: all requests are there at once."""
+        done = list(real(llm, config, [r for r in queue if r.place])) if queue else []
+        first, queue[:] = [r for r in queue if not r.place], []
+        yield from done
+        while queue:
+            yield from real(llm, config, queue)
+        if killed:
+            raise KeyboardInterrupt
+        queue += first
+        yield from real(llm, config, queue)
+
+    llm = rollout.load_model(str(world / "teacher_init"), "-", "float32")
+    monkeypatch.setattr(rollout, "load_vllm", lambda *args: argparse.Namespace(model=llm))
+    monkeypatch.setattr(sampling, "sample_vllm", lambda llm, *rest: first_comes_last(llm.model, *rest))
+    killed, flags = True, ("--drop", "truncated", "--engine", "vllm")
+    with pytest.raises(KeyboardInterrupt):
+        roll(world, tmp_path / "again", *flags)
+    assert not (tmp_path / "again/rollouts.jsonl.tmp").read_text()
+    killed = False
+    assert roll(world, tmp_path / "again", *flags, "--resume") == whole
+    counts = [read_artifact(str(tmp_path / name), "-", "rollout")["counts"] for name in ("whole", "again")]
+    assert counts[0] == counts[1]
 
 
 def test_a_run_that_drops_everything_fails(world, tmp_path, refused):

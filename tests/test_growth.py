@@ -30,14 +30,15 @@ def problems(tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_models(monkeypatch):
-    def sample(engine, prompts, sampling, seed, places):
-        ids = [[4 + (place + i) % 20 for i in range(LENGTH)] for place in places]
-        return [[Response(prompt, response, True)] for prompt, response in zip(prompts, ids)]
+    def sample_hf(model, config, queue):
+        requests, queue[:] = queue[:], []
+        for r in requests:
+            yield r, Response(r.prompt, [4 + (r.place + i) % 20 for i in range(LENGTH)], True)
 
     for module in (rollout, models):
         monkeypatch.setattr(module, "load_model", lambda *args: torch.nn.Linear(1, 1))
     monkeypatch.setattr(artifacts, "provenance", dict)
-    monkeypatch.setattr(rollout, "sample", sample)
+    monkeypatch.setattr(sampling, "sample_hf", sample_hf)
     monkeypatch.setattr(sampling, "context_of", lambda directory: 10**6)
     monkeypatch.setattr(models, "output_head", lambda *args: torch.eye(29, 4))
     monkeypatch.setattr(models, "check_head", lambda *args: None)

@@ -119,7 +119,8 @@ def test_distil_reads_a_flag_only_where_it_is_added(file):
 def test_nothing_heavy_is_imported_at_the_top():
     heavy = {"vllm", "datasets", "transformers", "matplotlib", "math_verify", "wandb", "triton"}
     for file in [*MODULES, *(ROOT / f"{stage}.py" for stage in STAGES)]:
-        assert not packages(file, everywhere=False) & heavy, file.name
+        if file.stem != "vllm_mask":  # vLLM itself imports it, by its name
+            assert not packages(file, everywhere=False) & heavy, file.name
     code = "import grpo, sys; assert not {'vllm', 'datasets', 'matplotlib'} & set(sys.modules), 'heavy'"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

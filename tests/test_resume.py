@@ -129,14 +129,12 @@ def cheap_models(monkeypatch, world, tmp_path):
     """Models that cost nothing: a Work. All patches of the stages' functions are here."""
     work, tokenizer = Work(tmp_path / "chunks"), prompts.load_tokenizer(str(world / "student_init"), "-")
 
-    def sample(engine, prompts, sampling, seed, places):
+    def sample_hf(model, config, queue):
         work.chunk()
-        rng = random.Random(repr((seed, list(places))))
-        groups = []
-        for prompt in prompts:
-            ids = [[3, 9 + rng.randrange(10), 2] for _ in range(sampling.n)]
-            groups.append([Response(prompt, response_ids, False) for response_ids in ids])
-        return groups
+        requests, queue[:] = queue[:], []
+        for r in requests:
+            ids = [3, 9 + random.Random(r.seed).randrange(10), 2]
+            yield r, Response(r.prompt, ids, False)
 
     def score(model, responses, *options):
         work.chunk()
@@ -159,8 +157,7 @@ def cheap_models(monkeypatch, world, tmp_path):
     monkeypatch.setattr(evaluation, "interval", lambda values, weights=None: [0.0, 1.0])
     for module in (rollout, evaluate, models):
         monkeypatch.setattr(module, "load_model", work.load)
-    monkeypatch.setattr(rollout, "sample", sample)
-    monkeypatch.setattr(evaluation, "sample_stream", lambda *args: [dict(enumerate(sample(*args)))])
+    monkeypatch.setattr(sampling, "sample_hf", sample_hf)
     return work
 
 

@@ -6,10 +6,11 @@ import shutil
 import pytest
 
 import rollout
+from conftest import killed_in_call
+from distil import sampling
 from distil.artifacts import read_artifact
 from distil.problems import load_problems
 from distil.prompts import render_prompt
-from distil.sampling import sample
 from recipes.toy_world import make_tokenizer
 
 
@@ -46,33 +47,19 @@ def test_rollouts_artifact(world, tmp_path):
     assert (tmp_path / "other/rollouts.jsonl").read_bytes() != (tmp_path / "out/rollouts.jsonl").read_bytes()
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     "damage", [lambda text: text, lambda text: text[:-30], lambda text: text + '{"id": "train/4", "samp']
 )
 def test_a_killed_run_is_resumed_to_the_same_file(world, tmp_path, monkeypatch, damage):
     """Killed in the third of three chunks, perhaps in the middle of a line."""
     run(world, tmp_path / "whole")
-    calls = []
-
-    def killed_in_call_3(*words):
-        calls.append(words)
-        if len(calls) == 3:
-            raise Killed
-        return sample(*words)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rollout, "sample", killed_in_call_3)
-        with pytest.raises(Killed):
-            run(world, tmp_path / "out")
+    with killed_in_call(3, sampling, "sample_hf"):
+        run(world, tmp_path / "out")
     partial = tmp_path / "out/rollouts.jsonl.tmp"
     assert partial.read_text().count("\n") == 8 and not (tmp_path / "out/meta.json").exists()
     partial.write_text(damage(partial.read_text()))
-    calls.clear()
-    monkeypatch.setattr(rollout, "sample", lambda *words: calls.append(words) or sample(*words))
+    calls, real = [], sampling.sample_hf
+    monkeypatch.setattr(sampling, "sample_hf", lambda *words: calls.append(words) or real(*words))
     run(world, tmp_path / "out", "--resume")
     assert (tmp_path / "out/rollouts.jsonl").read_bytes() == (tmp_path / "whole/rollouts.jsonl").read_bytes()
     assert len(calls) <= 2  # nothing finished was sampled again

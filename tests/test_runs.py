@@ -174,7 +174,7 @@ def test_entropies_that_are_not_finite_are_no_results(overflowing, world, tmp_pa
     """The responses come from elsewhere, as those of vLLM do."""
 
     def sampled(engine, prompts, sampling, seed, places):
-        return [{i: [Response(prompt, [5, 2], False)] * sampling.n for i, prompt in enumerate(prompts)}]
+        return [{place: [Response(p, [5, 2], False)] * sampling.n for place, p in zip(places, prompts)}]
 
     monkeypatch.setattr(evaluation, "sample_stream", sampled)
     monkeypatch.setattr(models, "check_generation", lambda *given: None)

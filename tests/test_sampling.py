@@ -186,27 +186,40 @@ def test_frequencies_are_those_of_the_softmax(settings):
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 3, 1, 0, 2, 4], [1, 0, 5, 4, 3, 2]])
-@pytest.mark.parametrize("together", [1, 2, 4, 6])
-def test_a_prompt_is_handed_over_once_all_its_responses_are_there(monkeypatch, order, together):
-    """Three prompts, n 2; an engine finishes the six requests in any order, some at a time."""
+@pytest.mark.parametrize("sample_batch", [1, 2, 4, 6, 7])
+def test_a_prompt_is_handed_over_once_all_its_responses_are_there(monkeypatch, order, sample_batch):
+    """Three prompts, n 2; an engine finishes the six requests in any order."""
 
-    def generate(engine, requests, config, seeds):
-        assert len(set(seeds)) == 6 and requests == [[1], [1], [2], [2], [3], [3]]
-        for start in range(0, 6, together):
-            yield {i: Response(requests[i], [i], False) for i in order[start : start + together]}
+    def generate(engine, config, queue):
+        requests, queue[:] = queue[:], []
+        assert len({r.seed for r in requests}) == 6
+        assert [r.prompt for r in requests] == [[1], [1], [2], [2], [3], [3]]
+        for i in order:
+            yield requests[i], Response(requests[i].prompt, [i], False)
 
     monkeypatch.setattr(sampling, "sample_vllm", generate)
-    found = list(sample_stream(None, [[1], [2], [3]], make_config(n=2), 7, range(3)))
-    at = [max(order.index(2 * i), order.index(2 * i + 1)) // together for i in range(3)]
-    assert [sorted(groups) for groups in found] == [
-        [i for i in range(3) if at[i] == step] for step in sorted(set(at))
+    config = make_config(n=2, sample_batch=sample_batch)
+    found = list(sample_stream(None, [[1], [2], [3]], config, 7, range(4, 7)))
+    ends = sorted(range(3), key=lambda i: max(order.index(2 * i), order.index(2 * i + 1)))
+    chunk = max(1, sample_batch // 2)
+    assert [list(groups) for groups in found] == [
+        [4 + i for i in ends[start : start + chunk]] for start in range(0, 3, chunk)
     ]
-    groups = {i: group for some in found for i, group in some.items()}
-    assert groups == {i: [Response([i + 1], [2 * i + j], False) for j in range(2)] for i in range(3)}
+    groups = {place: group for some in found for place, group in some.items()}
+    assert groups == {4 + i: [Response([i + 1], [2 * i + j], False) for j in range(2)] for i in range(3)}
+
+
+def test_transformers_samples_chunk_after_chunk(model):
+    """Of at most sample_batch responses; each is handed over before the next begins."""
+    config = make_config(n=2, sample_batch=5)  # two prompts
+    found = list(sample_stream(model, PROMPTS[:3], config, 7, [3, 9, 4]))
+    assert [list(groups) for groups in found] == [[3, 9], [4]]
+    groups = {place: group for some in found for place, group in some.items()}
+    assert [groups[place] for place in (3, 9, 4)] == sample(model, PROMPTS[:3], config, 7, [3, 9, 4])
 
 
 def test_a_response_that_never_comes_is_an_error(monkeypatch):
-    lost = lambda engine, requests, config, seeds: [{0: Response([1], [5], False)}]
+    lost = lambda engine, config, queue: [(queue[0], Response([1], [5], False))]
     monkeypatch.setattr(sampling, "sample_vllm", lost)
     with pytest.raises(AssertionError):
         list(sample_stream(None, [[1], [2]], make_config(), 7, range(2)))
@@ -251,4 +264,4 @@ def test_a_full_copy_of_the_model_gets_its_weights(model):
 
 def test_without_vllm_the_message_names_the_other_engine(monkeypatch, refused):
     monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
-    refused(lambda: load_vllm("model", "float32", 1, 0.9), "--engine vllm", "--engine hf")
+    refused(lambda: load_vllm("model", 29, "float32", 1, 0.9), "--engine vllm", "--engine hf")

@@ -20,7 +20,7 @@ from conftest import ROOT
 from distil import artifacts
 from distil.artifacts import read_artifact
 from distil.models import forward, load_model
-from distil.sampling import SamplingConfig, sample, sample_stream, update_engine
+from distil.sampling import SamplingConfig, derive_seed, sample, sample_stream, update_engine
 from distil.vllm_engine import load_vllm
 from recipes.toy_world import make_model, make_tokenizer
 from streaming_kl import token_logps
@@ -35,6 +35,7 @@ pytestmark = pytest.mark.skipif(
     reason="vLLM is not installed (make test does it beside torch's CPU build)",
 )
 
+ROWS = 1200  # of the padded model; its tokenizer has 29 ids
 PROMPTS = [
     [1, 3, 20],
     [1, 9, 12, 13, 14, 15, 16],
@@ -52,10 +53,10 @@ def make_config(**changes):
 
 
 def padded_model(seed):
-    """Eleven padding rows beside the tokenizer's 29 ids, some of which win every argmax."""
+    """Padding rows, some of which win every argmax, and more than the 1,024 that logit_bias takes."""
     torch.manual_seed(seed)
     model = make_model(make_tokenizer(), 64, 2, 2)
-    model.resize_token_embeddings(40, mean_resizing=False)
+    model.resize_token_embeddings(ROWS, mean_resizing=False)
     with torch.no_grad():
         model.get_output_embeddings().weight[29:] *= 20
     return model.eval()
@@ -87,7 +88,7 @@ def engine(model, tmp_path_factory):
     path = str(tmp_path_factory.mktemp("vllm"))
     model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
-    return load_vllm(path, "float32", tensor_parallel=1, gpu_memory_utilization=SHARE)
+    return load_vllm(path, 29, "float32", tensor_parallel=1, memory=SHARE)
 
 
 @pytest.mark.parametrize("stops", [[0, 2], [5, 6, 7, 8, 9, 10], list(range(0, 29, 3)), [28]])
@@ -120,7 +121,7 @@ def test_the_samplers_log_probabilities_are_the_trainers(engine, model, temperat
     for group in sample(engine, PROMPTS, config, seed=3):
         for response in group:
             with torch.no_grad():
-                hidden, head = forward(model, [response], vocab_size=40)
+                hidden, head = forward(model, [response], vocab_size=ROWS)
                 right = token_logps(hidden, head, torch.tensor(response.response_ids))
             torch.testing.assert_close(torch.tensor(response.sampler_logps), right, rtol=0, atol=ROUNDING)
 
@@ -161,7 +162,7 @@ def test_an_engine_that_does_not_start_is_one_message(world, monkeypatch, refuse
         raise Exception("WorkerProc initialization failed")
 
     monkeypatch.setattr(vllm, "LLM", dies)
-    start = lambda: load_vllm(str(world / "student_init"), "float32", 2, 0.3)
+    start = lambda: load_vllm(str(world / "student_init"), 29, "float32", 2, 0.3)
     assert refused(start, "--engine vllm", "WorkerProc initialization", code=1).count("\n") == 1
 
 
@@ -182,7 +183,7 @@ def descendants(pid):
 def test_a_killed_worker_ends_a_rollout_that_resumes_to_the_same_rows(world, tmp_path):
     """kill -9 of one of two workers, in the middle. One more engine then resumes, and makes a whole run."""
     flags = f"--model {world}/student_init --data {world}/train.jsonl --engine vllm --tensor_parallel 2"
-    flags += f" {STAGE} --max_response_tokens 24 --n 16 --sample_batch 16 --out"
+    flags += f" {STAGE} --max_response_tokens 24 --n 64 --sample_batch 64 --out"
     path = os.pathsep.join([ROOT, os.path.join(ROOT, "kernels")])
     environment = os.environ | {"PYTHONPATH": path}
     where = {"cwd": ROOT, "env": environment, "text": True, "stderr": subprocess.PIPE}
@@ -197,10 +198,10 @@ def test_a_killed_worker_ends_a_rollout_that_resumes_to_the_same_rows(world, tmp
         [worker] = [pid for pid, line in processes.items() if "VLLM::Worker_TP1" in line]
         os.kill(worker, signal.SIGKILL)
         assert killed.wait(timeout=60) == 1
-    said, chunks = (tmp_path / "log").read_text(), marks.read_text().count("\n")
+    said, kept = (tmp_path / "log").read_text(), json.loads(marks.read_text().splitlines()[-1])["problems"]
     last = said.splitlines()[-1]
     assert last.startswith("error: --engine vllm: the engine failed: "), said
-    assert said.count("\nerror: ") == 1 and 2 <= chunks < 12 and "--resume continues" in last
+    assert said.count("\nerror: ") == 1 and 2 <= kept < 12 and "--resume continues" in last
     for _ in range(100):  # the other worker notices that its pipe has ended
         if not any(os.path.exists(f"/proc/{pid}") for pid in processes):
             break
@@ -217,39 +218,57 @@ def test_a_killed_worker_ends_a_rollout_that_resumes_to_the_same_rows(world, tmp
     (tmp_path / "both.py").write_text("if __name__ == '__main__':\n    " + code)
     done = subprocess.run([sys.executable, tmp_path / "both.py"], **where, stdout=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
-    assert f"{chunks}/12" in done.stderr  # the bar begins with the finished chunks
+    assert f"{kept}/12" in done.stderr  # the bar begins with the finished problems
     rows = (tmp_path / "out/rollouts.jsonl").read_bytes()
-    assert rows.count(b"\n") == 12 * 16 and rows == (tmp_path / "whole/rollouts.jsonl").read_bytes()
+    assert rows.count(b"\n") == 12 * 64 and rows == (tmp_path / "whole/rollouts.jsonl").read_bytes()
 
 
 class FakeEngine:
-    """An LLM, and its LLMEngine, whose requests never end, or whose steps do not."""
+    """An LLM, and its LLMEngine, whose requests never end, or whose steps do not. It notes its calls."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, sleeps=False, resets=True):
+        self.step, self.resets, self.asleep, self.calls = step, resets, False, []
         self.llm_engine = self
-        self.model_config = argparse.Namespace(get_vocab_size=lambda: 29)
+        self.model_config = argparse.Namespace(enable_sleep_mode=sleeps)
 
-    def enqueue(self, prompts, params, use_tqdm):
-        return [f"{i}-mark" for i in range(len(prompts))]
+    def enqueue(self, prompts, params, priority, use_tqdm):
+        self.names = [str(i) for i in range(len(prompts))]
+        return [f"{name}-mark" for name in self.names]
 
-    def has_unfinished_requests(self):
-        return True
+    def is_sleeping(self):
+        return self.asleep
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+        self.asleep = True
+
+    def wake_up(self, tags):
+        self.calls += tags
+        self.asleep = "kv_cache" not in tags
+
+    def collective_rpc(self, name, kwargs):
+        self.calls.append(name)
+
+    def reset_prefix_cache(self):
+        self.calls.append("reset_prefix_cache")
+        return self.resets
 
 
-def test_a_request_that_never_ends_is_an_error(refused):
+def test_a_request_that_never_ends_is_an_error():
     steps = []
     engine = FakeEngine(lambda: steps.append(1) or [])
-    run = lambda: sample(engine, PROMPTS, make_config(), seed=0)
-    refused(run, "--engine vllm", "5 of 5 requests do not end", code=1)
+    with pytest.raises(ChildProcessError, match="--engine vllm: .*5 requests do not end"):
+        sample(engine, PROMPTS, make_config(), seed=0)
     assert len(steps) > 5 * 16
 
 
 def test_a_step_that_never_returns_ends_the_process():
     """A hang in C, a collective that waits for a dead rank: no exception can be raised there."""
     code = (
-        "import time, test_vllm; from distil import vllm_engine; vllm_engine.STALLED_SECONDS = 0.5\n"
-        "next(vllm_engine.run_vllm(test_vllm.FakeEngine(lambda: time.sleep(100)), [], []))"
+        "import time, test_vllm; from distil import sampling, vllm_engine\n"
+        "vllm_engine.STALLED_SECONDS = 0.5\n"
+        "engine = test_vllm.FakeEngine(lambda: time.sleep(100))\n"
+        "next(vllm_engine.sample_vllm(engine, test_vllm.make_config(), [sampling.Request(0, 0, [1], 7)]))"
     )
     path = os.pathsep.join([os.path.join(ROOT, "tests"), ROOT, os.path.join(ROOT, "kernels")])
     done = subprocess.run(
@@ -257,18 +276,72 @@ def test_a_step_that_never_returns_ends_the_process():
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 1 and "error: --engine vllm: the engine hangs" in done.stderr
 
 
 def test_prompts_are_handed_over_when_they_are_finished(engine):
-    """So an evaluation that is killed keeps them."""
-    config = make_config(n=3, temperature=1.0)
+    """So an evaluation that is killed keeps them; about sample_batch responses together."""
+    config = make_config(n=3, temperature=1.0, sample_batch=7)
     found = list(sample_stream(engine, PROMPTS, config, 7, range(5)))
-    groups = {i: group for some in found for i, group in some.items()}
-    assert len(found) > 1 and sum(map(len, found)) == 5
-    assert [groups[i] for i in range(5)] == sample(engine, PROMPTS, config, 7)
+    groups = {place: group for some in found for place, group in some.items()}
+    assert [len(some) for some in found] == [2, 2, 1]
+    assert [groups[place] for place in range(5)] == sample(engine, PROMPTS, config, 7)
+
+
+def test_all_prompts_are_queued_at_once_and_what_is_sampled_again_goes_first(engine, monkeypatch):
+    """Responses that begin with an even id are sampled again, three times in all."""
+    config = make_config(n=2, temperature=1.0, sample_batch=2)
+    queued, enqueue = [], engine.enqueue
+    noted = lambda *args, priority, **more: (
+        queued.append(priority) or enqueue(*args, priority=priority, **more)
+    )
+    is_bad = lambda response: response.response_ids[0] % 2 == 0
+
+    def judge(request, response):
+        if not is_bad(response):
+            return response
+        seed = derive_seed(derive_seed(7, "attempt", request.attempt), (request.place, request.index), 0)
+        return request._replace(attempt=request.attempt + 1, seed=seed) if request.attempt < 3 else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "enqueue", noted)
+        found = list(sample_stream(engine, PROMPTS, config, 7, range(10, 15), judge))
+    assert queued[0] == [place for place in range(10, 15) for _ in range(2)]
+    right = {10 + i: group for i, group in enumerate(sample(engine, PROMPTS, config, 7, range(10, 15)))}
+    rounds = [sorted(priority) for priority in queued[1:]]
+    again = []
+    for attempt in (1, 2, 3):
+        bad = [(p, i) for p in right for i in range(2) if right[p][i] and is_bad(right[p][i])]
+        again += [place for place, _ in bad] if attempt < 3 else []
+        for place, i in bad:
+            one = config._replace(n=1), derive_seed(7, "attempt", attempt), [(place, i)]
+            right[place][i] = None if attempt == 3 else sample(engine, [PROMPTS[place - 10]], *one)[0][0]
+    assert again and None in sum(right.values(), []) and sorted(sum(rounds, [])) == sorted(again)
+    assert {place: group for some in found for place, group in some.items()} == right
+
+
+def test_an_engine_sleeps_after_sampling_and_wakes_for_new_weights(model):
+    """Its weights are written between waking those and the cache; a cache before that would not fit."""
+    done = argparse.Namespace(finish_reason="stop", token_ids=[2], logprobs=None)
+    ended = lambda: [argparse.Namespace(finished=True, request_id=n, outputs=[done]) for n in engine.names]
+    engine = FakeEngine(ended, sleeps=True)
+    update_engine(engine, model)
+    sample(engine, PROMPTS, make_config(), seed=0)
+    update_engine(engine, model)
+    first = ["reload_weights", "reset_prefix_cache"]
+    assert engine.calls == [*first, "sleep 2", "weights", "reload_weights", "kv_cache", "reset_prefix_cache"]
+
+
+def test_an_engine_that_cannot_sleep_is_refused_by_the_flag(world, refused):
+    start = lambda: load_vllm(str(world / "student_init"), 29, "float32", 1, 0.3, sleep=True)
+    assert refused(start, "--engine_sleep", "leave it out").count("\n") == 1
+
+
+def test_a_cache_of_the_old_weights_that_stays_is_an_error(model, refused):
+    engine = FakeEngine(None, resets=False)
+    assert refused(lambda: update_engine(engine, model), "--engine vllm", "old", code=1).count("\n") == 1
 
 
 def test_more_prompts_than_a_step_holds(engine, model):

@@ -39,7 +39,7 @@ class Check(NamedTuple):
 
 
 CHECKS = {
-    "device": Check(gpu_checks.device, 30),
+    "device": Check(gpu_checks.device, 60),
     "kernels": Check(gpu_checks.kernels, 90),
     "speed": Check(gpu_checks.speed, 150),
     "models": Check(gpu_checks.make_models, 90),
@@ -103,6 +103,8 @@ def text_of(outcome):
 def main(args):
     if args.run:
         return run_here(args.run)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the check that runs is to end too
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     wanted = {*args.only}.union(*(CHECKS[name].needs for name in args.only))
     samples = {"vllm": "vLLM", "hf": "transformers"}[ENGINE]
     sizes = "Qwen3-0.6B and Qwen3-4B" if GPU else "toy sizes on a CPU"

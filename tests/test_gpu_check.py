@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -49,6 +50,21 @@ def test_a_failed_check_is_named_and_the_rest_goes_on(tmp_path, monkeypatch, cap
     said = capsys.readouterr().out
     assert "FAIL models" in said and "2 failed: models, scores" in said
     assert "| FAIL" in (tmp_path / "gpu_check.md").read_text()
+
+
+@needs_no_gpu
+def test_nothing_is_left_after_sigterm(tmp_path):
+    (tmp_path / "temporary").mkdir()
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
+    words = [sys.executable, "-m", "benchmarks.gpu_check", "--only", "models", "--out", str(tmp_path)]
+    process = subprocess.Popen(words, env=environment, cwd=tmp_path)
+    while not list(tmp_path.glob("temporary/*/student")):  # the check is at work
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 143
+    time.sleep(0.5)
+    assert not list(tmp_path.glob("temporary/*"))
 
 
 def outcome_of(name, tmp_path, monkeypatch):

@@ -231,8 +231,12 @@ def add_old_logps(args, model, vocab_size, responses):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def load_reference(args, tokenizer, vocab_size):
+def load_reference(args, tokenizer, vocab_size, longest):
     directory = models.model_dir(args.reference or args.model, "--reference")
+    if longest > (context := models.context_of(directory, "--reference")):
+        artifacts.refuse(
+            f"--reference {directory}: its context is {context}, and rows have up to {longest} tokens"
+        )
     other = load_tokenizer(directory, "--reference")
     check_tokenizers(tokenizer, "--model", tokenizer_sha256(other), "--reference")
     vocab_size_of(other, models.rows_of(directory), "--reference", vocab_size)
@@ -266,7 +270,7 @@ def main(args):
     other = args.reference or args.model if args.kl_weight else None
     run = training.Run(args, task.directory, task.tokenizer, config, cell, longest, other)
     run.dropped["data"] = task.dropped
-    reference = load_reference(args, task.tokenizer, config.vocab_size) if args.kl_weight else None
+    reference = load_reference(args, task.tokenizer, config.vocab_size, longest) if args.kl_weight else None
     run.start()
 
     for step in range(run.first_step, args.steps):

@@ -160,7 +160,8 @@ def check_models(args):
     preflight.match_tokenizers(tokenizer, teacher_tokenizer, "--student", "--teacher", template)
     vocab_size_of(teacher_tokenizer, models.rows_of(teacher_dir), "--teacher", size)
     stops = stop_ids(tokenizer, student_dir, size), stop_ids(teacher_tokenizer, teacher_dir, size)
-    problems, context = [{"id": text, "problem": text} for text in PROBES], models.context_of(student_dir)
+    context = min(models.context_of(student_dir), models.context_of(teacher_dir))
+    problems = [{"id": text, "problem": text} for text in PROBES]
     _, prompts, _ = encode_problems(problems, tokenizer, "", size, context, None, LIMIT)
     parser = argparse.ArgumentParser()  # train.py's defaults
     sampling.add_sampling_flags(parser, gpu_memory_utilization=0.3)
@@ -200,7 +201,12 @@ def main(args):
     if args.k > size:
         artifacts.refuse(f"--k {args.k}: the vocabulary has {size} tokens")
     limit = args.max_tokens or None
-    lengths = [len(row["response_ids"][:limit]) for row in read_rollouts(args.rollouts, size)]
+    context, lengths = models.context_of(directory, "--teacher"), []
+    for row in read_rollouts(args.rollouts, size):
+        lengths.append(len(row["response_ids"][:limit]))
+        if (length := len(row["prompt_ids"]) + lengths[-1]) > context:
+            what = f"{row['id']} has {length} tokens, the teacher's context {context}"
+            artifacts.refuse(f"--rollouts {args.rollouts}: {what}; give a --max_tokens")
     shards = split_into_shards(lengths, args.shard_tokens)
 
     config = models.config_of(directory, "--teacher")

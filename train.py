@@ -89,7 +89,7 @@ def get_args(argv=None):
 def check_args(parser, args):
     """Refuse combinations of flags that mean nothing."""
     if (args.kl == "mix") != (args.fkl_weight is not None):
-        parser.error("--fkl_weight goes with --kl mix, and only with it")
+        parser.error("--kl mix needs --fkl_weight, and only it takes one")
     if args.kl in DIVERGENCES and args.vocab != "full":
         parser.error(f"--vocab {args.vocab}: --kl {args.kl} needs the full vocabulary")
     # Only there are a response's own tokens samples of the KL's expectation.
@@ -299,6 +299,8 @@ def main(args):
     size = vocab_size_of(tokenizer, models.rows_of(student_dir), "--student")
     student_stops = stop_ids(tokenizer, student_dir, size)
     teacher_stops = match_teacher(args, tokenizer, size)
+    if on_policy:  # stored scores were made within the teacher's context
+        context = min(context, models.context_of(models.model_dir(args.teacher, "--teacher"), "--teacher"))
     both = [*student_stops, *teacher_stops]
     stops = {"student": student_stops, "teacher": teacher_stops, "both": both}[args.stop_ids]
     config = sampling.sampling_from(args, size, stops)

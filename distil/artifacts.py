@@ -36,10 +36,10 @@ locks = {}  # {real path of an artifact that this process writes: its open, lock
 
 
 def refuse(message, code=2):
-    """Exit with one message on stderr. Exit code 2: bad input; 1: a run that failed."""
+    """Exit with one line on stderr. Exit code 2: bad input; 1: a run that failed."""
     if is_second_rank():
         time.sleep(5)  # rank 0 reports what all ranks find; torchrun then ends the others
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(map(str.strip, str(message).splitlines()))}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -111,14 +111,12 @@ def add_output_flags(parser, required=True, resume=True):
 def check_out(args):
     """Refuse --out if this run must not write there. Writes nothing itself: call it before loading anything.
 
-    A non-empty directory needs --overwrite (only for what this project wrote) or --resume, for which this
-    returns what check_same does. --resume exits with 0 if the artifact is finished, and becomes False if
-    nothing was begun."""
-    if getattr(args, "plan", False):
-        return None  # nothing will be written
+    A non-empty directory needs --overwrite (only for what this project wrote) or --resume, which exits with 0
+    if the artifact is finished, becomes False if nothing was begun, and else returns check_same()."""
+    if getattr(args, "plan", False):  # nothing will be written
+        return None
     if os.path.lexists(args.out) and not os.path.isdir(args.out):
-        kind = "a file" if os.path.exists(args.out) else "a link to nothing"
-        refuse(f"--out {args.out}: is {kind}; choose another directory")
+        refuse(f"--out {args.out}: is a file, or a link to nothing; choose another directory")
     for flag, path in input_paths(args).items():
         if (os.path.realpath(path) + os.sep).startswith(os.path.realpath(args.out) + os.sep):
             refuse(f"--out {args.out}: holds the input --{flag} {path}; choose another directory")

@@ -9,11 +9,19 @@ LARGEST = 2**31 - 1  # what torch and vLLM take for a count
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help that keeps the docstring's lines and names defaults."""
+    """--help that keeps the docstring's lines and names defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (see --help)\n")
 
 
 def stage_parser(docstring):
-    return argparse.ArgumentParser(description=docstring, formatter_class=HelpFormatter, allow_abbrev=False)
+    return Parser(description=docstring, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def number(kind, allowed, words):
@@ -51,6 +59,6 @@ def rising(text):
 
 def path(text):
     """A path with ~ expanded; a hub id or the name of a data set stays as it is."""
-    if not text.strip() or "\0" in text:
+    if not text.strip() or not text.isprintable():
         raise argparse.ArgumentTypeError(f"must name a file or directory, not {text!r}")
     return os.path.expanduser(text)

@@ -96,7 +96,7 @@ def finite(facts, place):
 def read_jsonl(path):
     """Yield ("FILE line N", object) for each line of a .jsonl file. Other lines are refused."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     place = f"{path} line {number}"

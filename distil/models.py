@@ -50,9 +50,12 @@ def default_dtype():
 
 def model_dir(name, flag):
     """The local directory of a model, a directory or a hub id; only safetensors weights are downloaded."""
-    if os.path.isdir(name):
-        check_model_dir(name, flag)
-        return name
+    directory = name if os.path.isdir(name) else download(name, flag)
+    check_model_dir(directory, flag)
+    return directory
+
+
+def download(name, flag):
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         refuse(f"{flag} {name}: no such directory")
     reachable = hub_reachable()
@@ -69,7 +72,8 @@ def model_dir(name, flag):
 def check_model_dir(directory, flag):
     """Refuse a directory without a readable config, and a checkpoint changed after it was written."""
     if not os.path.isfile(os.path.join(directory, "config.json")):
-        refuse(f"{flag} {directory}: no config.json in this directory, so it is not a model")
+        final = " (its final/ is)" if os.path.isdir(os.path.join(directory, "final")) else ""
+        refuse(f"{flag} {directory}: no config.json in this directory, so it is not a model{final}")
     for name in ("config.json", "generation_config.json"):
         path = os.path.join(directory, name)
         try:
@@ -78,6 +82,7 @@ def check_model_dir(directory, flag):
             damaged = True
         if damaged:
             refuse(f"{flag} {directory}: {name} is not a JSON object")
+    config_of(directory, flag)
     real = os.path.realpath(directory)
     if os.path.isfile(os.path.join(os.path.dirname(real), "meta.json")):  # RUN/final: it has the checksums
         read_artifact(os.path.dirname(real), flag)
@@ -91,15 +96,11 @@ def refusing(what):
     from huggingface_hub.errors import StrictDataclassError
 
     errors = OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError
+    errors += ArithmeticError, ImportError, SafetensorError, StrictDataclassError  # import: of quantised ones
     try:
         yield
-    except (
-        *errors,
-        ImportError,
-        SafetensorError,
-        StrictDataclassError,
-    ) as error:  # import: of quantised ones
-        refuse(f"{what}: {' '.join(str(error).split())}")
+    except errors as error:
+        refuse(f"{what}: {error}")
 
 
 def load_model(directory, flag, dtype, device=None):
@@ -108,7 +109,9 @@ def load_model(directory, flag, dtype, device=None):
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are refused below, by name
     with refusing(f"{flag} {directory}: the model cannot be loaded"):
         model, report = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
@@ -160,16 +163,28 @@ def config_of(directory, flag="the model"):
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a bad config, or one with code of its own
-        refuse(f"{flag} {directory}: its config.json cannot be used: {' '.join(str(error).split())}")
+        refuse(f"{flag} {directory}: its config.json cannot be used: {error}")
 
 
 @functools.cache  # the line is printed once
-def context_of(directory):
-    """How many tokens a model's positions are made for; math.inf where its config states no limit."""
-    config = config_of(directory).get_text_config()
+def context_of(directory, flag="the model"):
+    """How many tokens a model's positions are made for; math.inf where its config states no limit.
+
+    Longrope stretches all positions of a batch if one lies beyond what the model was first trained on, so
+    only the tokens before that are exact."""
+    config = config_of(directory, flag).get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if one.get("rope_type") == "longrope" and one.get("original_max_position_embeddings"):
+            limit = int(one["original_max_position_embeddings"])
+            print(f"{directory}: its positions are longrope, so its context ends at {limit}", flush=True)
+            return limit
     for name in ("max_position_embeddings", "max_seq_len"):  # the second is MPT's
-        if getattr(config, name, None):
-            return int(getattr(config, name))
+        limit = getattr(config, name, None)
+        if limit is not None and (type(limit) is not int or limit < 1):
+            refuse(f"{flag} {directory}: its config.json must state a positive {name}, not {limit!r}")
+        if limit:
+            return limit
     print(f"{directory}: its config.json states no context, so no length is too long", flush=True)
     return math.inf
 
@@ -216,7 +231,7 @@ def check_head(model, flag):
         if not error <= max(1e-4, 4 * torch.finfo(model.dtype).eps):
             large = "" if factor == 1 else ", where those are large"
             what = f"its logits are not its last hidden states times its output head{large}"
-            refuse(f"{flag}: {what}: they differ by {error:.2g}")
+            refuse(f"{flag}: {what} (a soft cap?): they differ by {error:.2g}; it cannot be used")
 
 
 def enlarge(factor, module, given, output):

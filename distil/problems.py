@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import urllib.error
 import urllib.request
 from typing import NamedTuple
@@ -105,7 +106,7 @@ def load_problems(data, limit=0, columns=COLUMNS):
                 if has := [column for column in wanted if column in row]:
                     refuse(f"{where}: its {has[0]!r} is {json.dumps(row[has[0]], default=str):.80}, not text")
                 names, has = " or ".join(map(repr, wanted)), ", ".join(map(repr, row))
-                refuse(f"{where}: no column {names}; it has {has}")
+                refuse(f"{where}: no column {names} (see --problem_column, --answer_column); it has {has}")
         id = f"{name}/{key}"
         if id in seen:
             refuse(f"{where}: the id {key!r} was already used at {seen[id]}; ids must differ")
@@ -118,6 +119,8 @@ def load_problems(data, limit=0, columns=COLUMNS):
 
 def read_file(path, kind):
     """Yield (place, row). Not by the loaders of `datasets`: they make 7 of "007" and null of "NA"."""
+    if not os.path.isfile(path):
+        refuse(f"--data {path}: no such file")
     number = 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -142,7 +145,7 @@ def read_file(path, kind):
 
 def load_from_hub(data, columns):
     """(name, DataSet, iterator of (where, row)) of one of DATASETS or of name[:configuration[:split]]."""
-    if data not in DATASETS and ("/" not in data or os.path.isfile(data)):
+    if data not in DATASETS and (os.path.isfile(data) or not re.match(r"[\w.-]+/[\w.-]+(:|$)", data)):
         refuse(f"--data {data}: must be {DATA_HELP}")
     name, configuration, split = (data.split(":") + ["", ""])[:3]
     dataset = DATASETS.get(data) or DataSet(name, configuration or None, split or "train", *columns)

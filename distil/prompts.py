@@ -16,7 +16,9 @@ def load_tokenizer(directory, flag):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        assert len(tokenizer) > 1, "there is none in this directory"
+        return tokenizer
     except Exception as error:  # json's, transformers' or Rust's: whatever is wrong with its files
         refuse(f"{flag} {directory}: its tokenizer cannot be loaded: {error}")
 
@@ -24,7 +26,9 @@ def load_tokenizer(directory, flag):
 def check_template(tokenizer, flag, remedy):
     """Refuse a tokenizer without a working chat template. remedy: the flag that names another one."""
     try:
-        assert render_prompt(tokenizer, "1+1=?"), "it renders nothing"
+        texts = [prompt_text(tokenizer, "What is 1+1?") for _ in range(2)]
+        assert "What is 1+1?" in texts[0], "it leaves out or changes the problem"
+        assert texts[0] == texts[1], "it renders a problem in two ways"
     except Exception as error:  # jinja's or transformers': whatever is wrong with the template
         why = f"does not work ({error})" if tokenizer.chat_template else "is missing"
         refuse(f"{flag} {tokenizer.name_or_path}: its tokenizer's chat template {why}; {remedy}")

@@ -103,7 +103,7 @@ def load_sharded(directory, flag, dtype, trained=False):
     model.requires_grad_(trained)
     if several:
         shard(model)
-    check_head(model, flag)
+    check_head(model, f"{flag} {directory}")
     reshard(model)
     return model
 

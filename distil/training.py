@@ -169,7 +169,7 @@ class Run:
             artifacts.refuse("--engine_sleep: vLLM alone can sleep; use --engine vllm")
         self.checkpoint = checkpoint = ([None] + checkpoints(args.out))[-1] if args.resume else None
         if args.resume and not checkpoint and os.path.isfile(os.path.join(args.out, "meta.json")):
-            artifacts.refuse(f"--resume: {args.out} is finished and has no checkpoint (see --save_every)")
+            artifacts.refuse(f"--resume: {args.out} is finished without a checkpoint; start from its final/")
         state = artifacts.read_checkpoint(checkpoint, "--resume") if checkpoint else {"step": 0}
         self.first_step, self.curriculum = state["step"], state.get("curriculum")
         costs = {name: state.get(name, 0) for name in ("tflops", "tflops_uncached", "response_tokens")}
@@ -181,7 +181,10 @@ class Run:
         if checkpointing:
             models.checkpoint_activations(self.model)
             ranks.reshard(self.model)  # get_decoder() has gathered it
-        self.model.generation_config.eos_token_id = stops  # checkpoints end responses as this run does
+        from transformers import GenerationConfig
+
+        # checkpoints end responses as this run does; the rest of a model's own file may not even be valid
+        self.model.generation_config = GenerationConfig(eos_token_id=stops)
         self.config = self.model.config.to_dict()
         # arXiv 2605.16826 does not state its optimizer
         self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0, fused=True)

@@ -203,7 +203,13 @@ def test_json_may_have_an_object_a_line_and_spreadsheets_a_mark_of_their_encodin
     [
         ("{not json", ["line 2", "not JSON"]),
         ("[1, 2]", ["line 2", "not a JSON object"]),
-        ({"answer": "1"}, ["line 2", "no column 'problem' or 'question'; it has 'answer'"]),
+        (
+            {"answer": "1"},
+            [
+                "line 2",
+                "no column 'problem' or 'question' (see --problem_column, --answer_column); it has 'answer'",
+            ],
+        ),
         ({"problem": "1", "solution": "1"}, ["line 2", "no column 'answer'", "'problem', 'solution'"]),
         ({"problem": "", "answer": "1"}, ["line 2", "its 'problem' is \"\", not text"]),
         ({"problem": 5, "answer": "1"}, ["line 2", "its 'problem' is 5, not text"]),
@@ -254,7 +260,7 @@ def test_bad_lines_are_refused_with_file_and_line(tmp_path, refused, bad, words)
         (
             "p.csv",
             "problem;answer\n1;1\n",
-            "row 1: no column 'problem' or 'question'; it has 'problem;answer'",
+            "row 1: no column 'problem' or 'question' (see --problem_column, --answer_column); it has 'problem;answer'",
         ),
         ("p.parquet", "", "after row 0: "),
         ("p.parquet", "no parquet at all", "after row 0: "),
@@ -336,12 +342,20 @@ def test_a_fork_adds_a_data_set_by_its_entry_alone(asked, monkeypatch, refused):
     refused(
         lambda: load_problems("mine"),
         "me/mine split dev row 0",
-        "no column 'prompt'; it has 'question', 'final'",
+        "no column 'prompt' (see --problem_column, --answer_column); it has 'question', 'final'",
     )
     asked.rows = [{"prompt": "1+1?", "answer": 2}]
-    refused(lambda: load_problems("mine"), "me/mine split dev row 0", "no column 'final'; it has 'prompt'")
+    refused(
+        lambda: load_problems("mine"),
+        "me/mine split dev row 0",
+        "no column 'final' (see --problem_column, --answer_column); it has 'prompt'",
+    )
     monkeypatch.setitem(DATASETS, "mine", entry._replace(problem=None))
-    refused(lambda: load_problems("mine"), "me/mine split dev row 0", "no column None; it has 'prompt'")
+    refused(
+        lambda: load_problems("mine"),
+        "me/mine split dev row 0",
+        "no column None (see --problem_column, --answer_column); it has 'prompt'",
+    )
     refused(lambda: load_problems("yours"), "--data yours")
 
 

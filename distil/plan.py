@@ -85,7 +85,8 @@ def memory(student, other, vocab_size, shape, dtype, engine, sampled, share, che
     """Rows [what, bytes (NaN: unknown), how] of what stays, and of what comes and goes, one at a time."""
     stored = os.path.join(other or "", "head.safetensors")
     head = os.path.getsize(stored) if os.path.isfile(stored) else 0
-    teacher = models.model_dir(other, "--teacher") if other and not head else None
+    scores = os.path.isfile(os.path.join(other or "", "meta.json"))
+    teacher = models.model_dir(other, "--teacher") if other and not scores else None
     n, item, tokens, nan = ranks.world_size(), getattr(torch, dtype).itemsize, math.prod(shape), math.nan
     others, gathers, scored = head, 0, {"forward": 0, "hidden": head // vocab_size * tokens}
     if teacher:

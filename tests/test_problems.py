@@ -160,10 +160,10 @@ def test_a_value_that_is_missing_is_none_in_every_kind_of_file(tmp_path, kind, r
 def test_a_column_that_is_not_there_is_named_beside_those_that_are(tmp_path, kind, refused):
     path = write_as(tmp_path / f"p{kind}", [{"q, a": "1?", "answer": "1"}])
     place = f"{path} {'line' if kind == '.jsonl' else 'row'} 1: "
-    has = "it has 'q, a', 'answer'\n"
-    refused(lambda: load_problems(path), f"{place}no column 'problem' or 'question'; {has}")
-    refused(lambda: load_problems(path, 0, ("text", "answer")), f"{place}no column 'text'; {has}")
-    refused(lambda: load_problems(path, 0, ("q, a", "final")), f"{place}no column 'final'; {has}")
+    has = "(see --problem_column, --answer_column); it has 'q, a', 'answer'\n"
+    refused(lambda: load_problems(path), f"{place}no column 'problem' or 'question' {has}")
+    refused(lambda: load_problems(path, 0, ("text", "answer")), f"{place}no column 'text' {has}")
+    refused(lambda: load_problems(path, 0, ("q, a", "final")), f"{place}no column 'final' {has}")
 
 
 @pytest.mark.parametrize("nan", [[float("nan"), 2.5], [None, 2.5]])
@@ -260,7 +260,7 @@ def test_bad_lines_are_refused_with_file_and_line(tmp_path, refused, bad, words)
         (
             "p.csv",
             "problem;answer\n1;1\n",
-            "row 1: no column 'problem' or 'question' (see --problem_column, --answer_column); it has 'problem;answer'",
+            "(see --problem_column, --answer_column); it has 'problem;answer'",
         ),
         ("p.parquet", "", "after row 0: "),
         ("p.parquet", "no parquet at all", "after row 0: "),

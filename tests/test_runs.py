@@ -451,7 +451,7 @@ def test_flags_that_change_the_past_are_refused_and_a_finished_run_needs_a_check
     shutil.rmtree(out / "step_000002")
     before = files_of(out)
     go = lambda: longer("teacher", out, 7, "--warmup 0 --resume")
-    assert refused(go, "--resume", "no checkpoint", "--save_every").count("error:") == 1
+    assert refused(go, "--resume", "without a checkpoint", "--save_every").count("error:") == 1
     assert files_of(out) == before
 
 

@@ -267,7 +267,7 @@ def main(args):
     longest = max(map(len, task.prompts)) + args.max_response_tokens
     cell = origin_of(task.directory, args.model)["cell"]  # it was distilled in, if any
     cell = cell | {"name": f"{cell['name']}, then GRPO" if "name" in cell else "GRPO"}
-    other = args.reference or args.model if args.kl_weight else None
+    other = models.model_dir(args.reference or args.model, "--reference") if args.kl_weight else None
     run = training.Run(args, task.directory, task.tokenizer, config, cell, longest, other)
     run.dropped["data"] = task.dropped
     reference = load_reference(args, task.tokenizer, config.vocab_size, longest) if args.kl_weight else None

@@ -10,7 +10,7 @@ import weakref
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distil import models, ranks
@@ -49,11 +49,15 @@ def trace(directory, shape, vocab_size, kept_in, dtype=None, trained=False, chec
     gradients}); `hidden`: what lives after the forward pass. {} where it cannot run on fake tensors."""
     from transformers import AutoModelForCausalLM
 
-    config, found = models.config_of(directory), {}
+    config, total, layers, found = models.config_of(directory), math.nan, [], {}
     # It reads values, which fake tensors do not have. None: each row is one sequence.
     rows = mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
     errors = RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ImportError
-    with FakeTensorMode(), rows, torch.device(models.default_device()), torch.set_grad_enabled(trained):
+    errors += (DataDependentOutputException,)
+    mode = FakeTensorMode(), rows, torch.device(models.default_device()), torch.set_grad_enabled(trained)
+    with contextlib.suppress(*errors), contextlib.ExitStack() as stack:
+        for one in mode:
+            stack.enter_context(one)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, kept_in)).eval()
         parts = [model, *models.decoder_layers(model)]
         total, *layers = (sum(weight.nbytes for weight in part.parameters()) for part in parts)
@@ -63,12 +67,12 @@ def trace(directory, shape, vocab_size, kept_in, dtype=None, trained=False, chec
         for weight in weights:
             weight.grad = torch.zeros_like(weight)  # of the micro-batch before
         before = [*weights, *model.buffers(), *(weight.grad for weight in weights)]
-        with contextlib.suppress(*errors), LiveBytes(before) as live:
+        with LiveBytes(before) as live:
             with models.autocast(dtype):
                 ids = torch.zeros(shape, dtype=torch.long)
                 hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
             hidden = hidden.to(getattr(torch, dtype)) if dtype else hidden
-            head = models.output_head(model)[:vocab_size].to(hidden.dtype)
+            head = model.get_output_embeddings().weight[:vocab_size].to(hidden.dtype)
             found |= {"forward": live.peak, "hidden": live.now}
             if trained:
                 live.peak = live.now

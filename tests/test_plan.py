@@ -159,7 +159,7 @@ def test_passes_that_cannot_be_traced_are_unknown(world, prefix_flags, tmp_path,
         raise RuntimeError("needs values")
 
     monkeypatch.setattr(plan, "trace", plan.trace.real)
-    monkeypatch.setattr(plan.models, "output_head", fail)
+    monkeypatch.setattr(plan.models, "autocast", fail)
     out = plan_of(
         capsys,
         train,

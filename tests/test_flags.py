@@ -57,7 +57,7 @@ def values_of(action):
         bad = ["0,1", "2,1", "1,1", "1,,2", ",", "1,nan", "1,1.5", "-1,2", "nan", "", "x", "1;2"]
         return ["5", "1,2,3"], bad
     if action.type is flags.path:
-        return ["x", "~/x", "a b", "org/name"], ["", "  ", "a\0b"]
+        return ["x", "~/x", "a b", "org/name"], ["", "  ", "a\0b", "a\nb", "a\udcff"]
     return [], []
 
 
@@ -82,8 +82,9 @@ def test_every_value_outside_a_range_is_refused_by_name(stage, action, capsys):
         with pytest.raises(SystemExit) as end:
             given = [f"--{action.dest}", text, text] if action.nargs == 2 else [f"--{action.dest}={text}"]
             stage_of(stage).get_args([*words, *given])
-        last = capsys.readouterr().err.strip().splitlines()[-1]
-        assert end.value.code == 2 and f"--{action.dest}: must " in last, (text, last[:200])
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and f"--{action.dest}: must " in said, (text, said[:200])
+        assert said.startswith("error: ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("stage, action", EVERY, ids=lambda value: getattr(value, "dest", value))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -162,3 +163,46 @@ def test_heads_that_are_no_plain_product_are_refused(model, refused):
             refused(
                 lambda: check_head(changed, "--student"), "--student", "times its output head", "differ by"
             )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_position_embeddings": "512"},
+        {"max_position_embeddings": 0},
+        {"max_position_embeddings": -1},
+        {"vocab_size": None},
+        {"vocab_size": "29"},
+        {"hidden_size": None},
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": 0},
+        {"head_dim": 0},
+        {"dtype": "nope"},
+        {"model_type": "unheard_of"},
+    ],
+    ids=str,
+)
+def test_a_senseless_config_is_one_line(change, world, tmp_path, refused):
+    path = shutil.copytree(world / "student_init", tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | change))
+    line = f"--model {path} --data {world}/test.jsonl --engine hf --out {tmp_path}/out"
+    message = refused(lambda: run_line(rollout, f"{line} --max_response_tokens 4"), path)
+    assert message.count("\n") == 1 and "tokenizer" not in message and not (tmp_path / "out").exists()
+
+
+def test_longrope_ends_where_a_longer_row_would_change_the_others(tmp_path, capsys):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 4.0, 16.0, 64.0]}
+    rope |= {"rope_theta": 1e4, "original_max_position_embeddings": 40}
+    sizes = dict(vocab_size=29, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    config = AutoConfig.for_model("llama", **sizes, num_attention_heads=4, max_position_embeddings=160)
+    config.rope_parameters = rope
+    config.save_pretrained(tmp_path)
+    assert context_of(tmp_path) == 40 and "its context ends at 40" in capsys.readouterr().out
+
+
+def test_a_model_without_a_tokenizer_is_named(world, tmp_path, refused):
+    path = tmp_path / "model"
+    load_model(world / "student_init", "-", "float32").save_pretrained(path)
+    line = f"--model {path} --data {world}/test.jsonl --engine hf --out {tmp_path}/out"
+    refused(lambda: run_line(rollout, line), "--model", "tokenizer")

@@ -8,6 +8,7 @@ import pytest
 
 from distil.models import load_model
 from distil.prompts import (
+    check_template,
     encode_problems,
     load_tokenizer,
     prompt_text,
@@ -206,3 +207,19 @@ def test_a_damaged_model_is_refused(world, tmp_path, refused, damage, word):
     file = tmp_path / "model/model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     refused(lambda: load_model(str(tmp_path / "model"), "--student", "float32"), "--student", "model", word)
+
+
+@pytest.mark.parametrize(
+    "template", ["user", " ", "{{ messages[0].content | upper }}", "{{ messages[0].content[0].text }}"]
+)
+def test_a_template_that_leaves_out_or_changes_the_problem_is_refused(template, refused):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    refused(lambda: check_template(tokenizer, "--model", "-"), "chat template", "the problem")
+
+
+def test_a_template_that_fails_is_one_line(refused):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('first\nsecond') }}"
+    message = refused(lambda: check_template(tokenizer, "--model", "-"), "first second")
+    assert message.count("\n") == 1

@@ -1,5 +1,6 @@
 """Runs: numbers that are not finite, refusals that leave nothing behind, longer runs, run directories."""
 
+import json
 import os
 import shutil
 import signal
@@ -226,6 +227,20 @@ def test_scores_that_are_not_finite_are_not_stored(
         }
 
 
+GENERATION = [{"temperature": 0.6, "top_p": 0.9}, {"temperature": "x"}, {"early_stopping": True}]
+
+
+@pytest.mark.parametrize("own", [*GENERATION, {"pad_token_id": -1}, {"do_sample": True, "top_k": 5}])
+def test_a_models_own_way_to_sample_never_costs_a_run(own, lines, world, tmp_path):
+    """transformers refuses to save some generation_config.json files that it has loaded."""
+    student = shutil.copytree(world / "student_init", tmp_path / "student")
+    (student / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **own}))
+    stage, line = lines["teacher"]
+    run_line(stage, f"{line} --student {student} --steps 1 --save_every 1 --out {tmp_path}/run")
+    saved = json.loads((tmp_path / "run/final/generation_config.json").read_text())
+    assert 2 in saved["eos_token_id"] and not own.keys() & saved.keys()
+
+
 # ----------------------------------------------------------------------------------------------------------
 # A refusal leaves nothing behind
 
@@ -234,7 +249,8 @@ def test_scores_that_are_not_finite_are_not_stored(
 def broken(world, rollouts, scores, tmp_path):
     """Paths of inputs that are spoilt, each in one way."""
     places = {
-        name: tmp_path / name for name in ("zero", "other_tokens", "other_template", "nan", "no_config")
+        name: tmp_path / name
+        for name in ("zero", "other_tokens", "other_template", "nan", "short", "no_config")
     }
     for path in places.values():
         shutil.copytree(world / "teacher_init", path)
@@ -242,6 +258,8 @@ def broken(world, rollouts, scores, tmp_path):
     swap_ids(places["other_tokens"], "a", "b")
     replace_text(places["other_template"] / "chat_template.jinja", "assistant", "user")
     change_weights(places["nan"], lambda name, tensor: tensor * torch.nan)
+    short = json.loads((places["short"] / "config.json").read_text()) | {"max_position_embeddings": 8}
+    (places["short"] / "config.json").write_text(json.dumps(short))
     (places["no_config"] / "config.json").unlink()
     places["absent"] = tmp_path / "absent"
     places["no_json"] = tmp_path / "no_json.jsonl"
@@ -274,6 +292,7 @@ REFUSALS = [  # a command, what its message names
     (f"{SCORE} --teacher {{other_tokens}}", "--teacher"),
     (f"{SCORE} --teacher {{other_template}}", "--rollouts"),
     (f"{SCORE} --teacher {{nan}}", "--teacher"),
+    (f"{SCORE} --teacher {{short}}", "the teacher's context 8"),
     (f"{SCORE} --k 999", "--k"),
     (f"{TEACHER} --rollouts {{rollouts}} --scores {{bad_scores}}", "--scores"),
     (f"{TEACHER} --rollouts {{bad_rollouts}} --scores {{scores}}", "--rollouts"),
@@ -284,6 +303,7 @@ REFUSALS = [  # a command, what its message names
     (f"{STUDENT} --teacher {{zero}}", "preflight"),
     (f"{STUDENT} --teacher {{other_template}}", "--template"),
     (f"{STUDENT} --teacher {{nan}}", "--teacher"),
+    (f"{STUDENT} --teacher {{short}}", "context of 8"),
     (f"{STUDENT} --teacher {{world}}/teacher_init --data {{no_json}}", "no_json.jsonl"),
     (
         f"{STUDENT} --teacher {{world}}/teacher_init --eval_data {{absent}}.jsonl --eval_every 1",
@@ -293,6 +313,7 @@ REFUSALS = [  # a command, what its message names
     (f"{GRPO} --model {{absent}}", "--model"),
     (f"{GRPO} --model {{nan}}", "the starting model"),
     (f"{GRPO} --kl_weight 1 --reference {{other_tokens}}", "--reference"),
+    (f"{GRPO} --kl_weight 1 --reference {{short}}", "--reference"),
     (f"{GRPO} --eval_data {{no_json}} --eval_every 1", "no_json.jsonl"),
     (f"{EVAL} --model {{absent}}", "--model"),
     (f"{EVAL} --data {{no_json}}", "no_json.jsonl"),

@@ -568,7 +568,7 @@ def test_bad_input_is_refused_and_leaves_no_directory(world, tmp_path, refused):
     is_refused(["--model", tmp_path / "absent"], "--model", "absent")
     is_refused(["--data", tmp_path / "absent.jsonl"], "absent.jsonl")
     is_refused(["--max_response_tokens", 600], "test/", "context of 512")
-    is_refused(["--n", 0, "--k", 0], "--k")
+    is_refused(["--n", 2, "--k", 3], "--k")
 
 
 def test_overwrite_never_deletes_the_checkpoint_under_evaluation(

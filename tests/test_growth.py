@@ -40,6 +40,7 @@ def no_models(monkeypatch):
     monkeypatch.setattr(artifacts, "provenance", dict)
     monkeypatch.setattr(sampling, "sample_hf", sample_hf)
     monkeypatch.setattr(sampling, "context_of", lambda directory: 10**6)
+    monkeypatch.setattr(models, "context_of", lambda *args: 10**6)
     monkeypatch.setattr(models, "output_head", lambda *args: torch.eye(29, 4))
     monkeypatch.setattr(models, "check_head", lambda *args: None)
 

@@ -149,5 +149,5 @@ def test_a_teacher_whose_head_is_refused_leaves_no_directory(world, rollouts, te
     config = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps(config | {"logit_scale": 0.5}))  # Qwen3 does not scale
     go = lambda: run(world, rollouts, tmp_path / "out", f"--teacher {teacher}")
-    refused(go, "--teacher", "its output head: they differ by 0.5")
+    refused(go, "--teacher", "its output head (a soft cap?): they differ by 0.5")
     assert not (tmp_path / "out").exists()

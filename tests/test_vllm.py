@@ -2,24 +2,17 @@
 
 import argparse
 import importlib.util
-import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
-import grpo
-import rollout
-import train
 from conftest import ROOT
 from distil import artifacts
-from distil.artifacts import read_artifact
-from distil.models import forward, load_model
+from distil.models import forward
 from distil.sampling import SamplingConfig, derive_seed, sample, sample_stream, update_engine
 from distil.vllm_engine import load_vllm
 from recipes.toy_world import make_model, make_tokenizer
@@ -164,63 +157,6 @@ def test_an_engine_that_does_not_start_is_one_message(world, monkeypatch, refuse
     monkeypatch.setattr(vllm, "LLM", dies)
     start = lambda: load_vllm(str(world / "student_init"), 29, "float32", 2, 0.3)
     assert refused(start, "--engine vllm", "WorkerProc initialization", code=1).count("\n") == 1
-
-
-def descendants(pid):
-    """{process id: its command line} of all processes below a process."""
-    found = {}
-    for child in map(int, open(f"/proc/{pid}/task/{pid}/children").read().split()):
-        found[child] = open(f"/proc/{child}/cmdline").read()
-        found |= descendants(child)
-    return found
-
-
-@pytest.mark.skipif(
-    not os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children"),
-    reason="this kernel lists no children of a process",
-)
-@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or a CPU")
-def test_a_killed_worker_ends_a_rollout_that_resumes_to_the_same_rows(world, tmp_path):
-    """kill -9 of one of two workers, in the middle. One more engine then resumes, and makes a whole run."""
-    flags = f"--model {world}/student_init --data {world}/train.jsonl --engine vllm --tensor_parallel 2"
-    flags += f" {STAGE} --max_response_tokens 24 --n 64 --sample_batch 64 --out"
-    path = os.pathsep.join([ROOT, os.path.join(ROOT, "kernels")])
-    environment = os.environ | {"PYTHONPATH": path}
-    where = {"cwd": ROOT, "env": environment, "text": True, "stderr": subprocess.PIPE}
-    marks = tmp_path / "out/progress.jsonl"
-
-    command = [sys.executable, "rollout.py", *flags.split(), tmp_path / "out"]
-    with open(tmp_path / "log", "w") as log:
-        killed = subprocess.Popen(command, **where | {"stderr": log, "stdout": log})
-        while not (marks.exists() and marks.read_text().count("\n") >= 2) and killed.poll() is None:
-            time.sleep(0.01)
-        processes = descendants(killed.pid)
-        [worker] = [pid for pid, line in processes.items() if "VLLM::Worker_TP1" in line]
-        os.kill(worker, signal.SIGKILL)
-        assert killed.wait(timeout=60) == 1
-    said, kept = (tmp_path / "log").read_text(), json.loads(marks.read_text().splitlines()[-1])["problems"]
-    last = said.splitlines()[-1]
-    assert last.startswith("error: --engine vllm: the engine failed: "), said
-    assert said.count("\nerror: ") == 1 and 2 <= kept < 12 and "--resume continues" in last
-    for _ in range(100):  # the other worker notices that its pipe has ended
-        if not any(os.path.exists(f"/proc/{pid}") for pid in processes):
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail(f"left over: {processes}")
-
-    code = f"""if True:
-        import functools, rollout
-        rollout.load_vllm = functools.cache(rollout.load_vllm)
-        for out in ("out --resume", "whole"):
-            rollout.main(rollout.get_args(f"{flags} {tmp_path}/{{out}}".split()))
-    """
-    (tmp_path / "both.py").write_text("if __name__ == '__main__':\n    " + code)
-    done = subprocess.run([sys.executable, tmp_path / "both.py"], **where, stdout=subprocess.PIPE)
-    assert done.returncode == 0, done.stderr
-    assert f"{kept}/12" in done.stderr  # the bar begins with the finished problems
-    rows = (tmp_path / "out/rollouts.jsonl").read_bytes()
-    assert rows.count(b"\n") == 12 * 64 and rows == (tmp_path / "whole/rollouts.jsonl").read_bytes()
 
 
 class FakeEngine:
@@ -408,47 +344,3 @@ def test_a_push_forgets_what_was_cached_with_the_old_weights(engine, model):
 
 # ----------------------------------------------------------------------------------------------------------
 # Stages
-
-
-def words_of(text, **flags):
-    return [*text.split(), *(str(word) for flag, value in flags.items() for word in (f"--{flag}", value))]
-
-
-def test_rollouts_are_equal_on_both_engines(world, tmp_path):
-    text = f"--temperature 0 {STAGE}"
-    for name in ("hf", "vllm"):
-        given = {"model": world / "student_init", "data": world / "train.jsonl", "engine": name}
-        rollout.main(rollout.get_args(words_of(text, out=tmp_path / name, **given)))
-        assert read_artifact(str(tmp_path / name), "-", "rollout")["args"]["engine"] == name
-    assert (tmp_path / "vllm/rollouts.jsonl").read_bytes() == (tmp_path / "hf/rollouts.jsonl").read_bytes()
-
-
-def test_on_policy_training_is_equal_on_both_engines(world, tmp_path):
-    """Greedy: the responses of steps 2 and 3 show that the engine got the weights of the step before."""
-    text = (
-        f"--prefix student --kl reverse --temperature 0 --steps 3 --batch_size 4 --lr 3e-2 --warmup 0 {STAGE}"
-    )
-    models = {"student": world / "student_init", "teacher": world / "teacher_init"}
-    rows, weights = {}, {}
-    for name in ("hf", "vllm"):
-        given = {"data": world / "train.jsonl", "engine": name, "out": tmp_path / name}
-        train.main(train.get_args(words_of(text, **models, **given)))
-        lines = [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
-        rows[name] = [{k: v for k, v in line.items() if "second" not in k} for line in lines]
-        weights[name] = load_model(str(tmp_path / name / "final"), "-", "float32").state_dict()
-    for found, expected in zip(rows["vllm"], rows["hf"], strict=True):
-        assert found == pytest.approx(expected, rel=1e-3)
-    for key in weights["hf"]:
-        torch.testing.assert_close(weights["hf"][key], weights["vllm"][key], rtol=1e-2, atol=1e-3)
-
-
-def test_grpo_with_vllm_measures_a_mismatch_of_rounding_alone(world, tmp_path, monkeypatch):
-    """After an update too, the engine's log-probabilities are those of the weights that are trained."""
-    rewards = torch.tensor([[0.0, 1.0]])
-    monkeypatch.setattr(grpo, "rewards_of", lambda *args: [rewards.repeat(len(args[-1]), 1)] * 2)
-    text = "--n 2 --batch_size 4 --steps 2 --lr 3e-2 --warmup 0 --kl_weight 0.1 --engine vllm " + STAGE
-    given = {"model": world / "student_init", "data": world / "train.jsonl", "out": tmp_path / "run"}
-    grpo.main(grpo.get_args(words_of(text, **given)))
-    rows = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
-    assert all(0 < row["mismatch"] < 5 * ROUNDING for row in rows) and len(rows) == 2
-    assert rows[1]["reference_kl"] > 1e-3

@@ -231,8 +231,7 @@ def add_old_logps(args, model, vocab_size, responses):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def load_reference(args, tokenizer, vocab_size, longest):
-    directory = models.model_dir(args.reference or args.model, "--reference")
+def load_reference(args, directory, tokenizer, vocab_size, longest):
     if longest > (context := models.context_of(directory, "--reference")):
         artifacts.refuse(
             f"--reference {directory}: its context is {context}, and rows have up to {longest} tokens"
@@ -267,10 +266,12 @@ def main(args):
     longest = max(map(len, task.prompts)) + args.max_response_tokens
     cell = origin_of(task.directory, args.model)["cell"]  # it was distilled in, if any
     cell = cell | {"name": f"{cell['name']}, then GRPO" if "name" in cell else "GRPO"}
-    other = models.model_dir(args.reference or args.model, "--reference") if args.kl_weight else None
+    other = models.model_dir(args.reference, "--reference") if args.reference else task.directory
+    other = other if args.kl_weight else None
     run = training.Run(args, task.directory, task.tokenizer, config, cell, longest, other)
     run.dropped["data"] = task.dropped
-    reference = load_reference(args, task.tokenizer, config.vocab_size, longest) if args.kl_weight else None
+    about = task.tokenizer, config.vocab_size, longest
+    reference = load_reference(args, other, *about) if other else None
     run.start()
 
     for step in range(run.first_step, args.steps):

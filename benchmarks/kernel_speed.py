@@ -317,9 +317,10 @@ def measure(entry, function, tensors, repeats, device):
     }
 
 
-def versions():
+def versions(*more):
+    """{package: version or None}, of `more` packages too, and the commit."""
     found = {}
-    for name in ("torch", "triton", "liger-kernel", "orda-kernel", "fla-core", "speculators"):
+    for name in ("torch", "triton", "liger-kernel", "orda-kernel", "fla-core", "speculators", *more):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -13,7 +13,6 @@ iterations (the first is left out) and the largest resident memory above what it
 
 import argparse
 import functools
-import importlib.metadata
 import json
 import random
 import statistics
@@ -24,6 +23,8 @@ import time
 
 import torch
 
+from benchmarks import kernel_speed
+from benchmarks.memory import resident
 from evaluate import markdown
 
 LR, SEED = 1e-4, 0
@@ -218,12 +219,6 @@ CONTENDERS |= {f"kl, {name}": functools.partial(kl_alone, function) for name, fu
 # ---------------------------------------------------------------------------------------------------------
 
 
-def memory(name):
-    """VmRSS or VmHWM, resident now or at most, in GB (Linux)."""
-    with open("/proc/self/status", encoding="utf-8") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1e6
-
-
 def run_one(args):
     """One contender in this process: prints its row as JSON."""
     seconds, losses, before, last = [], [], 0.0, 0.0
@@ -233,27 +228,21 @@ def run_one(args):
         if loss is None:
             with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
                 file.write("5")  # VmHWM begins anew
-            before = memory("VmRSS")
+            before = resident("VmRSS")
         else:
             losses.append(loss)
             seconds.append(time.perf_counter() - last)
         last = time.perf_counter()
 
     CONTENDERS[args.run](args, tick)
-    row = {"seconds": seconds, "losses": losses, "peak_gb": memory("VmHWM") - before}
+    row = {"seconds": seconds, "losses": losses, "peak_gb": (resident("VmHWM") - before) / 1e9}
     print("ROW " + json.dumps(row), flush=True)
-
-
-def installed():
-    names = ("torch", "transformers", "trl", "liger-kernel")
-    found = {name: [d.version for d in importlib.metadata.distributions(name=name)] for name in names}
-    return {name: versions[0] if versions else None for name, versions in found.items()}
 
 
 def main(args):
     if args.run:
         return run_one(args)
-    versions = installed()
+    versions = kernel_speed.versions("transformers", "trl")
     needs = {"TRL": "trl", "Liger": "liger-kernel"}
     names = [name for name in CONTENDERS if versions.get(needs.get(name.split(", ")[1], "torch"))]
     for name in set(CONTENDERS) - set(names):

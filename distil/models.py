@@ -250,9 +250,10 @@ def checkpoint_activations(model):
 
     transformers' own switch acts only after train(), which would switch dropout on too."""
     again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    for layer in decoder_layers(model) or refuse(
-        "--activation_checkpointing: the model has no list of layers"
-    ):
+    layers = decoder_layers(model)
+    if not layers:
+        refuse("--activation_checkpointing: the model has no list of layers")
+    for layer in layers:
         layer.forward = functools.partial(again, layer.forward)
 
 

@@ -89,12 +89,11 @@ def memory(student, other, vocab_size, shape, dtype, engine, sampled, share, che
     """Rows [what, bytes (NaN: unknown), how] of what stays, and of what comes and goes, one at a time."""
     stored = os.path.join(other or "", "head.safetensors")
     head = os.path.getsize(stored) if os.path.isfile(stored) else 0
-    scores = os.path.isfile(os.path.join(other or "", "meta.json"))
-    teacher = models.model_dir(other, "--teacher") if other and not scores else None
+    are_scores = os.path.isfile(os.path.join(other or "", "meta.json"))
     n, item, tokens, nan = ranks.world_size(), getattr(torch, dtype).itemsize, math.prod(shape), math.nan
     others, gathers, scored = head, 0, {"forward": 0, "hidden": head // vocab_size * tokens}
-    if teacher:
-        others, gathers, scored = trace(teacher, shape, vocab_size, dtype)
+    if other and not are_scores:
+        others, gathers, scored = trace(other, shape, vocab_size, dtype)
     own, gathered, found = trace(student, shape, vocab_size, "float32", dtype, True, checkpointing)
     config = models.config_of(student).get_text_config()
     layers, heads = (getattr(config, name, nan) for name in ("num_hidden_layers", "num_attention_heads"))
@@ -108,10 +107,8 @@ def memory(student, other, vocab_size, shape, dtype, engine, sampled, share, che
     stays += [["gathered of these", 2 * gathered + gathers, "two layers; what is in none"]] * (n > 1)
     stays += [["copy that samples", own, "float32"]] * (engine == "hf" and n > 1)
     stays += [["vLLM", pool, f"weights: {gib(own * item / 4)}; {cached}"]] * (engine == "vllm")
-    signal, logits = (
-        scored.get("hidden", nan),
-        min(16 * tokens * vocab_size, LOGITS_BYTES[models.default_device()]),
-    )
+    signal = scored.get("hidden", nan)
+    logits = min(16 * tokens * vocab_size, LOGITS_BYTES[models.default_device()])
     goes = [["sampling", cache, cached]] * (engine == "hf")
     goes += [["teacher's pass", scored.get("forward", nan), f"{shape[0]} x {shape[1]} tokens"]]
     goes += [["forward pass", found.get("forward", nan) + signal, f"{shape[0]} x {shape[1]} tokens"]]

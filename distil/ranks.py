@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import distribute_tensor
 
 from distil.artifacts import refuse
-from distil.models import check_head, config_of, load_model
+from distil.models import check_head, config_of, decoder_layers, load_model
 
 
 def start():
@@ -110,9 +110,8 @@ def load_sharded(directory, flag, dtype, trained=False):
 
 def shard(model):
     """fully_shard, layer by layer."""
-    for layers in model.get_decoder().children():
-        for layer in layers if isinstance(layers, torch.nn.ModuleList) else ():
-            fully_shard(layer)
+    for layer in decoder_layers(model):
+        fully_shard(layer)
     fully_shard(model)
     # Forward passes enter through get_decoder() (models.response_hidden), which gathers what belongs to no
     # layer: embeddings and output head. They stay gathered until reshard() or the end of the backward pass.

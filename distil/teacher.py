@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from distil import ranks
 from distil.artifacts import file_sha256, read_artifact, refuse
-from distil.models import default_device, forward, model_dir, output_head
+from distil.models import default_device, forward, output_head
 
 USES = {
     "hidden": ("full", "topk", "sampled"),
@@ -36,9 +36,9 @@ class Teacher(NamedTuple):
     head_rows: int | None = None  # of its output head, or of the scored part of it
 
 
-def live_teacher(name, dtype, vocab_size):
+def live_teacher(directory, dtype, vocab_size):
     """A model in memory, which scores responses when they are needed."""
-    model = ranks.load_sharded(model_dir(name, "--teacher"), "--teacher", dtype)
+    model = ranks.load_sharded(directory, "--teacher", dtype)
     rows = len(output_head(model))
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What train.py and grpo.py share: flags, data order, gradients, optimizer, evaluations, checkpoints, costs.
+"""What train.py and grpo.py share: flags, memory, optimizer, evaluations, checkpoints, costs.
 
 A run directory grows as the run goes on:
 
@@ -75,12 +75,10 @@ def plan_memory(args, student, vocab_size, longest, other=None, samples=True, ta
     responses = args.batch_size * args.n
     tokens = min(max(args.micro_batch_tokens, longest), responses * longest)
     together = min(args.sample_batch, responses * getattr(args, "refresh_every", 1))
+    engine = args.engine if samples or args.eval_every else None
     job = {"student": student, "other": other, "vocab_size": vocab_size, "dtype": args.dtype}
     job |= {"shape": (tokens // longest, tokens // (tokens // longest)), "sampled": (together, longest)}
-    job |= {
-        "engine": args.engine if samples or args.eval_every else None,
-        "share": args.gpu_memory_utilization,
-    }
+    job |= {"engine": engine, "share": args.gpu_memory_utilization}
     checkpointing = plan.plan(job, args.activation_checkpointing, table or args.plan)
     if args.plan:
         raise SystemExit(0)
@@ -177,9 +175,8 @@ class Run:
         costs = {name: state.get(name, 0) for name in ("tflops", "tflops_uncached", "response_tokens")}
         self.spent = {name: math.nan if cost is None else cost for name, cost in costs.items()}
         checkpointing = plan_memory(args, directory, self.vocab_size, longest, other, samples)
-        self.model = ranks.load_sharded(
-            checkpoint or directory, "the starting model", "float32", trained=True
-        )
+        start = checkpoint or directory
+        self.model = ranks.load_sharded(start, "the starting model", "float32", trained=True)
         if checkpointing:
             models.checkpoint_activations(self.model)
             ranks.reshard(self.model)  # get_decoder() has gathered it

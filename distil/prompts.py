@@ -17,7 +17,8 @@ def load_tokenizer(directory, flag):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        assert len(tokenizer) > 1, "there is none in this directory"
+        if len(tokenizer) < 2:
+            raise ValueError("there is none in this directory")
         return tokenizer
     except Exception as error:  # json's, transformers' or Rust's: whatever is wrong with its files
         refuse(f"{flag} {directory}: its tokenizer cannot be loaded: {error}")
@@ -27,8 +28,10 @@ def check_template(tokenizer, flag, remedy):
     """Refuse a tokenizer without a working chat template. remedy: the flag that names another one."""
     try:
         texts = [prompt_text(tokenizer, "What is 1+1?") for _ in range(2)]
-        assert "What is 1+1?" in texts[0], "it leaves out or changes the problem"
-        assert texts[0] == texts[1], "it renders a problem in two ways"
+        if texts[0] != texts[1]:
+            raise ValueError("it renders a problem in two ways")
+        if "What is 1+1?" not in texts[0]:
+            raise ValueError("it leaves out or changes the problem")
     except Exception as error:  # jinja's or transformers': whatever is wrong with the template
         why = f"does not work ({error})" if tokenizer.chat_template else "is missing"
         refuse(f"{flag} {tokenizer.name_or_path}: its tokenizer's chat template {why}; {remedy}")

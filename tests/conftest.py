@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -29,6 +30,10 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None,
+    reason="vLLM is not installed (make test does it beside torch's CPU build)",
+)
 STAGES = ("rollout", "score_teacher", "train", "grpo", "evaluate")
 
 
@@ -197,3 +202,19 @@ def uninitialised_memory_is_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def no_trace_of_vllm():
+    """vLLM leaves environment variables, a process group and torch.compile switched off to the next file."""
+    environment = dict(os.environ)
+    os.environ["TRITON_F32_DEFAULT"] = "ieee"  # on a GPU float32 attention would be TensorFloat-32, 10 bits
+    torch._dynamo.config.disable = True
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    torch._dynamo.config.disable = False
+    if torch.distributed.is_initialized():
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()

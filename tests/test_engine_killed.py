@@ -1,6 +1,5 @@
 """A vLLM worker that is really killed: the stage, in a process of its own, ends in one line and resumes."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -11,12 +10,9 @@ import time
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, needs_vllm
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None,
-    reason="vLLM is not installed (make test does it beside torch's CPU build)",
-)
+pytestmark = needs_vllm
 
 
 def descendants(pid):

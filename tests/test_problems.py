@@ -260,7 +260,8 @@ def test_bad_lines_are_refused_with_file_and_line(tmp_path, refused, bad, words)
         (
             "p.csv",
             "problem;answer\n1;1\n",
-            "(see --problem_column, --answer_column); it has 'problem;answer'",
+            "row 1: no column 'problem' or 'question' (see --problem_column, --answer_column); "
+            "it has 'problem;answer'",
         ),
         ("p.parquet", "", "after row 0: "),
         ("p.parquet", "no parquet at all", "after row 0: "),

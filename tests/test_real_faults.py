@@ -167,7 +167,7 @@ def spaces_of(out):
     return spaces[:-1]
 
 
-@pytest.mark.parametrize("stage, every", [(train, 2), (grpo, 4)], ids=["train", "grpo"])
+@pytest.mark.parametrize("stage, every", [(train, 2), (grpo, 3)], ids=["train", "grpo"])
 def test_a_disk_that_is_full_in_training(stage, every, start, on_small_disk):  # noqa: F811
     """While it begins, in its logs, in weights, tokenizers and optimizer states of checkpoints, in final/."""
 
@@ -178,7 +178,7 @@ def test_a_disk_that_is_full_in_training(stage, every, start, on_small_disk):  #
         assert run(body_of(disk / "whole"), disk)[0] == 0
         about = body_of, results_of_run, results_of_run(disk / "whole")
         last = [check_full_disk(disk, pages, *about) for pages in spaces_of(disk / "whole")[::every]]
-        assert last[0] == "meta.lock" and None not in last and len({*last}) > 1, last
+        assert last[0] == "meta.lock" and None not in last and len({*last}) > 2, last
 
     on_small_disk(scenario)
 

@@ -1,7 +1,6 @@
 """vLLM (on a CPU, its CPU build) samples what transformers samples, from the weights that it got last."""
 
 import argparse
-import importlib.util
 import os
 import random
 import subprocess
@@ -10,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, needs_vllm
 from distil import artifacts
 from distil.models import forward
 from distil.sampling import SamplingConfig, derive_seed, sample, sample_stream, update_engine
@@ -23,10 +22,7 @@ SHARE = 0.1
 STAGE = f"--dtype float32 --max_response_tokens 12 --gpu_memory_utilization {SHARE}"
 ROUNDING = 1e-4 if torch.cuda.is_available() else 2e-5  # of a log-probability, between two devices or on one
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None,
-    reason="vLLM is not installed (make test does it beside torch's CPU build)",
-)
+pytestmark = [needs_vllm, pytest.mark.usefixtures("no_trace_of_vllm")]
 
 ROWS = 1200  # of the padded model; its tokenizer has 29 ids
 PROMPTS = [
@@ -53,22 +49,6 @@ def padded_model(seed):
     with torch.no_grad():
         model.get_output_embeddings().weight[29:] *= 20
     return model.eval()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_trace():
-    """vLLM leaves environment variables, a process group and torch.compile switched off to the next file."""
-    environment = dict(os.environ)
-    os.environ["TRITON_F32_DEFAULT"] = "ieee"  # on a GPU float32 attention would be TensorFloat-32, 10 bits
-    torch._dynamo.config.disable = True
-    yield
-    os.environ.clear()
-    os.environ.update(environment)
-    torch._dynamo.config.disable = False
-    if torch.distributed.is_initialized():
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-        cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="module")

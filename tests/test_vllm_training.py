@@ -1,8 +1,6 @@
 """Rollouts and training with vLLM (on a CPU, its CPU build) are what they are with transformers."""
 
-import importlib.util
 import json
-import os
 
 import pytest
 import torch
@@ -10,32 +8,14 @@ import torch
 import grpo
 import rollout
 import train
+from conftest import needs_vllm
 from distil.artifacts import read_artifact
 from distil.models import load_model
 
 STAGE = "--dtype float32 --max_response_tokens 12 --gpu_memory_utilization 0.1"
 ROUNDING = 1e-4 if torch.cuda.is_available() else 2e-5  # of a log-probability, between two devices or on one
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None,
-    reason="vLLM is not installed (make test does it beside torch's CPU build)",
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_trace():
-    """vLLM leaves environment variables, a process group and torch.compile switched off to the next file."""
-    environment = dict(os.environ)
-    os.environ["TRITON_F32_DEFAULT"] = "ieee"  # on a GPU float32 attention would be TensorFloat-32, 10 bits
-    torch._dynamo.config.disable = True
-    yield
-    os.environ.clear()
-    os.environ.update(environment)
-    torch._dynamo.config.disable = False
-    if torch.distributed.is_initialized():
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-        cleanup_dist_env_and_memory()
+pytestmark = [needs_vllm, pytest.mark.usefixtures("no_trace_of_vllm")]
 
 
 def words_of(text, **flags):

@@ -81,7 +81,7 @@ def _statistics_chunk(student_logits, teacher_logits, temperature):
 
     log_ratio = torch.log(d_s / d_t)  # log d_s - log d_t would round at the size of log V
     a_s = _expectation(e_u, difference, d_s)
-    a_t = _expectation(e_v, -difference, d_t)
+    a_t = -_expectation(e_v, difference, d_t)
     student_entropy = d_s.log() - _expectation(e_u, u, d_s)
     teacher_entropy = d_t.log() - _expectation(e_v, v, d_t)
     kls = a_t + log_ratio, a_s - log_ratio
@@ -98,14 +98,16 @@ def _expectation(e, x, d):
 
 
 def _gradient_chunk(e_u, e_v, difference, stats, coefficient, fkl_weight, temperature):
-    q, p = e_u / stats.d_s.unsqueeze(-1), e_v / stats.d_t.unsqueeze(-1)
+    d_s, d_t, a_s, c = (x.unsqueeze(-1) for x in (stats.d_s, stats.d_t, stats.a_s, coefficient / temperature))
     if fkl_weight == 1:  # not a mixture at the ends: the other direction may be infinite
-        g = q - p
-    else:
-        g = (difference - stats.a_s.unsqueeze(-1)).mul_(q).masked_fill_(e_u == 0, 0)
-        if fkl_weight != 0:
-            g = g.mul_(1 - fkl_weight).add_(q - p, alpha=fkl_weight)
-    return g.mul_((coefficient / temperature).unsqueeze(-1))
+        return (e_u / d_s).sub_(e_v / d_t).mul_(c)
+    g = (difference - a_s).mul_(e_u)
+    if g.sum().isnan():  # as in _expectation
+        g.masked_fill_(e_u == 0, 0)
+    g.mul_((1 - fkl_weight) / d_s)
+    if fkl_weight != 0:
+        g.add_((e_u / d_s).sub_(e_v / d_t), alpha=fkl_weight)
+    return g.mul_(c)
 
 
 def statistics(student_logits, teacher_logits, weight, temperature):

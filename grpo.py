@@ -216,9 +216,8 @@ def has_gradient(args, response):
 @torch.no_grad()
 def add_old_logps(args, model, vocab_size, responses):
     """The Responses with their log-probabilities under the model as it is now."""
-    micro_batches = batches.batches_by_tokens([r.length for r in responses], args.micro_batch_tokens)
     found = {}
-    for indices, _ in ranks.split_micro_batches(micro_batches):
+    for indices, _ in batches.micro_batches(responses, args.micro_batch_tokens):
         batch = [responses[i] for i in indices]
         tokens = torch.tensor([token for r in batch for token in r.response_ids], device=model.device)
         logps = token_logps(*forward(model, batch, vocab_size, args.dtype), tokens)

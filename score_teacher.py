@@ -151,15 +151,10 @@ def check_models(args):
         models.model_dir(args.student, "--student"),
         models.model_dir(args.teacher, "--teacher"),
     )
-    tokenizer, teacher_tokenizer = (
-        load_tokenizer(student_dir, "--student"),
-        load_tokenizer(teacher_dir, "--teacher"),
-    )
+    tokenizer = load_tokenizer(student_dir, "--student")
     size = vocab_size_of(tokenizer, models.rows_of(student_dir), "--student")
-    template = {"student": tokenizer, "teacher": teacher_tokenizer}.get(args.template)
-    preflight.match_tokenizers(tokenizer, teacher_tokenizer, "--student", "--teacher", template)
-    vocab_size_of(teacher_tokenizer, models.rows_of(teacher_dir), "--teacher", size)
-    stops = stop_ids(tokenizer, student_dir, size), stop_ids(teacher_tokenizer, teacher_dir, size)
+    stops = stop_ids(tokenizer, student_dir, size)
+    teacher_stops = preflight.match_teacher(teacher_dir, tokenizer, size, args.template)
     context = min(models.context_of(student_dir), models.context_of(teacher_dir))
     problems = [{"id": text, "problem": text} for text in PROBES]
     _, prompts, _ = encode_problems(problems, tokenizer, "", size, context, None, LIMIT)
@@ -173,10 +168,10 @@ def check_models(args):
     models.check_head(student, "--student")
     teacher = live_teacher(teacher_dir, args.dtype, size)
     defaults.max_response_tokens, defaults.sample_batch = LIMIT, len(PROBES)
-    config = sampling.sampling_from(defaults, size, stops[0] + stops[1])
+    config = sampling.sampling_from(defaults, size, stops + teacher_stops)
     responses = [group[0] for group in sampling.sample(student, prompts, config, seed=0)]
     k = min(args.k, size)
-    preflight.preflight(student, tokenizer, size, stops[0], teacher, stops[1], responses, k, None)
+    preflight.preflight(student, tokenizer, size, stops, teacher, teacher_stops, responses, k, None)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ no loss; the stop token does.
 """
 
 import functools
-import os
 
 import torch
 
@@ -259,27 +258,6 @@ def sampled_responses(args, run, problems, prompts, config, step):
     return [r._replace(id=problems[i]["id"]) for i, group in zip(picked, groups, strict=True) for r in group]
 
 
-def match_teacher(args, directory, tokenizer, vocab_size):
-    """Match the student's tokenizer with the teacher's; returns the ids that end the teacher's responses.
-
-    directory: the teacher's; None with --rollouts, which bring its tokenizer."""
-    if args.k > vocab_size:
-        artifacts.refuse(f"--k {args.k}: there are only {vocab_size} tokens")
-    if args.prefix == "teacher":
-        meta = artifacts.read_artifact(args.rollouts, "--rollouts", "rollout")
-        if meta["prompt_suffix"] != args.prompt_suffix:
-            made_with = f"--rollouts were made with {meta['prompt_suffix']!r}"
-            artifacts.refuse(f"--prompt_suffix: is {args.prompt_suffix!r}, but {made_with}")
-        stored = load_tokenizer(os.path.join(args.rollouts, "tokenizer"), "--rollouts")
-        preflight.match_tokenizers(tokenizer, stored, "--student", "--rollouts", args.template and stored)
-        return meta["stop_ids"]
-    other = load_tokenizer(directory, "--teacher")
-    template = {"student": tokenizer, "teacher": other}.get(args.template)
-    preflight.match_tokenizers(tokenizer, other, "--student", "--teacher", template)
-    vocab_size_of(other, models.rows_of(directory), "--teacher", vocab_size)
-    return stop_ids(other, directory, vocab_size)
-
-
 def add_costs(args, run, teacher, batch):
     """Add a step to the ledger. A stored score was paid for before: it counts in tflops_uncached only."""
     for r in batch:
@@ -300,7 +278,13 @@ def main(args):
     size = vocab_size_of(tokenizer, models.rows_of(student_dir), "--student")
     student_stops = stop_ids(tokenizer, student_dir, size)
     teacher_dir = models.model_dir(args.teacher, "--teacher") if on_policy else None
-    teacher_stops = match_teacher(args, teacher_dir, tokenizer, size)
+    if args.k > size:
+        artifacts.refuse(f"--k {args.k}: there are only {size} tokens")
+    if on_policy:
+        teacher_stops = preflight.match_teacher(teacher_dir, tokenizer, size, args.template)
+    else:
+        about = args.rollouts, args.prompt_suffix, tokenizer, args.template
+        teacher_stops = preflight.match_rollouts(*about)
     if on_policy:  # stored scores were made within the teacher's context
         context = min(context, models.context_of(teacher_dir, "--teacher"))
     both = [*student_stops, *teacher_stops]
@@ -352,8 +336,9 @@ def main(args):
             count = args.batch_size * args.n
             batch, sampled_ahead = sampled_ahead[:count], sampled_ahead[count:]
         else:
-            picked = batches.batch_indices(len(stored), args.batch_size, step, args.seed)
-            batch = [stored[i].first(horizon) for i in picked]
+            steps = (batches.batch_indices(len(stored), args.batch_size, step + s, args.seed) for s in (0, 1))
+            batch, coming = ([stored[i].first(horizon) for i in picked] for picked in steps)
+            teacher.read_ahead(batches.own_responses(coming, args.micro_batch_tokens))
         sampled = training.clock()
         metrics = train_step(args, run, teacher, batch, step)
         seconds = {"seconds_sample": sampled - started, "seconds_score": metrics.pop("seconds_score")}

@@ -273,15 +273,15 @@ def remove_working_files(out):
         pathlib.Path(out, name).unlink(missing_ok=True)
 
 
-def read_artifact(path, flag, *stages):
-    """A finished artifact's meta.json. Refused if none of `stages` made it, or if a file has changed."""
+def read_artifact(path, flag, *stages, later=()):
+    """A finished artifact's meta.json. Refused if `stages` did not make it, or for what check_files finds."""
     file = os.path.join(path, "meta.json")
     if not os.path.isfile(file):
         refuse(f"{flag} {path}: no meta.json in it: not an artifact of this project, or an unfinished one")
     meta = read_sealed(file, f"{flag} {path}")
     if stages and meta["stage"] not in stages:
         refuse(f"{flag} {path}: made by {meta['stage']!r}; needed is {' or '.join(stages)}")
-    check_files(path, flag, meta["files"], "make it again")
+    check_files(path, flag, meta["files"], "make it again", later)
     return meta
 
 
@@ -292,11 +292,11 @@ def read_checkpoint(path, flag):
     return state
 
 
-def check_files(path, flag, files, advice):
-    """Refuse a directory unless it holds all files: {name: sha256}."""
+def check_files(path, flag, files, advice, later=()):
+    """Refuse a directory without all files: {name: sha256}; names that begin with `later` need only exist."""
     for name, digest in files.items():
         file = os.path.join(path, name)
-        if not os.path.isfile(file) or file_sha256(file) != digest:
+        if not os.path.isfile(file) or not name.startswith(later) and file_sha256(file) != digest:
             refuse(f"{flag} {path}: {name} is missing or was changed after it was written; {advice}")
 
 

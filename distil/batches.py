@@ -49,15 +49,24 @@ def token_weights(responses, normalize):
     return [1 / (len(responses) * len(r.response_ids)) for r in responses]
 
 
+def micro_batches(responses, micro_batch_tokens):
+    """This rank's part of a batch of Responses, as ranks.split_micro_batches gives it."""
+    return ranks.split_micro_batches(batches_by_tokens([r.length for r in responses], micro_batch_tokens))
+
+
+def own_responses(responses, micro_batch_tokens):
+    """The Responses of a batch that this rank will compute."""
+    return [responses[i] for indices, _ in micro_batches(responses, micro_batch_tokens) for i in indices]
+
+
 def accumulate_gradients(device, responses, weights, micro_batch_tokens, micro_batch_loss, backward=True):
     """The loop over micro-batches: adds the gradients of the loss over a batch of Responses.
 
     micro_batch_loss(responses, tokens (N,), weight (N,)) returns sum_i weight_i loss_i over N response
     tokens and metrics {name: (N,)}, detached; weights: of each response's tokens. Returns {metric: sum over
     all tokens}, the loss, and `positions`: how many went through the model, padding included."""
-    lengths = [r.length for r in responses]
     positions, totals = 0, {"loss": torch.zeros((), dtype=torch.float64, device=device)}
-    for indices, is_real in ranks.split_micro_batches(batches_by_tokens(lengths, micro_batch_tokens)):
+    for indices, is_real in micro_batches(responses, micro_batch_tokens):
         micro_batch = [responses[i] for i in indices]
         token_list = [token for r in micro_batch for token in r.response_ids]
         weight_list = [is_real * weights[i] for i in indices for _ in responses[i].response_ids]
@@ -67,7 +76,7 @@ def accumulate_gradients(device, responses, weights, micro_batch_tokens, micro_b
             loss, metrics = micro_batch_loss(micro_batch, tokens, weight)
         if backward:
             loss.backward()
-        positions += len(indices) * max(lengths[i] for i in indices)
+        positions += len(indices) * max(r.length for r in micro_batch)
         for name, values in (("loss", loss.detach()), *metrics.items()):  # summed where they are: no waiting
             total = values.sum().double() * (1 if name == "loss" else is_real)
             totals[name] = totals.get(name, 0.0) + total

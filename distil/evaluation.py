@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from distil import ranks
 from distil.artifacts import refuse
-from distil.batches import batches_by_tokens
+from distil.batches import micro_batches
 from distil.grading import grade, verdict_on
 from distil.jsonl import finite
 from distil.models import autocast, forward
@@ -100,9 +100,8 @@ def interval(values, weights=None):
 @torch.no_grad()
 def predictive_entropy(model, responses, vocab_size, micro_batch_tokens, dtype=None):
     """Mean full-softmax entropy of each Response's tokens, in nats, temperature 1; dtype as in forward()."""
-    lengths = [response.length for response in responses]
     means = {}
-    for indices, _ in ranks.split_micro_batches(batches_by_tokens(lengths, micro_batch_tokens)):
+    for indices, _ in micro_batches(responses, micro_batch_tokens):
         batch = [responses[i] for i in indices]
         entropy = entropies(*forward(model, batch, vocab_size, dtype))  # (N,)
         per_response = entropy.split([len(response.response_ids) for response in batch])

@@ -1,13 +1,22 @@
 """Can this teacher teach this student? Checked before the first step, and by score_teacher.py --preflight."""
 
 import math
+import os
 
 import torch
 
-from distil.artifacts import refuse
+from distil.artifacts import read_artifact, refuse
 from distil.diagnostics import overlap
-from distil.models import forward, output_head
-from distil.prompts import check_template, prompt_text, template_sha256, tokenizer_sha256
+from distil.models import forward, output_head, rows_of
+from distil.prompts import (
+    check_template,
+    load_tokenizer,
+    prompt_text,
+    stop_ids,
+    template_sha256,
+    tokenizer_sha256,
+    vocab_size_of,
+)
 from streaming_kl import linear_streaming_kl
 
 
@@ -32,6 +41,26 @@ def match_tokenizers(first, second, flag, second_flag, template=None):
         remedy = "it prints special tokens, such as eos_token, that differ"
     if template_sha256(first) != template_sha256(second):
         refuse(f"{flag} and {second_flag} have different prompt templates; {remedy}")
+
+
+def match_teacher(directory, tokenizer, vocab_size, template):
+    """match_tokenizers for a student's tokenizer and a teacher's directory; returns its stop ids."""
+    other = load_tokenizer(directory, "--teacher")
+    template = {"student": tokenizer, "teacher": other}.get(template)
+    match_tokenizers(tokenizer, other, "--student", "--teacher", template)
+    vocab_size_of(other, rows_of(directory), "--teacher", vocab_size)
+    return stop_ids(other, directory, vocab_size)
+
+
+def match_rollouts(path, prompt_suffix, tokenizer, template):
+    """match_tokenizers for a student's tokenizer and stored rollouts; returns their stop ids."""
+    meta = read_artifact(path, "--rollouts", "rollout")
+    if meta["prompt_suffix"] != prompt_suffix:
+        made_with = f"--rollouts were made with {meta['prompt_suffix']!r}"
+        refuse(f"--prompt_suffix: is {prompt_suffix!r}, but {made_with}")
+    stored = load_tokenizer(os.path.join(path, "tokenizer"), "--rollouts")
+    match_tokenizers(tokenizer, stored, "--student", "--rollouts", template and stored)
+    return meta["stop_ids"]
 
 
 def preflight(student, tokenizer, vocab_size, student_stops, teacher, teacher_stops, responses, k, dtype):

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 
 from distil import ranks
-from distil.artifacts import file_sha256, read_artifact, refuse
+from distil.artifacts import check_files, file_sha256, read_artifact, refuse
 from distil.models import default_device, forward, output_head
 
 USES = {
@@ -34,6 +35,7 @@ class Teacher(NamedTuple):
     signal: Callable = lambda responses: Signal()  # from a list of Responses to their Signal
     config: dict | None = None  # of its model, for the cost ledger
     head_rows: int | None = None  # of its output head, or of the scored part of it
+    read_ahead: Callable = lambda responses: None  # from the disk, while the device is busy
 
 
 def live_teacher(directory, dtype, vocab_size):
@@ -64,27 +66,41 @@ def stored_teacher(path, rollouts, responses, vocab, k, topk_set):
             refuse(f"--scores {path}: {what}; a larger --max_tokens, or a smaller --max_response_tokens")
     config, device = scores.meta["teacher_config"], default_device()
     head = scores.head.to(device) if kind == "hidden" else None
+    thread, ahead = ThreadPoolExecutor(1), {}
+
+    def read(place):
+        tensors = scores.read(*place)
+        return {name: t.pin_memory() if device.type == "cuda" else t for name, t in tensors.items()}
+
+    def read_ahead(responses):
+        for r in responses:
+            place = r.row, len(r.response_ids)
+            ahead[place] = thread.submit(read, place)
 
     def signal(responses):
-        rows = [scores.read(r.row, len(r.response_ids)) for r in responses]
-        tensors = {name: torch.cat([row[name] for row in rows]).to(device) for name in rows[0]}
-        return Signal(head=head, **tensors)
+        places = [(r.row, len(r.response_ids)) for r in responses]
+        waiting = [ahead.pop(place, None) or thread.submit(read, place) for place in places]
+        rows = [future.result() for future in waiting]
+        names = rows[0]
+        return Signal(
+            head=head,
+            **{name: torch.cat([r[name].to(device, non_blocking=True) for r in rows]) for name in names},
+        )
 
-    return Teacher(signal, config, config["vocab_size"] if head is None else len(head))
+    return Teacher(signal, config, config["vocab_size"] if head is None else len(head), read_ahead)
 
 
 class Scores:
-    """Reader of a scores artifact. Tensors are read from disk when they are asked for."""
+    """Reader of a scores artifact. Shards are checked when first read, tensors read when asked for."""
 
     def __init__(self, path, rollouts):
-        self.meta = read_artifact(path, "--scores", "score_teacher")
+        self.path, self.shards = path, {}  # {number: open file}
+        self.meta = read_artifact(path, "--scores", "score_teacher", later="shard_")
         if self.meta["rollouts_sha256"] != file_sha256(os.path.join(rollouts, "meta.json")):
             made_for = self.meta["args"]["rollouts"]
             refuse(f"--scores {path}: were made for other rollouts ({made_for}) than --rollouts {rollouts}")
-        self.shards, self.head = [], None
-        self.places = []  # of each rollouts row: (shard, first token, end)
+        self.head, self.places = None, []  # of each rollouts row: (shard, first token, end)
         for number, shard in enumerate(self.meta["shards"]):
-            self.shards.append(safe_open(os.path.join(path, shard["file"]), framework="pt"))
             start = 0
             for tokens in shard["tokens"]:
                 self.places.append((number, start, start + tokens))
@@ -102,6 +118,10 @@ class Scores:
         """The tensors {name: (T, ...)} of the first `count` tokens of a rollouts row, or of all of them."""
         number, start, end = self.places[row]
         end = end if count is None else start + count
+        if number not in self.shards:
+            name = self.meta["shards"][number]["file"]
+            check_files(self.path, "--scores", {name: self.meta["files"][name]}, "make it again")
+            self.shards[number] = safe_open(os.path.join(self.path, name), framework="pt")
         shard = self.shards[number]
         tensors = {name: shard.get_slice(name)[start:end] for name in shard.keys()}
         return {name: tensor.long() if name == "top_ids" else tensor for name, tensor in tensors.items()}

@@ -3,17 +3,19 @@
 import collections
 import json
 import shutil
+import threading
 
 import pytest
 import torch
 
 import score_teacher
+import train
 from conftest import killed_in_call, replace_text, run_line, swap_ids
 from distil.artifacts import read_artifact
 from distil.models import Response, load_model, response_hidden
 from distil.prompts import load_tokenizer
-from distil.rollouts import read_rollouts
-from distil.teacher import Scores
+from distil.rollouts import read_rollouts, stored_responses
+from distil.teacher import Scores, stored_teacher
 from recipes.toy_world import make_model, make_tokenizer
 from score_teacher import score, split_into_shards
 
@@ -57,15 +59,44 @@ def test_stored_states_give_the_live_teachers_logits(world, rollouts, scores):
     reader = Scores(str(scores), str(rollouts))
     teacher = load_model(str(world / "teacher_init"), "-", "float32")
     rows = list(read_rollouts(rollouts))
-    assert len(reader.shards) > 2 and len(reader.places) == len(rows) == 12
+    assert len(reader.places) == len(rows) == 12
     for i, row in enumerate(rows):
         with torch.no_grad():
             logits = teacher(input_ids=torch.tensor([row["prompt_ids"] + row["response_ids"]])).logits[0]
         live = logits[len(row["prompt_ids"]) - 1 : -1]
         torch.testing.assert_close(reader.read(i)["hidden"] @ reader.head.T, live)
+    assert len(reader.shards) > 2
     meta = read_artifact(str(scores), "--", "score_teacher")
     assert meta["counts"]["response_tokens"] == sum(len(row["response_ids"]) for row in rows)
     assert all(sum(shard["tokens"]) <= 30 or len(shard["tokens"]) == 1 for shard in meta["shards"])
+
+
+def test_what_is_read_ahead_is_read_once_by_another_thread(rollouts, scores, monkeypatch):
+    responses = stored_responses(str(rollouts), 5, 64, 29)
+    teacher = stored_teacher(str(scores), str(rollouts), responses, "full", 4, "student")
+    direct, reads, read = teacher.signal(responses), [], Scores.read
+    monkeypatch.setattr(Scores, "read", lambda *a: reads.append(threading.current_thread()) or read(*a))
+    teacher.read_ahead(responses[:8])
+    ahead = teacher.signal(responses)
+    assert torch.equal(ahead.hidden, direct.hidden)
+    assert len(reads) == len(responses) and threading.main_thread() not in reads
+
+
+def test_a_shard_is_checked_when_training_reaches_it(world, rollouts, scores, tmp_path, refused):
+    """The run ends in one line and keeps what it had; with the shard as it was it goes on."""
+    shutil.copytree(scores, tmp_path / "scores")
+    shard = tmp_path / "scores" / "shard_00001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    line = f"--prefix teacher --kl forward --student {world}/student_init --rollouts {rollouts} --scores "
+    line += f"{tmp_path}/scores --batch_size 1 --steps 12 --save_every 1 --max_response_tokens 8"
+    line += f" --dtype float32 --seed 1 --out {tmp_path}/run"
+    refused(lambda: run_line(train, line), f"--scores {tmp_path}/scores: shard_00001.safetensors", "changed")
+    done = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert 0 < done < 12
+    shard.write_bytes(whole)
+    run_line(train, f"{line} --resume")
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 12
 
 
 def test_max_tokens_stores_the_first_ones(world, rollouts, scores, tmp_path):

@@ -85,6 +85,8 @@ done
 SUFFIX=" Please reason step by step, and put your final answer within \\boxed{}."
 TOP16=(--vocab topk --k 16 --topk_set student)
 MACHINE=(--engine "$ENGINE" --dtype "$DTYPE")
+SLEEP=()  # vLLM's memory is the trainer's while it does not sample, or 31,744 tokens would not fit
+if [ "$ENGINE" = vllm ]; then SLEEP=(--engine_sleep); fi
 # train.py splits its batch over the GPUs; in the other stages vLLM splits the model over them.
 # The last -- keeps torchrun from taking --n for a flag of its own
 LAUNCH=(python)
@@ -103,7 +105,7 @@ opd() {  # ROW TOKENS STUDENT TEACHER PROBLEMS SUFFIX STEPS FLAGS: on-policy dis
     --max_response_tokens "$TOKENS" --steps "$7" --lr 1e-6 --warmup 0 --seed 42 --eval_data "$EVAL_DATA" \
     --eval_every "$EVAL_EVERY" --eval_n "$EVAL_N" --eval_max_response_tokens "$EVAL_TOKENS" \
     --save_every "$SAVE_EVERY" --keep_checkpoints "$KEEP_CHECKPOINTS" --micro_batch_tokens 8192 \
-    "${MACHINE[@]}" --out "$out"
+    "${MACHINE[@]}" "${SLEEP[@]}" --out "$out"
   run python evaluate.py --model "$out/final" --benchmarks $BENCHMARKS --prompt_suffix "$SUFFIX" --n 16 \
     --temperature 0.7 --top_p 0.95 --max_response_tokens "$EVAL_TOKENS" --seed 42 --tensor_parallel "$GPUS" \
     "${MACHINE[@]}" --out "$out/evals"

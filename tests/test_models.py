@@ -71,6 +71,18 @@ def test_response_hidden_is_that_of_each_sequence_alone(model):
                 assert logp.item() == pytest.approx(prefix.log_softmax(-1)[token].item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_an_attention_mask_would_change_no_bit(model, attention):
+    """Padding comes after all real positions, and attention is causal: response_hidden() needs no mask."""
+    model = type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    model.set_attn_implementation(attention)
+    responses = [Response([1, 3, 20], [21, 0, 2], False), Response([1], [5, 6, 7, 8, 9, 2], False)]
+    ids = torch.tensor([[1, 3, 20, 21, 0, 0], [1, 5, 6, 7, 8, 9]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
+    masked = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    assert torch.equal(response_hidden(model, responses), torch.cat([masked[0, 2:5], masked[1]]))
+
+
 def test_forward_leaves_out_padded_rows_and_gradients_that_nobody_wants(model):
     responses = [Response(*ids, False) for ids in zip(PROMPTS, RESPONSES)]
     hidden, head = forward(model, responses, 20)

@@ -5,7 +5,8 @@
 writes OUT/problems.jsonl (kept), OUT/dropped.jsonl (with the reason and the nearest problem) and
 OUT/meta.json.
 
-Exact: equal if case and white space are ignored. Semantic: the cosine similarity of the sentence embeddings
+Instructions around a question that recipes/problems.py knows are left out of the comparison. Exact: equal if
+case and white space are ignored. Semantic: the cosine similarity of the sentence embeddings
 to any problem of --against is at least --threshold. The threshold of 0.6 with all-mpnet-base-v2 is that of
 arXiv 2604.13016's code. It needs the package sentence-transformers, which this project does not depend on.
 """
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from distil.artifacts import add_output_flags, check_out, finish_artifact, refuse, start_artifact
 from distil.problems import DATA_HELP, load_problems
+from recipes.problems import without_instructions
 
 
 def get_args(argv=None):
@@ -39,7 +41,7 @@ def get_args(argv=None):
 
 
 def canonical(problem):
-    return " ".join(problem.lower().split())
+    return " ".join(without_instructions(problem).lower().split())
 
 
 def nearest(encode, texts, others, batch=256):
@@ -63,7 +65,8 @@ def duplicates(problems, others, encode=None, threshold=0.6):
         if canonical(problem["problem"]) in where:
             found[i] = ("exact", where[canonical(problem["problem"])], 1.0)
     if encode:
-        similarity, index = nearest(encode, [p["problem"] for p in problems], [o["problem"] for o in others])
+        texts = [[without_instructions(row["problem"]) for row in rows] for rows in (problems, others)]
+        similarity, index = nearest(encode, *texts)
         for i in range(len(problems)):
             if i not in found and similarity[i] >= threshold:
                 found[i] = ("semantic", index[i].item(), similarity[i].item())

@@ -10,12 +10,12 @@
 # of this has been run at full size yet. Values marked "ours" are not in the paper; the others are from the
 # paper or its code.
 #
-# The problems are local .jsonl files with `problem` and `answer` in each line (the hub's have other columns):
-#   --data            DAPO-Math-17K, the questions alone (JustRL-1.5B, a teacher below, was trained on it)
-#   --original_data   the same questions inside DAPO-Math-17K's own instructions ("... Answer: $Answer ...")
-#   --far_data        DeepMath-103K
-#   --sft_data        200,000 mathematics prompts of OpenThoughts3; any text will do as their answers
-#   --cold_data       30,000 other prompts of OpenThoughts3
+# The problems are local .jsonl files, which `python -m recipes.problems NAME --out FILE` writes:
+#   --data            dapo: the questions alone (JustRL-1.5B, a teacher below, was trained on it)
+#   --original_data   dapo_original: the same questions inside the set's own instructions
+#   --far_data        deepmath
+#   --sft_data        openthoughts3 --limit 200000
+#   --cold_data       openthoughts3 --skip 200000 --limit 30000
 set -euo pipefail
 ((BASH_VERSINFO[0] >= 4)) || { echo "error: needs bash 4 or newer" >&2; exit 2; }
 cd "$(dirname "$0")/.."

@@ -40,6 +40,17 @@ def test_semantic_drops_at_the_threshold_and_names_the_nearest():
     assert dedup.duplicates(problems("1 + 1"), problems("one plus one"), encode, threshold=0.71) == {}
 
 
+def test_instructions_are_not_compared():
+    """Two questions with the same instructions are not alike, and one question with two is the same."""
+    boxed = " Please reason step by step, and put your final answer within \\boxed{}."
+    first = "Solve the following math problem step by step. The last line ..."
+    last = 'Remember to put your answer on its own line after "Answer:".'
+    dapo = [f"{first}\n\n{question}\n\n{last}" for question in ("far", "1 + 1")]
+    others = problems("far" + boxed, "down" + boxed)
+    found = dedup.duplicates(problems("far" + boxed, "1 + 1" + boxed, *dapo), others, encode, threshold=0.9)
+    assert {i: found[i][:2] for i in found} == {0: ("exact", 0), 2: ("exact", 0)}
+
+
 def test_main_writes_what_is_kept_and_what_is_dropped(tmp_path, monkeypatch):
     monkeypatch.setattr(dedup, "load_encoder", lambda name: encode)
     sets = {"data": problems("1 + 1", "far", "ONE  plus one"), "against": problems("one plus one")}

@@ -35,7 +35,9 @@ def overlap(top):
         overlap_mass           sum of q over S and T
         overlap_mass_teacher   sum of p over S and T
         overlap_advantage      mean over v in S and T of q'(v) (log p'(v) - log q'(v)), with p' and q'
-                               renormalised on S and T; 0 where that is empty"""
+                               renormalised on S and T; 0 where that is empty
+        overlap_advantage_raw  as in that paper's released code: mean over S and T of q''(v) (log p(v) -
+                               log q(v)), with q'' renormalised on S and the log-ratio as it is"""
     log_q, student_ids, log_p, teacher_ids = top
     same = student_ids[:, :, None] == teacher_ids[:, None]  # (N, k, k)
     shared = same.any(2)  # (N, k): the student's token is one of the teacher's too
@@ -44,9 +46,11 @@ def overlap(top):
     log_q_shared = log_q.masked_fill(~shared, -1e30).log_softmax(1)
     log_p_shared = log_p.masked_fill(~shared, -1e30).log_softmax(1)
     advantage = log_q_shared.exp() * (log_p_shared - log_q_shared) * shared
+    raw = log_q.softmax(1) * (log_p - log_q) * shared
     return {
         "overlap_ratio": count / student_ids.shape[1],
         "overlap_mass": (log_q.exp() * shared).sum(1),
         "overlap_mass_teacher": (log_p.exp() * shared).sum(1),
         "overlap_advantage": advantage.sum(1) / count.clamp(min=1),
+        "overlap_advantage_raw": raw.sum(1) / count.clamp(min=1),
     }

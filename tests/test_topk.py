@@ -100,9 +100,12 @@ def test_the_diagnostics_of_both_papers(case, vocab):
         both = sorted(set(q.topk(K).indices.tolist()) & set(p.topk(K).indices.tolist()))
         q_bar, p_bar = q[both] - q[both].exp().sum().log(), p[both] - p[both].exp().sum().log()
         advantage = (q_bar.exp() * (p_bar - q_bar)).mean() if both else torch.zeros(())
+        of_top = q.exp() / q.topk(K).values.exp().sum()
+        raw = (of_top * (p - q))[both].mean() if both else torch.zeros(())
         row = {"fkl": (p.exp() * (p - q)).sum(), "rkl": (q.exp() * (q - p)).sum()}
         row |= {"student_entropy": h_q, "teacher_entropy": h_p, "entropy_gap": (h_p - h_q).abs()}
         row |= {"overlap_ratio": len(both) / K, "overlap_advantage": advantage}
+        row |= {"overlap_advantage_raw": raw}
         row |= {"overlap_mass": q[both].exp().sum(), "overlap_mass_teacher": p[both].exp().sum()}
         right.append({name: float(value) for name, value in row.items()})
     assert 0 < sum(row["overlap_ratio"] for row in right) < N  # neither none nor all overlap

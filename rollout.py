@@ -1,8 +1,9 @@
-"""Sample responses to problems from a teacher or a student, with vLLM or transformers.
+"""Sample responses to problems from a teacher or a student, with vLLM or transformers, or take stored ones.
 
     problems  ->  rollouts/rollouts.jsonl, rollouts/tokenizer/, rollouts/meta.json
 
     python rollout.py --model Qwen/Qwen3-4B --data deepscaler --max_response_tokens 4096 --out out/rollouts
+    python rollout.py --model Qwen/Qwen3-4B --responses open-r1/OpenR1-Math-220k --out out/rollouts
 
 Each response is a row: id, sample, prompt_ids, response_ids, response, finish_reason, answer. The token ids
 are the truth: no later stage tokenises text again. finish_reason is "stop" if response_ids ends with a stop
@@ -10,21 +11,41 @@ token, and "length" if --max_response_tokens truncated the response.
 
 --drop keeps what is not worth learning from out of a cold start: faulty responses are sampled again, up to
 --attempts times in all, and then dropped (arXiv 2604.13016 and its code).
+
+--responses takes the place of --data: its rows hold problems and responses as text, which get --model's
+prompts and token ids; its weights are not read. docs/data.md has the columns.
 """
 
 import functools
+import itertools
 import os
 from collections import Counter, defaultdict
 
 from tqdm import tqdm
 
 from distil import flags
-from distil.artifacts import add_output_flags, check_out, run_stage, start_artifact, stop, stop_requested
+from distil.artifacts import (
+    add_output_flags,
+    check_out,
+    refuse,
+    run_stage,
+    start_artifact,
+    stop,
+    stop_requested,
+)
 from distil.jsonl import GrowingFile
-from distil.models import default_dtype, load_model
-from distil.problems import add_problem_flags, asked
+from distil.models import Response, context_of, default_dtype, load_model
+from distil.problems import add_problem_flags, asked, gold_answer, load_rows
+from distil.prompts import prompt_text, render_prompt, stop_ids
 from distil.rollouts import finish_rollouts, write_rollouts
-from distil.sampling import add_sampling_flags, derive_seed, load_task, sample_stream, sampling_from
+from distil.sampling import (
+    add_sampling_flags,
+    derive_seed,
+    load_task,
+    load_template,
+    sample_stream,
+    sampling_from,
+)
 from distil.vllm_engine import load_vllm
 
 
@@ -34,7 +55,11 @@ def get_args(argv=None):
     p.add_argument(
         "--model", type=flags.path, required=True, help="directory or hub id of the model to sample"
     )
-    add_problem_flags(p)
+    add_problem_flags(p, required=False)
+    p.add_argument(
+        "--responses", type=flags.path, help="stored responses, in place of --data: hub id or file"
+    )
+    p.add_argument("--response_column", default="response", help="else completion, generations, messages")
     p = parser.add_argument_group("sampling")
     add_sampling_flags(p)
     dtypes = ["float32", "bfloat16", "float16"]
@@ -51,7 +76,16 @@ def get_args(argv=None):
     attempts_help = "with --drop, times a response is sampled before it is dropped"
     p.add_argument("--attempts", type=flags.positive_int, default=3, help=attempts_help)
     add_output_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if bool(args.data) == bool(args.responses):
+        parser.error("give --data to sample responses, or --responses to take stored ones")
+    if args.data and args.response_column != parser.get_default("response_column"):
+        parser.error("--response_column: is for --responses")
+    sampling = "engine n temperature top_p top_k sample_batch tensor_parallel gpu_memory_utilization attempts"
+    for name in sampling.split() if args.responses else []:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name}: nothing is sampled with --responses")
+    return args
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -108,20 +142,113 @@ def judge(args, tokenizer, seed, faults, request, response):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Stored responses
+
+ROLES = {"user": ("user", "human"), "assistant": ("assistant", "gpt")}
+
+
+def said(value, role):
+    """A text itself; or what a role says first in turns, {"role", "content"} or {"from", "value"}."""
+    for turn in value if isinstance(value, list) else []:
+        if isinstance(turn, dict) and turn.get("role", turn.get("from")) in ROLES[role]:
+            return turn.get("content", turn.get("value"))
+    return value
+
+
+def exchange(row, problem_column, response_column):
+    """(problem, [responses]) of a row: text that is not empty; None and [] where there is none."""
+    turns = ["messages", "conversations"]
+    problems = [row.get(name) for name in (problem_column, "question", "prompt", *turns)]
+    responses = [row.get(name) for name in (response_column, "completion", "generations", *turns)]
+    problem, response = (next((x for x in found if x), None) for found in (problems, responses))
+    several = isinstance(response, list) and isinstance(response[0], str)
+    problem, responses = said(problem, "user"), response if several else [said(response, "assistant")]
+    is_text = lambda x: isinstance(x, str) and bool(x.strip())
+    return problem if is_text(problem) else None, list(filter(is_text, responses))
+
+
+def encode_response(tokenizer, text, stops, limit):
+    """(token ids, whether they were cut). An end token follows the text, in place of one written in it."""
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
+    for stop_id in stops:
+        text = text.rstrip().removesuffix(tokenizer.convert_ids_to_tokens(stop_id))
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids + [end]
+    return ids[:limit], len(ids) > limit
+
+
+def stored_groups(args, tokenizer, vocab_size, context, stops, name, rows, counts):
+    """Yields ({"id", "answer"}, [Response or None]) of rows, and counts what is left out or changed."""
+    limit, begin = args.max_response_tokens, prompt_text(tokenizer, "PROBLEM").rpartition("PROBLEM")[2]
+    for index, (_, row) in enumerate(rows):
+        problem, responses = exchange(row, args.problem_column, args.response_column)
+        if not problem or not responses:
+            counts["rows without problem or response"] += 1
+            continue
+        prompt_ids = render_prompt(tokenizer, problem, args.prompt_suffix)
+        if args.max_prompt_tokens and len(prompt_ids) > args.max_prompt_tokens:
+            counts["rows with a longer prompt"] += 1
+            continue
+        group = []
+        for text in responses:
+            thinks = text.lstrip().startswith("<think>")
+            if thinks and begin.rstrip().endswith("<think>"):  # it is in the prompt
+                text = text.lstrip().removeprefix("<think>").lstrip("\n")
+            response_ids, cut = encode_response(tokenizer, text, stops, limit)
+            reason = fault(text, cut, args.drop)
+            if len(prompt_ids) + len(response_ids) > context:
+                reason = f"longer than the context of {context}"
+            if max(prompt_ids + response_ids) >= vocab_size:
+                reason = "a token without a row in the model"
+            if {*stops}.intersection(response_ids[:-1]):  # of a tokenizer that reads unknown text as one
+                reason = "an end token inside"
+            counts[reason or "kept"] += 1
+            counts["cut"] += cut
+            counts["thinks after a prompt that ends thinking"] += thinks and "</think>" in begin
+            group.append(None if reason else Response(prompt_ids, response_ids, cut))
+        answer = gold_answer(row.get(args.answer_column))
+        yield {"id": f"{name}/{index}", "answer": answer if isinstance(answer, str) else ""}, group
+
+
+def take_responses(args):
+    """--responses: rows with text become the artifact that sampling makes."""
+    directory, tokenizer, size = load_template(args.model, args.template_from)
+    stops = sorted({*stop_ids(tokenizer, directory, size), *args.extra_stop_ids})
+    name, _, rows = load_rows(args.responses, flag="--responses")
+    rows = itertools.islice(rows, args.limit or None)
+    where, first = next(rows, ("", {}))
+    if not all(exchange(first, args.problem_column, args.response_column)):
+        has = f"{where} has {', '.join(first) or 'no columns'}"
+        refuse(f"--responses: no problem and response in the first row (see --response_column): {has}")
+    start_artifact(args)
+    path, counts = os.path.join(args.out, "rollouts.jsonl"), Counter()
+    rows = itertools.chain([(where, first)], rows)
+    groups = stored_groups(args, tokenizer, size, context_of(directory), stops, name, rows, counts)
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        for problem, group in tqdm(groups, unit="row"):
+            write_rollouts(file, tokenizer, [problem], [group])
+            if stop_requested():
+                stop(args)
+    facts = {"model": os.path.realpath(directory), "stop_ids": stops}
+    finish_rollouts(args, tokenizer, counts, args.prompt_suffix, **facts)
+
+
+# ----------------------------------------------------------------------------------------------------------
 
 
 def main(args):
     check_out(args)
+    if args.responses:
+        return take_responses(args)
     make_sampling = functools.partial(sampling_from, args)
     task = load_task(args.model, asked(args), make_sampling)
-    problems, stop_ids = task.problems, task.sampling.stop_ids
+    problems, stops = task.problems, task.sampling.stop_ids
     if args.engine == "vllm":
         machine = args.dtype, args.tensor_parallel, args.gpu_memory_utilization
         engine = load_vllm(task.directory, task.sampling.vocab_size, *machine)
     else:
         engine = load_model(task.directory, "--model", args.dtype)
     start_artifact(args)
-    how = f"engine {args.engine}, {args.dtype}, stop ids {stop_ids}"
+    how = f"engine {args.engine}, {args.dtype}, stop ids {stops}"
     print(f"rollout: {len(problems)} problems x {args.n}, {how}")
 
     path = os.path.join(args.out, "rollouts.jsonl")
@@ -146,7 +273,7 @@ def main(args):
             if stop_requested():
                 stop(args)
     model = os.path.realpath(task.directory)
-    facts = {"model": model, "stop_ids": stop_ids, "dropped_problems": {"data": task.dropped}}
+    facts = {"model": model, "stop_ids": stops, "dropped_problems": {"data": task.dropped}}
     finish_rollouts(args, task.tokenizer, fault_counts, args.prompt_suffix, **facts)
 
 

@@ -87,11 +87,7 @@ def load_problems(data, limit=0, columns=COLUMNS):
 
     An id is the data set's name and the row's own `id` or `unique_id`, or else its index. columns: of
     problem and answer, in data that is not one of DATASETS."""
-    name, kind = os.path.splitext(os.path.basename(data))
-    if kind in FILES:
-        dataset, rows = DataSet(data, None, "", *columns), read_file(data, kind)
-    else:
-        name, dataset, rows = load_from_hub(data, columns)
+    name, dataset, rows = load_rows(data, columns)
     names = ["problem", "question"] if dataset.problem == "problem" else [dataset.problem]
     problems, seen = [], {}
     for index, (where, row) in enumerate(itertools.islice(rows, limit or None)):
@@ -117,10 +113,18 @@ def load_problems(data, limit=0, columns=COLUMNS):
     return problems
 
 
-def read_file(path, kind):
+def load_rows(data, columns=COLUMNS, flag="--data"):
+    """(name, DataSet, iterator of (where, row)) of a local file, one of DATASETS or a hub id."""
+    name, kind = os.path.splitext(os.path.basename(data))
+    if kind in FILES:
+        return name, DataSet(data, None, "", *columns), read_file(data, kind, flag)
+    return load_from_hub(data, columns, flag)
+
+
+def read_file(path, kind, flag="--data"):
     """Yield (place, row). Not by the loaders of `datasets`: they make 7 of "007" and null of "NA"."""
     if not os.path.isfile(path):
-        refuse(f"--data {path}: no such file")
+        refuse(f"{flag} {path}: no such file")
     number = 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -143,10 +147,10 @@ def read_file(path, kind):
         refuse(f"cannot read {path} after row {number}: {error}")
 
 
-def load_from_hub(data, columns):
-    """(name, DataSet, iterator of (where, row)) of one of DATASETS or of name[:configuration[:split]]."""
+def load_from_hub(data, columns, flag):
+    """load_rows() of one of DATASETS or of name[:configuration[:split]]."""
     if data not in DATASETS and (os.path.isfile(data) or not re.match(r"[\w.-]+/[\w.-]+(:|$)", data)):
-        refuse(f"--data {data}: must be {DATA_HELP}")
+        refuse(f"{flag} {data}: must be {DATA_HELP}")
     name, configuration, split = (data.split(":") + ["", ""])[:3]
     dataset = DATASETS.get(data) or DataSet(name, configuration or None, split or "train", *columns)
     reachable = hub_reachable()
@@ -157,7 +161,7 @@ def load_from_hub(data, columns):
         rows = load_dataset(name, configuration, split=split)
     except (OSError, ValueError, exceptions.DatasetsError) as error:  # not found, no network
         why = error if reachable else "the hub cannot be reached and the data set is not in the local cache"
-        refuse(f"--data {data}: cannot load {name}: {why}; without the hub, pass a .jsonl file")
+        refuse(f"{flag} {data}: cannot load {name}: {why}; without the hub, pass a .jsonl file")
     return f"{name}/{split}", dataset, ((f"{name} split {split} row {i}", row) for i, row in enumerate(rows))
 
 

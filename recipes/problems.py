@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from distil import flags
 from distil.artifacts import refuse
-from distil.problems import FILES, gold_answer, load_from_hub, read_file
+from distil.problems import gold_answer, load_rows
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 DAPO = "Solve the following math problem step by step.", "Remember to put your answer on its own line"
@@ -93,8 +93,7 @@ def main(args):
     source = args.source or SETS[args.name][0]
     if os.path.exists(args.out):
         refuse(f"--out {args.out}: exists; remove it, or name another file")
-    kind = os.path.splitext(source)[1]
-    rows = read_file(source, kind) if kind in FILES else load_from_hub(source, ("problem", "answer"))[2]
+    rows = load_rows(source, flag="--source")[2]
     counts = Counter({"written": 0})
     os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
     with open(args.out + ".tmp", "w", encoding="utf-8") as file:

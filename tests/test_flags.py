@@ -17,7 +17,7 @@ NUMBERS = {  # {type: (values of its range, numbers outside of it)}
     flags.positive_fraction: (("0.1", "1"), ("0", "-0.1", "1.5")),
     flags.temperature: (("0", "0.01", "2"), ("1e-3", "1e-320", "-1")),
 }
-FREE_TEXT = {"prompt_suffix", "problem_column", "answer_column"}
+FREE_TEXT = {"prompt_suffix", "problem_column", "answer_column", "response_column"}
 SENSELESS = [
     "nan",
     "-nan",

@@ -1,0 +1,151 @@
+"""rollout.py --responses: stored responses in the columns of real data sets become rollouts."""
+
+import json
+
+import pytest
+
+import rollout
+import score_teacher
+import train
+from conftest import run_line
+from distil.artifacts import read_artifact
+from distil.prompts import render_prompt
+from recipes.toy_world import make_tokenizer
+
+TEXT, OTHER = "1+2=3\n\\boxed{3}", "1+2=\\boxed{3}"
+PROBLEM = "1+2"
+
+
+def turns(*pairs, keys=("role", "content")):
+    return [dict(zip(keys, pair)) for pair in pairs]
+
+
+TALK = turns(("user", PROBLEM), ("assistant", TEXT))
+SHAPES = {
+    "problem and response": ({"problem": PROBLEM, "response": TEXT, "answer": 3}, "3"),
+    "question": ({"question": PROBLEM, "response": TEXT, "answer": "so #### 3"}, "3"),
+    "prompt and completion": ({"prompt": PROBLEM, "completion": TEXT}, ""),
+    "TRL, as turns": ({"prompt": TALK[:1], "completion": TALK[1:]}, ""),
+    "messages": ({"messages": turns(("system", "Be kind."), *[(t["role"], t["content"]) for t in TALK])}, ""),
+    "OpenR1-Math": (
+        {"problem": PROBLEM, "solution": "..", "answer": "3", "generations": [TEXT], "messages": TALK},
+        "3",
+    ),
+    "OpenThoughts": (
+        {
+            "system": "Think.",
+            "conversations": turns(("user", PROBLEM), ("assistant", TEXT), keys=("from", "value")),
+        },
+        "",
+    ),
+    "OpenThoughts3": (
+        {"domain": "math", "conversations": turns(("human", PROBLEM), ("gpt", TEXT), keys=("from", "value"))},
+        "",
+    ),
+}
+
+
+def run(world, tmp_path, rows, more=""):
+    source = tmp_path / "stored.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = f"--model {world}/teacher_init --responses {source} --out {tmp_path}/out --max_response_tokens 16"
+    run_line(rollout, f"{line} {more}")
+    return [json.loads(line) for line in open(tmp_path / "out/rollouts.jsonl")]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_of_real_sets_become_rollouts(shape, world, tmp_path):
+    row, answer = SHAPES[shape]
+    (found,) = run(world, tmp_path, [row])
+    tokenizer = make_tokenizer()
+    assert found["prompt_ids"] == render_prompt(tokenizer, PROBLEM)
+    assert tokenizer.decode(found["response_ids"]) == TEXT + tokenizer.eos_token
+    assert (found["id"], found["sample"], found["answer"]) == ("stored/0", 0, answer)
+    assert found["finish_reason"] == "stop"
+
+
+def test_what_is_left_out_or_cut_is_counted(world, tmp_path, capsys):
+    rows = [
+        {"problem": PROBLEM, "generations": [TEXT, OTHER], "answer": "3"},
+        {"problem": PROBLEM, "response": ""},
+        {"problem": "", "response": TEXT},
+        {"problem": "1+" * 20 + "2", "response": TEXT},
+        {"problem": PROBLEM, "response": "1" * 16},  # its end token is the 17th
+        {"problem": PROBLEM, "response": "1" * 15},
+        {"problem": PROBLEM, "response": TEXT + "<|im_end|>\n"},
+    ]
+    found = run(world, tmp_path, rows, "--max_prompt_tokens 20 --drop truncated")
+    assert [(row["id"], row["sample"]) for row in found] == [
+        ("stored/0", 0),
+        ("stored/0", 1),
+        ("stored/5", 0),
+        ("stored/6", 0),
+    ]
+    assert found[0]["response_ids"] == found[3]["response_ids"]  # one end token
+    assert len(found[2]["response_ids"]) == 16
+    faults = read_artifact(str(tmp_path / "out"), "--", "rollout")["counts"]["faults"]
+    expected = {
+        "rows without problem or response": 2,
+        "rows with a longer prompt": 1,
+        "cut": 1,
+        "truncated": 1,
+    }
+    assert {name: faults[name] for name in expected} == expected and faults["kept"] == 4
+    assert "1 truncated" in capsys.readouterr().out
+
+
+def test_cut_responses_end_by_length(world, tmp_path):
+    (found,) = run(world, tmp_path, [{"problem": PROBLEM, "response": "12345"}], "--max_response_tokens 5")
+    assert len(found["response_ids"]) == 5 and found["finish_reason"] == "length"
+
+
+def test_an_end_token_inside_a_response_leaves_it_out(world, tmp_path):
+    """The toy tokenizer reads what it does not know as <|endoftext|>, which ends a response."""
+    rows = [{"problem": PROBLEM, "response": text} for text in ("1?2", TEXT)]
+    assert [row["id"] for row in run(world, tmp_path, rows)] == ["stored/1"]
+    faults = read_artifact(str(tmp_path / "out"), "--", "rollout")["counts"]["faults"]
+    assert faults["an end token inside"] == 1 and faults["kept"] == 1
+
+
+def test_scores_and_both_kls_work_on_them(world, tmp_path):
+    run(world, tmp_path, [{"problem": f"{i}+2", "response": TEXT} for i in range(6)])
+    common = f"--rollouts {tmp_path}/out --dtype float32"
+    run_line(score_teacher, f"--teacher {world}/teacher_init {common} --out {tmp_path}/scores")
+    for kl in ("forward", "reverse"):
+        line = (
+            f"--prefix teacher --kl {kl} --student {world}/student_init --scores {tmp_path}/scores {common}"
+        )
+        run_line(train, f"{line} --steps 2 --batch_size 3 --out {tmp_path}/{kl}")
+        rows = [json.loads(line) for line in open(tmp_path / kl / "metrics.jsonl")]
+        assert len(rows) == 2 and rows[0]["response_length"] == 10
+
+
+def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, refused):
+    good = {"problem": PROBLEM, "response": TEXT}
+    for row in (
+        good | {"response": 5},
+        {"text": "x"},
+        {"messages": [5]},
+        {"prompt": [["x"]], "completion": {}},
+    ):
+        refused(
+            lambda: run(world, tmp_path, [row]), "--responses", "stored.jsonl line 1", "--response_column"
+        )
+    assert not (tmp_path / "out").exists()
+    refused(lambda: run(world, tmp_path, [good], "--temperature 0.5"), "--temperature", "nothing is sampled")
+    refused(lambda: run(world, tmp_path, [good], f"--data {world}/train.jsonl"), "--data", "--responses")
+    refused(
+        lambda: run(world, tmp_path, [good], f"--responses {tmp_path}/none.jsonl"),
+        "--responses",
+        "no such file",
+    )
+    refused(
+        lambda: run_line(rollout, f"--model {world}/teacher_init --out {tmp_path}/x"), "--data", "--responses"
+    )
+    line = f"--model m --data d --response_column x --out {tmp_path}/x"
+    refused(lambda: run_line(rollout, line), "--response_column")
+
+
+def test_nothing_heavy_is_loaded(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(rollout, "load_model", lambda *words: pytest.fail("a model was loaded"))
+    run(world, tmp_path, [{"problem": PROBLEM, "response": TEXT}])

@@ -1,17 +1,21 @@
 """Group relative policy optimisation (GRPO, arXiv 2402.03300) of a checkpoint on correct answers.
 
 For each problem the current model samples a group of responses. With r_i the rewards of a group (1 if the
-answer is correct, else 0), y_it the tokens of response i, pi the model and pi_old the model that sampled, all
-at temperature 1,
+answer is correct, else 0), y_it the tokens of response i, pi the policy and pi_old the policy that sampled,
 
     A_i   = (r_i - mean(r)) / (std(r) + 1e-4)                  --scale_advantages none: not divided
     s_it  = pi(y_it | x, y_i<t) / pi_old(y_it | x, y_i<t)      1 with one update a batch (--updates)
     w_it  = min(pi_old(y_it | ..) / pi_vllm(y_it | ..), cap)   vLLM computes a little differently
     loss  = mean_it [ -w_it min(s_it A_i, clip(s_it, 1 - clip_low, 1 + clip_high) A_i)
-                      + kl_weight KL(pi || reference)_it ]
+                      + kl_weight KL(model || reference)_it ]
 
-The KL is exact over the vocabulary, in no more memory than the log-probabilities take. A group whose rewards
-are all equal has no policy gradient; those groups are counted.
+--policy says what pi is. full: the model, its softmax at temperature 1 over the whole vocabulary, even where
+--temperature, --top_p or --top_k sample from something else. truncated: the distribution that was sampled
+from, softmax(logits / temperature) over the tokens that top-k and top-p keep. Then the loss has the gradient
+of the sampler's expected reward. With --updates, the kept tokens are those of pi_old.
+
+The KL is exact, at temperature 1 over the whole vocabulary, in no more memory than the log-probabilities
+take. A group whose rewards are all equal has no policy gradient; those groups are counted.
 
     checkpoint, problems  ->  run/final/ (a Hugging Face directory), run/metrics.jsonl, run/evals.jsonl,
                               run/meta.json; names: docs/metrics.md
@@ -19,8 +23,7 @@ are all equal has no policy gradient; those groups are counted.
     python grpo.py --model out/run/final --data deepscaler --out out/run_grpo
 
 Not stated in arXiv 2605.16826: the division by the deviation, the mean over tokens, the clipping, what
-happens to truncated responses. Tokens are sampled with top-p 0.95 there and here, while pi and
-pi_old are the whole softmax.
+happens to truncated responses, the policy. Tokens are sampled with top-p 0.95 there and here.
 """
 
 import functools
@@ -36,10 +39,18 @@ from distil.models import forward
 from distil.preflight import check_tokenizers
 from distil.problems import add_problem_flags, asked
 from distil.prompts import load_tokenizer, tokenizer_sha256, vocab_size_of
-from streaming_kl import entropies, linear_streaming_kl, token_logps
+from streaming_kl import (
+    KeptSets,
+    entropies,
+    kept_sets,
+    linear_streaming_kl,
+    sampler_kl,
+    sampler_logps,
+    token_logps,
+)
 
 SHOWN = ("reward", "correct", "equal_groups", "loss", "entropy", "clip_fraction", "reference_kl", "mismatch")
-SHOWN += ("response_length", "truncated")
+SHOWN += ("sampler_kl", "outside", "response_length", "truncated")
 
 
 def correct(args, problem, response, verdict):
@@ -61,6 +72,8 @@ def get_args(argv=None):
     sampling.add_sampling_flags(p, n=8, top_p=0.95, gpu_memory_utilization=0.3)
     p = parser.add_argument_group("the loss")
     p.add_argument("--reward", choices=sorted(REWARDS), default="correct", help="what makes a response good")
+    policy_help = "full: the model; truncated: what --temperature, --top_p and --top_k make of it"
+    p.add_argument("--policy", choices=["full", "truncated"], default="full", help=policy_help)
     scales_help = "whether advantages are divided by the deviation of the group's rewards"
     p.add_argument("--scale_advantages", choices=["group", "none"], default="group", help=scales_help)
     units = ["token", "sequence"]
@@ -134,6 +147,19 @@ def advantages_of(rewards, scale="group"):
     return centred if scale == "none" else centred / (rewards.std(1, keepdim=True) + 1e-4)
 
 
+def policy_logps(args, hidden, head, tokens, kept=None):
+    """log pi of the tokens (N,), with gradients, and how pi and the sampler differ: {name: (N,)}.
+
+    kept: the KeptSets of the policy that sampled; None: those of this one."""
+    sampler = args.temperature, args.top_p, args.top_k
+    if sampling.is_plain(args):
+        return token_logps(hidden, head, tokens), {}
+    if args.policy == "full":
+        return token_logps(hidden, head, tokens), {"sampler_kl": sampler_kl(hidden, head, *sampler)}
+    logps, kl, outside = sampler_logps(hidden, head, tokens, *sampler, kept)
+    return logps, {"sampler_kl": kl, "outside": outside.float()}
+
+
 def policy_loss(args, logps, old_logps, advantages, weight):
     """The clipped loss over N tokens, and which of them are clipped, so without gradient.
 
@@ -147,14 +173,15 @@ def policy_loss(args, logps, old_logps, advantages, weight):
 def micro_batch_loss(args, model, reference, vocab_size, responses, tokens, weight):
     """The loss over the N tokens of some Responses, sum_i weight_i loss_i, and metrics {name: (N,)}."""
     hidden, head = forward(model, responses, vocab_size, args.dtype)
-    logps = token_logps(hidden, head, tokens)
+    kept = KeptSets(*map(torch.cat, zip(*[r.kept for r in responses]))) if responses[0].kept else None
+    logps, metrics = policy_logps(args, hidden, head, tokens, kept)
     old_logps = logps.detach()
     if responses[0].old_logps is not None:
         old_logps = torch.cat([r.old_logps for r in responses]).to(tokens.device)
-    importance, metrics = torch.ones_like(weight), {}
+    importance = torch.ones_like(weight)
     if responses[0].sampler_logps is not None:
-        sampler_logps = [logp for r in responses for logp in r.sampler_logps]
-        log_ratio = old_logps - torch.tensor(sampler_logps, device=tokens.device)
+        vllm_logps = [logp for r in responses for logp in r.sampler_logps]
+        log_ratio = old_logps - torch.tensor(vllm_logps, device=tokens.device)
         metrics["mismatch"] = log_ratio.abs()
         if args.importance_cap:
             importance = log_ratio.exp().clamp(max=args.importance_cap)
@@ -215,16 +242,20 @@ def has_gradient(args, response):
 
 @torch.no_grad()
 def add_old_logps(args, model, vocab_size, responses):
-    """The Responses with their log-probabilities under the model as it is now."""
+    """The Responses with their log-probabilities under the policy as it is now, and what that keeps."""
     found = {}
     for indices, _ in batches.micro_batches(responses, args.micro_batch_tokens):
         batch = [responses[i] for i in indices]
         tokens = torch.tensor([token for r in batch for token in r.response_ids], device=model.device)
-        logps = token_logps(*forward(model, batch, vocab_size, args.dtype), tokens)
-        pieces = logps.cpu().split([len(r.response_ids) for r in batch])
-        found.update(zip(indices, pieces))
+        hidden, head = forward(model, batch, vocab_size, args.dtype)
+        lengths = [len(r.response_ids) for r in batch]
+        logps = policy_logps(args, hidden, head, tokens)[0].cpu().split(lengths)
+        kept = [None] * len(batch)
+        if args.policy == "truncated" and (args.top_p < 1 or args.top_k):
+            kept = kept_sets(hidden, head, args.temperature, args.top_p, args.top_k).split(lengths)
+        found.update(zip(indices, zip(logps, kept)))
     found = dict(ranks.gather(list(found.items())))
-    return [r._replace(old_logps=found[i]) for i, r in enumerate(responses)]
+    return [r._replace(old_logps=found[i][0], kept=found[i][1]) for i, r in enumerate(responses)]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -261,7 +292,7 @@ def main(args):
     artifacts.check_out(args)
     sampling_of = functools.partial(sampling.sampling_from, args)
     task = sampling.load_task(args.model, asked(args, args.eval_data), sampling_of)
-    config = task.sampling._replace(logprobs=True)
+    config = task.sampling._replace(logprobs="raw" if args.policy == "full" else "processed")
     longest = max(map(len, task.prompts)) + args.max_response_tokens
     cell = origin_of(task.directory, args.model)["cell"]  # it was distilled in, if any
     cell = cell | {"name": f"{cell['name']}, then GRPO" if "name" in cell else "GRPO"}

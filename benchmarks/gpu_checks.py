@@ -213,7 +213,7 @@ def mismatch(engine, model):
     tokenizer = prompts.load_tokenizer("student", "student")
     questions = [prompts.render_prompt(tokenizer, f"a={i} b=3") for i in range(8)]
     stops = [tokenizer.eos_token_id]
-    config = sampling.SamplingConfig(4, 1.0, 1.0, 0, SIZES.stored, stops, SIZES.tokens, logprobs=True)
+    config = sampling.SamplingConfig(4, 1.0, 1.0, 0, SIZES.stored, stops, SIZES.tokens, logprobs="raw")
     responses = [one for group in sampling.sample(engine, questions, config, seed=0) for one in group]
     tokens = torch.tensor([i for one in responses for i in one.response_ids], device=model.device)
     assert tokens.max() < SIZES.tokens, "vLLM sampled an id that no token has"

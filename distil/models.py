@@ -27,6 +27,7 @@ class Response(NamedTuple):
     row: int = -1  # its place in a rollouts artifact
     advantage: float = 0.0  # GRPO
     old_logps: torch.Tensor | None = None  # (T,) under the policy that sampled; None: the model as it is
+    kept: tuple | None = None  # streaming_kl.KeptSets of that policy; None: those of the model as it is
     text: str = ""  # decoded, where somebody needs it
 
     @property

@@ -48,7 +48,7 @@ class SamplingConfig(NamedTuple):
     stop_ids: list
     vocab_size: int  # prompts.vocab_size_of(); ids from here on are never sampled
     sample_batch: int = 256  # responses sampled together
-    logprobs: bool = False  # whether Response.sampler_logps is wanted, vLLM only
+    logprobs: str = ""  # that vLLM returns: "raw", the model's, or "processed", the sampler's
 
 
 def is_plain(config):

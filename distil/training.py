@@ -151,7 +151,7 @@ class Run:
 
     def __init__(self, args, directory, tokenizer, config, cell, longest, other=None, samples=True):
         self.args, self.tokenizer, self.cell, self.dropped = args, tokenizer, cell, {}
-        self.vocab_size, stops = config.vocab_size, config.stop_ids
+        self.vocab_size, self.logprobs, stops = config.vocab_size, config.logprobs, config.stop_ids
         self.name = os.path.basename(os.path.normpath(args.out))
         if args.eval_data:
             self.eval_limit = limit = args.eval_max_response_tokens or args.max_response_tokens
@@ -160,7 +160,7 @@ class Run:
             about = tokenizer, wanted.prompt_suffix, self.vocab_size, context_of(directory)
             about += wanted.max_prompt_tokens, limit, "eval_max_response_tokens"
             self.problems, self.prompts, self.dropped["eval_data"] = encode_problems(problems, *about)
-            self.sampling = config._replace(n=args.eval_n, top_k=0, logprobs=False, **EVAL_SAMPLING)
+            self.sampling = config._replace(n=args.eval_n, top_k=0, logprobs="", **EVAL_SAMPLING)
         if args.tensor_parallel != 1:
             artifacts.refuse("--tensor_parallel: in training vLLM shares the trainer's GPU; use 1")
         if args.engine_sleep and args.engine != "vllm":
@@ -198,8 +198,8 @@ class Run:
         """vLLM; or the model itself; or, where that is sharded, a whole copy on each rank."""
         args = self.args
         if args.engine == "vllm":
-            machine = args.dtype, args.tensor_parallel, args.gpu_memory_utilization
-            return load_vllm(directory, self.vocab_size, *machine, "float32", args.engine_sleep)
+            machine = args.dtype, args.tensor_parallel, args.gpu_memory_utilization, "float32"
+            return load_vllm(directory, self.vocab_size, *machine, args.engine_sleep, self.logprobs)
         if ranks.world_size() > 1:
             return load_model(directory, "the starting model", "float32")
         return self.model

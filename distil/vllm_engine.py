@@ -17,10 +17,13 @@ from distil.models import Response, check_finite, context_of, refusing
 STALLED_SECONDS = 600  # a step yields a token for each running response; one that takes longer never ends
 
 
-def load_vllm(directory, vocab_size, dtype, tensor_parallel, memory, head_dtype="model", sleep=False):
+def load_vllm(
+    directory, vocab_size, dtype, tensor_parallel, memory, head_dtype="model", sleep=False, logprobs="raw"
+):
     """A vLLM engine in this process, on the GPU or, with the CPU build, on the CPU.
 
-    Ids from vocab_size on are never sampled. sleep: it sleeps from the start, until update_engine()."""
+    Ids from vocab_size on are never sampled. sleep: it sleeps from the start, until update_engine().
+    logprobs: as in SamplingConfig."""
     on_cpu = not torch.cuda.is_available()
     env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     if on_cpu:  # the CPU build refuses to start without a cache size; the rest is speed
@@ -42,6 +45,7 @@ def load_vllm(directory, vocab_size, dtype, tensor_parallel, memory, head_dtype=
     options |= {"hf_overrides": {"head_dtype": head_dtype}, "scheduling_policy": "priority"}
     options |= {"logits_processors": ["distil.vllm_mask:PaddingMask"], "enable_sleep_mode": sleep}
     options["additional_config"] = {"vocab_size": vocab_size}  # for the mask
+    options["logprobs_mode"] = f"{logprobs or 'raw'}_logprobs"
     if on_cpu:  # the CPU build cannot seed a request whose prompt is read in two pieces
         options |= {"enforce_eager": True, "enable_chunked_prefill": False}
         options["max_num_batched_tokens"] = max(4096, context or 0)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Does GRPO learn, and less from a checkpoint that has lost its entropy? Two starts, three seeds each.
+# Does GRPO learn, less from a checkpoint that has lost its entropy, and with which --policy? Two starts, two
+# policies, three seeds each.
 #
 #   bash recipes/toy_grpo.sh [OUT]      OUT: a finished one of recipes/toy.sh, out/toy by default
 #
@@ -7,8 +8,8 @@
 #   collapsed    the same, trained for 64 epochs on 100 responses of its own
 #
 # Writes OUT/grpo_proof. Prints a table over the 256 test problems, and differences of Avg@4 with 95%
-# bootstrap intervals over the problems: after GRPO minus before, for each seed and their mean; distilled
-# minus collapsed.
+# bootstrap intervals over the problems: after GRPO minus before, for each policy and seed and their mean; the
+# truncated policy minus the full one; distilled minus collapsed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-out/toy}
@@ -26,10 +27,13 @@ evaluate() {  # a checkpoint, and where its evaluation goes
   python evaluate.py --model "$1" --data "$WORLD/test.jsonl" --n 4 --k 4 "${COMMON[@]}" --out "$PROOF/$2/eval"
 }
 three_seeds() {
-  for SEED in 1 2 3; do
-    python grpo.py --model "$1" --data "$WORLD/train.jsonl" --n 8 --batch_size 16 --steps 30 --lr 1e-4 \
-      --seed $SEED --log_every 10 "${COMMON[@]}" --out "$PROOF/$2_$SEED"
-    evaluate "$PROOF/$2_$SEED/final" "$2_$SEED"
+  for POLICY in full truncated; do
+    for SEED in 1 2 3; do
+      RUN=$2_${POLICY}_$SEED
+      python grpo.py --model "$1" --data "$WORLD/train.jsonl" --n 8 --batch_size 16 --steps 30 --lr 1e-4 \
+        --policy $POLICY --seed $SEED --log_every 10 "${COMMON[@]}" --out "$PROOF/$RUN"
+      evaluate "$PROOF/$RUN/final" "$RUN"
+    done
   done
 }
 
@@ -47,7 +51,7 @@ three_seeds "$PROOF/collapsed/final" collapsed &
 finish
 
 EVALS=()
-for RUN in distilled{,_1,_2,_3} collapsed{,_1,_2,_3}; do EVALS+=("$PROOF/$RUN/eval"); done
+for RUN in {distilled,collapsed}{,_{full,truncated}_{1,2,3}}; do EVALS+=("$PROOF/$RUN/eval"); done
 echo; python evaluate.py --table "${EVALS[@]}"; echo
 python - "$PROOF" <<'PYTHON'
 import json
@@ -64,7 +68,7 @@ def accuracy(run):
 
 def show(name, values):
     low, high = interval(values)
-    print(f"{name:48} {sum(values) / len(values):+.3f} [{low:+.3f}, {high:+.3f}]")
+    print(f"{name:50} {sum(values) / len(values):+.3f} [{low:+.3f}, {high:+.3f}]")
 
 
 def minus(a, b):
@@ -73,12 +77,18 @@ def minus(a, b):
 
 before, after = {}, {}
 for start in ("distilled", "collapsed"):
-    seeds = [accuracy(f"{start}_{seed}") for seed in (1, 2, 3)]
-    before[start], after[start] = accuracy(start), [sum(problem) / 3 for problem in zip(*seeds)]
-    for name, found in zip(("seed 1", "seed 2", "seed 3", "mean"), [*seeds, after[start]]):
-        show(f"{start}, after GRPO - before, {name}", minus(found, before[start]))
+    before[start] = accuracy(start)
+    for policy in ("full", "truncated"):
+        seeds = [accuracy(f"{start}_{policy}_{seed}") for seed in (1, 2, 3)]
+        after[start, policy] = [sum(problem) / 3 for problem in zip(*seeds)]
+        for name, found in zip(("seed 1", "seed 2", "seed 3", "mean"), [*seeds, after[start, policy]]):
+            show(f"{start}, {policy}, after GRPO - before, {name}", minus(found, before[start]))
+for start in ("distilled", "collapsed"):
+    show(f"{start}, after, truncated - full", minus(after[start, "truncated"], after[start, "full"]))
 show("distilled - collapsed, before", minus(before["distilled"], before["collapsed"]))
-show("distilled - collapsed, after", minus(after["distilled"], after["collapsed"]))
-show("distilled - collapsed, after - before", minus(minus(after["distilled"], before["distilled"]),
-                                                    minus(after["collapsed"], before["collapsed"])))
+for policy in ("full", "truncated"):
+    distilled, collapsed = after["distilled", policy], after["collapsed", policy]
+    show(f"distilled - collapsed, {policy}, after", minus(distilled, collapsed))
+    gains = minus(distilled, before["distilled"]), minus(collapsed, before["collapsed"])
+    show(f"distilled - collapsed, {policy}, after - before", minus(*gains))
 PYTHON

@@ -1,7 +1,8 @@
-"""grpo.py: advantages and clipping by hand, gradients against float64, a bandit that learns, whole runs."""
+"""grpo.py: advantages and clipping by hand, gradients against float64 and by enumeration, whole runs."""
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -21,6 +22,7 @@ from grpo import accumulate_gradients, add_old_logps, advantages_of, policy_loss
 from recipes.toy_world import make_model, make_tokenizer
 
 DEFAULTS = {"dtype": "float32", "micro_batch_tokens": 10**6, "normalize": "token", "reward": "correct"}
+DEFAULTS |= {"policy": "full", "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 DEFAULTS |= {"clip_low": 0.2, "clip_high": 0.2, "updates": 1, "kl_weight": 0.0, "importance_cap": 2.0}
 
 
@@ -136,13 +138,36 @@ def log_softmax(model, response):
     return logits.log_softmax(-1)[len(response.prompt_ids) - 1 : -1]
 
 
+def kept_by(args, logps):
+    """(T, V) Which tokens transformers' own top-k and top-p keep of a model's log-probabilities."""
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    scores = logps.detach() / args.temperature
+    scores = TopKLogitsWarper(args.top_k)(None, scores) if args.top_k else scores
+    return (TopPLogitsWarper(args.top_p)(None, scores) if args.top_p < 1 else scores) > -torch.inf
+
+
+def restricted(args, logps, kept):
+    """(T, V) The sampler's log-probabilities, over what is kept."""
+    return (logps / args.temperature).masked_fill(~kept, -torch.inf).log_softmax(-1)
+
+
 def truth(args, model, batch, sampler_model=None, reference=None):
     """The loss of the docstring, term by term in float64, and its metrics."""
-    terms, metrics = [], {"entropy": 0.0, "clip_fraction": 0, "reference_kl": 0.0, "mismatch": 0.0}
+    terms, metrics = [], Counter()
     for response in batch:
-        full, row = log_softmax(model, response), []
-        old = log_softmax(sampler_model or model, response).detach()
-        ref = log_softmax(reference, response).detach() if reference else full.detach()
+        whole, row = log_softmax(model, response), []
+        whole_old = log_softmax(sampler_model or model, response).detach()
+        ref = log_softmax(reference, response).detach() if reference else whole.detach()
+        if args.policy == "full":
+            full, old, kept = whole, whole_old, kept_by(args, whole)
+        else:
+            kept, tokens = kept_by(args, whole_old), torch.tensor(response.response_ids)[:, None]
+            metrics["outside"] += (~kept.gather(1, tokens)).sum().item()
+            kept = kept.scatter(1, tokens, True)
+            full, old = restricted(args, whole, kept), restricted(args, whole_old, kept)
+        s = restricted(args, whole, kept)
+        metrics["sampler_kl"] += torch.where(kept, s.exp() * (s - whole), 0).sum().item()
         for t, token in enumerate(response.response_ids):
             ratio, weight = torch.exp(full[t, token] - old[t, token]), 1.0
             if response.sampler_logps:
@@ -152,8 +177,8 @@ def truth(args, model, batch, sampler_model=None, reference=None):
             bounded = ratio.clamp(1 - args.clip_low, 1 + args.clip_high) * response.advantage
             plain = ratio * response.advantage
             metrics["clip_fraction"] += int(bounded < plain)
-            metrics["entropy"] -= (full[t].exp() * full[t]).sum().item()
-            kl = (full[t].exp() * (full[t] - ref[t])).sum()
+            metrics["entropy"] -= (whole[t].exp() * whole[t]).sum().item()
+            kl = (whole[t].exp() * (whole[t] - ref[t])).sum()
             metrics["reference_kl"] += kl.item()
             row.append(-weight * torch.minimum(plain, bounded) + args.kl_weight * kl)
         terms.append(torch.stack(row))
@@ -173,6 +198,11 @@ def truth(args, model, batch, sampler_model=None, reference=None):
         {"sampler": True, "importance_cap": 0.0},
         {"kl_weight": 0.3},
         {"old": True, "sampler": True, "kl_weight": 0.3, "normalize": "sequence", "clip_high": 0.01},
+        {"temperature": 0.7, "top_p": 0.8},
+        {"policy": "truncated"},
+        {"policy": "truncated", "temperature": 0.7, "top_p": 0.8, "sampler": True},
+        {"policy": "truncated", "temperature": 1.5, "kl_weight": 0.3, "normalize": "sequence", "old": True},
+        {"policy": "truncated", "top_p": 0.8, "top_k": 20, "old": True, "sampler": True, "kl_weight": 0.3},
     ],
 )
 def test_loss_gradient_and_metrics_are_those_of_full_logits(model, others, budget, changes):
@@ -194,12 +224,98 @@ def test_loss_gradient_and_metrics_are_those_of_full_logits(model, others, budge
     assert value == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)
     optional = {"mismatch"} if "sampler" in changes else set()
     optional |= {"reference_kl"} if reference else set()
+    if {"temperature", "top_p"} & changes.keys():
+        optional |= {"sampler_kl", "outside"} if args.policy == "truncated" else {"sampler_kl"}
+        assert expected["sampler_kl"] > 0.01
     assert metrics.keys() == {"entropy", "clip_fraction"} | optional
     for name, value in metrics.items():
-        assert value == pytest.approx(expected[name], rel=1e-5), name  # sums over tokens
+        assert value == pytest.approx(expected[name], rel=1e-5, abs=1e-5), name  # sums over tokens
     assert (metrics["clip_fraction"] > 0) == ("old" in changes)  # both cases were met
     for name, p in model.named_parameters():
         torch.testing.assert_close(found[name], p.grad, rtol=2e-5, atol=2e-6)
+
+
+def all_responses(length):
+    """(5^length, 2 + length) A prompt of two tokens with every response from a vocabulary of five."""
+    return torch.tensor([[1, 3, *tokens] for tokens in itertools.product(range(5), repeat=length)])
+
+
+def chances(args, rows, model, sampled_from=None):
+    """(R,) The sampler's probability of each response, with gradient. sampled_from: whose sets it keeps."""
+
+    def whole(model):
+        return model(input_ids=rows).logits[:, 1:-1, :5].flatten(0, 1).log_softmax(-1)
+
+    logps = restricted(args, whole(model), kept_by(args, whole(sampled_from or model)))
+    return logps.gather(1, rows[:, 2:].reshape(-1, 1)).view(len(rows), -1).sum(1).exp()
+
+
+def expected_gradient(args, rows, model, sampler, rewards, sampled_from=None):
+    """Of the loss, over all groups of two responses, each with its chance of being sampled.
+
+    The loss is linear in the advantages, so they can be averaged first. sampled_from: a model that sampled,
+    if it is not the model."""
+    pairs = torch.cartesian_prod(rewards, rewards)
+    advantages = advantages_of(pairs, "none")[:, 0].view(len(rows), -1) @ sampler
+    scaled = len(rows) * sampler * advantages  # the loss is a mean over all that are passed
+    pairs = zip(rows.tolist(), scaled.tolist())
+    batch = [Response(row[:2], row[2:], True, advantage=advantage) for row, advantage in pairs]
+    batch = add_old_logps(args, sampled_from, 5, batch) if sampled_from else batch
+    model.zero_grad(set_to_none=True)
+    accumulate_gradients(args, model, None, 5, batch)
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def gradient_of(value, model):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
+
+
+@pytest.fixture(scope="module")
+def sharp_models(model):
+    """Two models in float64 whose distributions are far from uniform and from each other."""
+    torch.manual_seed(11)
+    found = [copy.deepcopy(model).double(), copy.deepcopy(model).double()]
+    for one in found:
+        for parameter in one.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return found
+
+
+# temperature, top-p, top-k
+SAMPLERS = [(1.0, 0.7, 0), (0.6, 1.0, 0), (1.0, 1.0, 2), (1.4, 0.8, 4)]
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k", SAMPLERS)
+def test_the_truncated_policy_climbs_the_samplers_expected_reward(sharp_models, temperature, top_p, top_k):
+    """By enumeration in float64: the mean gradient of the loss is minus that of the expected reward, over the
+    3 tokens and with 1/2 for the mean of a group of 2, which contains oneself. The full policy's is not."""
+    args = settings(policy="truncated", temperature=temperature, top_p=top_p, top_k=top_k, dtype=None)
+    rows, model = all_responses(3), sharp_models[0]
+    rewards = torch.rand(125, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sampler = chances(args, rows, model)
+    assert sampler.sum().item() == pytest.approx(1)
+    exact = -gradient_of(sampler @ rewards, model) / 3 / 2
+    given = rows, model, sampler.detach(), rewards
+    torch.testing.assert_close(expected_gradient(args, *given), exact, rtol=1e-5, atol=1e-8)
+    args.policy = "full"
+    error = (expected_gradient(args, *given) - exact).norm() / exact.norm()
+    print(f"full policy: {error:.0%} off")
+    assert error > 0.05
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k", SAMPLERS)
+def test_later_updates_climb_on_the_sets_that_were_sampled_from(sharp_models, temperature, top_p, top_k):
+    """Responses of a token: without clipping, the ratio makes the old weights' samples those of the new
+    weights on the old sets. Those are not the new weights' sets."""
+    args = settings(policy="truncated", temperature=temperature, top_p=top_p, top_k=top_k, dtype=None)
+    args.clip_low, args.clip_high = 1.0, 1e9
+    rows, (old, model) = all_responses(1), sharp_models
+    rewards = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = -gradient_of(chances(args, rows, model, old) @ rewards, model) / 2
+    found = expected_gradient(args, rows, model, chances(args, rows, old).detach(), rewards, old)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-8)
+    own = -gradient_of(chances(args, rows, model) @ rewards, model) / 2
+    assert ((found - own).norm() > 0.05 * own.norm()) == (top_p < 1 or top_k > 0)
 
 
 def test_equal_groups_have_no_gradient(model):
@@ -338,15 +454,17 @@ def test_a_killed_run_continues_to_the_same_end(world, tmp_path, monkeypatch, re
 
 
 def test_a_run_with_every_choice_resumes_to_the_same_end(world, tmp_path, monkeypatch):
-    """Two updates a batch, a reference, truncated responses masked, means over responses, no scaling."""
+    """Two updates a batch, a reference, truncated responses masked, means over responses, no scaling, the
+    truncated policy."""
     monkeypatch.setattr(grpo, "rewards_of", reward_the_first)
     more = "--updates 2 --kl_weight 0.1 --overlong mask --normalize sequence --scale_advantages none"
-    more += " --save_every 1 --lr 0.001 --max_response_tokens 12"
+    more += " --save_every 1 --lr 0.001 --max_response_tokens 12 --policy truncated"
     whole, out = tmp_path / "whole", tmp_path / "again/whole"
     run(world, whole, more)
     first, second = read_rows(whole / "metrics.jsonl")
     assert 0 < first["truncated"] < 1 and first["entropy"] > 0
     assert 0 <= first["reference_kl"] < second["reference_kl"]  # the reference stays where the model started
+    assert first["outside"] == second["outside"] == 0 and first["sampler_kl"] > 0.01
     with killed_in_call(2, grpo, "train_step"):
         run(world, out, more)
     run(world, out, f"{more} --resume")
@@ -358,7 +476,7 @@ def test_masked_responses_carry_no_loss_but_their_rewards_count(world, tmp_path,
     monkeypatch.setattr(grpo, "rewards_of", reward_the_first)
 
     def with_logps(self, prompts, sampling, seed):
-        assert sampling.logprobs  # vLLM is asked for them
+        assert sampling.logprobs == "raw"  # vLLM is asked for the full policy's
         ends = Response([1], [5, 2], False, sampler_logps=[-1.0, -2.0])
         goes_on = Response([1], [6, 7, 8], True, sampler_logps=[-3.0] * 3)
         return [[ends, *[goes_on] * 3] for _ in prompts]
@@ -411,6 +529,7 @@ def test_a_reference_with_another_tokenizer_is_refused(world, tmp_path, refused)
         ("--scale_advantages batch", "--scale_advantages"),
         ("--normalize 0", "--normalize"),
         ("--overlong drop", "--overlong"),
+        ("--policy whole", "--policy"),
     ],
 )
 def test_bad_flags_are_refused(line, word, refused):

@@ -7,7 +7,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernel_helpers import MARKS, heads, randn, triton_kl
-from streaming_kl import chunk_of, chunks, linear_divergence, linear_streaming_kl, reference, streaming_kl
+from streaming_kl import (
+    chunk_of,
+    chunks,
+    kept_sets,
+    linear_divergence,
+    linear_streaming_kl,
+    reference,
+    sampler_logps,
+    streaming_kl,
+)
 
 pytestmark = MARKS
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -80,6 +89,22 @@ def test_the_default_chunk_stays_within_its_budget(loss, dtype, logits_dtype, mo
     # beyond the chunk: two rows' temporaries, both heads' casts and gradients; columns and hidden states
     rest = 8 * (2 * 8 * v + 8 * v + 10 * n)
     assert 0.8 * budget < run.peak < budget + rest
+
+
+def test_the_samplers_memory_is_a_chunks(monkeypatch):
+    """Forward and backward: the most that lives at a time does not grow with the tokens."""
+    monkeypatch.setattr(chunks, "LOGITS_BYTES", {"cpu": 16 * 600 * 4})  # four tokens a chunk
+    peaks = []
+    for n in (8, 80):
+        hidden, head = torch.randn(n, 2, requires_grad=True), torch.randn(600, 2, requires_grad=True)
+        sets = kept_sets(hidden, head, 1.0, 0.1, 0)
+        for kept in (None, sets):
+            with Allocations(hidden, head) as run:
+                found = sampler_logps(hidden, head, torch.arange(n), 0.9, 0.5, 0, kept)
+                found.logps.sum().backward()
+            peaks.append(run.peak - 100 * n)  # numbers a token
+            assert run.largest <= 8 * 4 * 608
+    assert max(peaks) < 32 * 4 * 608, peaks
 
 
 class Products(TorchDispatchMode):

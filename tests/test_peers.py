@@ -67,6 +67,7 @@ def test_grpo_loss_and_gradient_are_trls(normalize, moved, sampler, tmp_path, re
     model.zero_grad(set_to_none=True)
 
     args = {"dtype": "float32", "micro_batch_tokens": 10**6, "normalize": normalize, "importance_cap": 2.0}
+    args |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     args = argparse.Namespace(**args, clip_low=0.2, clip_high=0.28, kl_weight=0.0)
     batch = []
     for i, (prompt, tokens) in enumerate(zip(PROMPTS, TOKENS)):

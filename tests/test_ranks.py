@@ -72,7 +72,7 @@ def command_of(case, world, prefix_flags, student):
             "--kl mix --fkl_weight 0.3 --batch_size 4 --curriculum entropy --horizons 4,8,12"
             f" --entropy_floor 0.5 --gate_every 1 {evaluation}",
         ),
-        "grpo": (grpo, f"--batch_size 4 --n 3 --updates 2 --kl_weight 0.1 {evaluation}"),
+        "grpo": (grpo, f"--batch_size 4 --n 3 --updates 2 --policy truncated --kl_weight 0.1 {evaluation}"),
         "grpo, equal groups": (grpo, "--batch_size 2 --n 2 --overlong mask --scale_advantages none"),
     }[case]
     common = "--engine hf --dtype float32 --steps 4 --lr 2e-3 --max_response_tokens 12 --save_every 2"

@@ -293,8 +293,8 @@ def test_every_metric_is_in_the_glossary(world, rollouts, scores, tmp_path):
     words += f" --eval_data {world}/heldout.jsonl --eval_every 1 --eval_n 2 --out {tmp_path}/train"
     train.main(train.get_args(words.split()))
     words = f"--model {world}/student_init --data {world}/train.jsonl --n 2 --batch_size 2 --steps 1"
-    words += f" --kl_weight 0.1 --engine hf --dtype float32 --max_response_tokens 8 --out {tmp_path}/grpo"
-    grpo.main(grpo.get_args(words.split()))
+    words += " --policy truncated --kl_weight 0.1 --engine hf --dtype float32 --max_response_tokens 8"
+    grpo.main(grpo.get_args([*words.split(), "--out", f"{tmp_path}/grpo"]))
     for name in ("train/metrics.jsonl", "train/evals.jsonl", "grpo/metrics.jsonl"):
         for metric in read_rows(tmp_path / name)[0]:
             known = metric.startswith("seconds") or metric.endswith("_interval") or f"`{metric}`" in glossary

@@ -90,7 +90,7 @@ def test_padded_vocabulary_rows_are_never_sampled(engine, model):
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.8)])
 def test_the_samplers_log_probabilities_are_the_trainers(engine, model, temperature, top_p):
     """At any temperature those of the model itself, over its whole output with the padding rows."""
-    config = make_config(n=4, temperature=temperature, top_p=top_p, logprobs=True)
+    config = make_config(n=4, temperature=temperature, top_p=top_p, logprobs="raw")
     for group in sample(engine, PROMPTS, config, seed=3):
         for response in group:
             with torch.no_grad():

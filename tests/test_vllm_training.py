@@ -52,13 +52,17 @@ def test_on_policy_training_is_equal_on_both_engines(world, tmp_path):
         torch.testing.assert_close(weights["hf"][key], weights["vllm"][key], rtol=1e-2, atol=1e-3)
 
 
-def test_grpo_with_vllm_measures_a_mismatch_of_rounding_alone(world, tmp_path, monkeypatch):
-    """After an update too, the engine's log-probabilities are those of the weights that are trained."""
+@pytest.mark.parametrize("policy", ["full", "truncated"])
+def test_grpo_with_vllm_measures_a_mismatch_of_rounding_alone(policy, world, tmp_path, monkeypatch):
+    """After an update too, the engine's log-probabilities are those of the weights that are trained; of the
+    sampler, at its temperature and over what it keeps, with the truncated policy."""
     rewards = torch.tensor([[0.0, 1.0]])
     monkeypatch.setattr(grpo, "rewards_of", lambda *args: [rewards.repeat(len(args[-1]), 1)] * 2)
     text = "--n 2 --batch_size 4 --steps 2 --lr 3e-2 --warmup 0 --kl_weight 0.1 --engine vllm " + STAGE
+    text += f" --policy {policy} --temperature 0.8 --top_p 0.7 --top_k 15"
     given = {"model": world / "student_init", "data": world / "train.jsonl", "out": tmp_path / "run"}
     grpo.main(grpo.get_args(words_of(text, **given)))
     rows = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]
     assert all(0 < row["mismatch"] < 5 * ROUNDING for row in rows) and len(rows) == 2
-    assert rows[1]["reference_kl"] > 1e-3
+    assert rows[1]["reference_kl"] > 1e-3 and rows[0]["sampler_kl"] > 0.3
+    assert [row.get("outside") for row in rows] == ([None, None] if policy == "full" else [0, 0])

@@ -12,8 +12,10 @@ Per token, with p = softmax(teacher logits / T) and q = softmax(student logits /
                          time. For a scalar loss the same pass computes the gradients, so nothing is computed
                          twice.
     linear_divergence    the same for any torch function of two chunks of logits: how to try a new objective.
-    token_logps, top_tokens, entropies, sampler_kl
+    token_logps, top_tokens, entropies
                          of one model, from hidden states and a head, a chunk of tokens at a time.
+    sampler_logps, sampler_kl, kept_sets
+                         of what temperature, top-k and top-p make of that model; the same way.
     chunk_of             how many tokens those chunks have.
 
 Nothing here needs triton until impl="triton", or impl="auto" with CUDA tensors, asks for it.
@@ -21,18 +23,31 @@ Nothing here needs triton until impl="triton", or impl="auto" with CUDA tensors,
 
 from .chunks import chunk_of
 from .common import KLOutput, Top
-from .heads import entropies, sampler_kl, token_logps, top_tokens
+from .heads import (
+    KeptSets,
+    SamplerOutput,
+    entropies,
+    kept_sets,
+    sampler_kl,
+    sampler_logps,
+    token_logps,
+    top_tokens,
+)
 from .linear import linear_divergence, linear_streaming_kl
 from .logits import streaming_kl
 
 __all__ = [
     "KLOutput",
+    "KeptSets",
+    "SamplerOutput",
     "Top",
     "chunk_of",
     "entropies",
+    "kept_sets",
     "linear_divergence",
     "linear_streaming_kl",
     "sampler_kl",
+    "sampler_logps",
     "streaming_kl",
     "token_logps",
     "top_tokens",

@@ -21,7 +21,9 @@ def test_batch_indices_are_permutations_and_a_function_of_the_step():
 
 
 def test_learning_rate_rises_then_stays_and_gradients_are_clipped():
-    args = argparse.Namespace(lr=0.5, warmup=0.4, steps=10, max_grad_norm=1.0, out="-")
+    args = argparse.Namespace(
+        lr=0.5, lr_schedule="constant", warmup=0.4, steps=10, max_grad_norm=1.0, out="-"
+    )
     model = torch.nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters())
     rates = []
@@ -37,7 +39,9 @@ def test_learning_rate_rises_then_stays_and_gradients_are_clipped():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(bad, refused, tmp_path):
-    args = argparse.Namespace(lr=0.5, warmup=0.0, steps=10, max_grad_norm=1.0, out=str(tmp_path))
+    args = argparse.Namespace(
+        lr=0.5, lr_schedule="constant", warmup=0.0, steps=10, max_grad_norm=1.0, out=str(tmp_path)
+    )
     model = torch.nn.Linear(2, 1, bias=False)
     before = model.weight.detach().clone()
     model.weight.grad = torch.tensor([[bad, 1.0]])

@@ -1,7 +1,6 @@
 """--track: the numbers of a run's logs, also in TensorBoard, Weights & Biases or Trackio, row by row.
 
-{"step": 3, "avg": 0.5, "pass": {"4": 1.0}} in evals.jsonl becomes evals/avg and evals/pass/4 at step 3; texts
-and intervals are left out. Servers, keys and offline modes are the tracker's own settings."""
+{"step": 3, "pass": {"4": 1.0}} in evals.jsonl is evals/pass/4 at step 3; texts and intervals are left out."""
 
 import importlib.util
 import os
@@ -26,16 +25,14 @@ def numbers_of(value, name):
 def connect(tracker, out, config, step):
     """(log(numbers, step), finish()) of a tracker; step: the next to be logged."""
     if tracker == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        # purge_step hides what a killed run had logged after its last checkpoint
-        writer = SummaryWriter(os.path.join(out, "tensorboard"), purge_step=step)
+        writer_of = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        writer = writer_of(os.path.join(out, "tensorboard"), purge_step=step)  # hides what a kill undid
         add = lambda numbers, step: [writer.add_scalar(*pair, step) for pair in numbers.items()]
         return (lambda *row: (add(*row), writer.flush())), writer.close
     folder, name = os.path.split(os.path.realpath(out))
     given = {"project": os.path.basename(folder) or "runs", "name": name, "config": config}
     given["resume"] = "allow" if config["resume"] else "never"
-    if tracker == "wandb":  # knows a run by its id, and writes where the process was started
+    if tracker == "wandb":  # knows a run by its id
         given |= {"id": re.sub(r"\W", "-", f"{name}-{read_mark(out)['started']}"), "dir": out}
     run = importlib.import_module(tracker).init(**given)
     return run.log, run.finish
@@ -53,8 +50,7 @@ class Tracker:
             return call(*given)
         except Exception as error:  # of any kind: a stranger's code, disk or network is not worth the run
             self.connection = None
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"WARNING: --track {self.tracker} failed and gets no more rows: {why}", flush=True)
+            print(f"WARNING: --track {self.tracker} failed and gets no more rows: {error!r}", flush=True)
 
     def log(self, name, row):
         if self.connection:

@@ -62,8 +62,7 @@ def add_training_flags(parser, steps, batch_size, lr):
     p.add_argument("--eval_n", type=flags.positive_int, default=4, help="responses for each problem")
     p.add_argument("--eval_max_response_tokens", type=flags.positive_int, help="default: as in training")
     p.add_argument("--keep_best", choices=["avg", "pass", "maj"], help="best/ is the best of evals by this")
-    trackers = ["tensorboard", "wandb", "trackio"]
-    p.add_argument("--track", choices=trackers, help="where the numbers of the logs go, too")
+    p.add_argument("--track", choices=["tensorboard", "wandb", "trackio"], help="show the logs there, too")
     p.add_argument("--log_every", type=flags.positive_int, default=1, help="print every N-th step")
     p.add_argument("--save_every", type=flags.non_negative_int, default=0, help="0: only when stopped")
     p.add_argument("--keep_checkpoints", type=flags.non_negative_int, default=0, help="the newest N (0: all)")
@@ -277,16 +276,14 @@ class Run:
             return
         results = self.measure(self.eval_limit)
         self.append("evals.jsonl", {"step": step, **results, **for_file(self.spent)})
-        if args.keep_best:
-            value = results[args.keep_best]
-            value = value if args.keep_best == "avg" else value[str(args.eval_n)]
-            if not self.best or value > self.best["value"]:  # of equal ones the first
-                self.best = {"metric": args.keep_best, "value": value, "step": step}
-                self.save("best", step)
         n, accuracy, pass_rate = args.eval_n, results["avg"], results["pass"][str(args.eval_n)]
         quality = f"Avg@{n} {accuracy:.3f}, Pass@{n} {pass_rate:.3f}"
         rest = f"length {results['length']:.1f}, entropy {results['entropy']:.3f}"
         self.say(f"step {step} evaluation: {quality}, {rest}")
+        value = {"avg": accuracy, "pass": pass_rate, "maj": results["maj"][str(n)]}.get(args.keep_best)
+        if args.keep_best and (not self.best or value > self.best["value"]):  # of equal ones the first
+            self.best = {"metric": args.keep_best, "value": value, "step": step}
+            self.save("best", step)
 
     def end_step(self, step, row, shown, last, can_stop=True):
         """Log a step's metrics, print those named in `shown`; evaluate and save when it is time.
@@ -363,8 +360,6 @@ class Run:
         spent = f"{text_of(self.spent['tflops'])} TFLOPs, {self.spent['response_tokens']} response tokens"
         self.tracker.finish()
         self.say(f"{step} steps, {spent} -> {args.out}/final")
-        if self.best:
-            self.say("best {metric} {value:.3f}, of step {step}".format(**self.best) + f" -> {args.out}/best")
 
 
 def checkpoints(out):
@@ -373,7 +368,6 @@ def checkpoints(out):
 
 
 def files_in(folder):
-    """The names of all files below a folder: "config.json", "best/config.json"."""
     found = glob.glob("**", root_dir=folder, recursive=True, include_hidden=True)
     return sorted(name for name in found if os.path.isfile(os.path.join(folder, name)))
 

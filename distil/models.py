@@ -87,7 +87,8 @@ def check_model_dir(directory, flag):
     real = os.path.realpath(directory)
     if os.path.isfile(os.path.join(os.path.dirname(real), "meta.json")):  # RUN/final: it has the checksums
         read_artifact(os.path.dirname(real), flag)
-    if re.fullmatch(r"step_\d{6}", os.path.basename(real)):
+    own_best = os.path.basename(real) == "best" and os.path.isfile(os.path.join(real, "checkpoint.json"))
+    if own_best or re.fullmatch(r"step_\d{6}", os.path.basename(real)):
         read_checkpoint(directory, flag)
 
 

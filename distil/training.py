@@ -6,10 +6,10 @@ A run directory grows as the run goes on:
     evals.jsonl      a row for each evaluation
     gates.jsonl      a row for each decision of the curriculum
     step_000100/     a checkpoint to resume from: a Hugging Face directory with optimizer and checkpoint.json
+    best/            --keep_best: the same without the optimizer, of the best evaluation so far
     final/           the result: the same without the optimizer
 """
 
-import glob
 import json
 import math
 import os
@@ -19,9 +19,10 @@ import sys
 import time
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from distil import artifacts, flags, models, plan, ranks
+from distil import artifacts, flags, models, plan, ranks, track
+from distil.checkpoints import checkpoints, files_in, load_optimizer, on_rank_0, optimizer_state
 from distil.evaluation import EVAL_SAMPLING, evaluate
 from distil.flops import for_file, text_of
 from distil.jsonl import finite, rewind_log
@@ -39,8 +40,11 @@ def add_training_flags(parser, steps, batch_size, lr):
     p = parser.add_argument_group("optimisation")
     p.add_argument("--steps", type=flags.positive_int, default=steps, help="optimizer steps")
     p.add_argument("--batch_size", type=flags.positive_int, default=batch_size, help="problems or responses")
-    p.add_argument("--lr", type=flags.positive, default=lr, help="constant after the warm-up")
+    p.add_argument("--lr", type=flags.positive, default=lr, help="the largest, after the warm-up")
+    schedules, falls_help = ["constant", "linear", "cosine"], "after the warm-up; the others fall to 0"
+    p.add_argument("--lr_schedule", choices=schedules, default="constant", help=falls_help)
     p.add_argument("--warmup", type=flags.fraction, default=0.05, help="share of steps in which lr rises")
+    p.add_argument("--weight_decay", type=flags.non_negative, default=0.0, help="AdamW's, of all weights")
     p.add_argument("--max_grad_norm", type=flags.positive, default=1.0, help="of gradients, by clipping")
     tokens_help = "tokens in one forward pass"
     p.add_argument("--micro_batch_tokens", type=flags.positive_int, default=8192, help=tokens_help)
@@ -57,6 +61,8 @@ def add_training_flags(parser, steps, batch_size, lr):
     p.add_argument("--eval_every", type=flags.non_negative_int, default=0, help="steps between them; 0: none")
     p.add_argument("--eval_n", type=flags.positive_int, default=4, help="responses for each problem")
     p.add_argument("--eval_max_response_tokens", type=flags.positive_int, help="default: as in training")
+    p.add_argument("--keep_best", choices=["avg", "pass", "maj"], help="best/ is the best of evals by this")
+    p.add_argument("--track", choices=["tensorboard", "wandb", "trackio"], help="show the logs there, too")
     p.add_argument("--log_every", type=flags.positive_int, default=1, help="print every N-th step")
     p.add_argument("--save_every", type=flags.non_negative_int, default=0, help="0: only when stopped")
     p.add_argument("--keep_checkpoints", type=flags.non_negative_int, default=0, help="the newest N (0: all)")
@@ -65,6 +71,10 @@ def add_training_flags(parser, steps, batch_size, lr):
 def check_training_flags(parser, args, curriculum=None):
     if bool(args.eval_data) != bool(args.eval_every or curriculum):
         parser.error("--eval_every and --eval_data go together")
+    if args.keep_best and not args.eval_every:
+        parser.error("--keep_best needs --eval_every")
+    if args.lr_schedule != "constant" and args.steps == 1:
+        parser.error(f"--lr_schedule {args.lr_schedule} ends at 0, so --steps 1 would train nothing")
 
 
 def plan_memory(args, student, vocab_size, longest, other=None, samples=True, table=False):
@@ -117,16 +127,22 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def learning_rate(lr, warmup, steps, step):
-    """It rises during the warm-up, a share of all steps, and is `lr` from then on. step: from 0."""
-    return lr * min(1.0, (step + 1) / max(1, round(warmup * steps)))
+def learning_rate(lr, schedule, warmup, steps, step):
+    """That of a step (from 0); as transformers' get_*_schedule_with_warmup have it for step + 1.
+
+    It rises to lr in W steps, the warm-up's share of all S. Then, with x = (step + 1 - W) / (S - W), it is
+    constant: lr, linear: lr (1 - x), cosine: lr (1 + cos(pi x)) / 2; the latter two end at 0."""
+    warmup = round(warmup * steps)
+    x = max(0, step + 1 - warmup) / max(1, steps - warmup)
+    share = {"constant": 1.0, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}[schedule]
+    return lr * min(share, (step + 1) / max(1, warmup))
 
 
 def optimizer_step(args, model, optimizer, step, ids):
     """Warm-up, clip, update. Returns the gradient norm before clipping and the learning rate.
 
     A gradient that is not finite ends the run; the ids of the step's problems go to failed_step.json."""
-    lr = learning_rate(args.lr, args.warmup, args.steps, step)
+    lr = learning_rate(args.lr, args.lr_schedule, args.warmup, args.steps, step)
     for group in optimizer.param_groups:
         group["lr"] = lr
     ranks.reshard(model)
@@ -150,6 +166,7 @@ class Run:
     longest, other: for plan_memory()."""
 
     def __init__(self, args, directory, tokenizer, config, cell, longest, other=None, samples=True):
+        track.check_installed(args.track)
         self.args, self.tokenizer, self.cell, self.dropped = args, tokenizer, cell, {}
         self.vocab_size, self.logprobs, stops = config.vocab_size, config.logprobs, config.stop_ids
         self.name = os.path.basename(os.path.normpath(args.out))
@@ -172,6 +189,7 @@ class Run:
             )
         state = artifacts.read_checkpoint(checkpoint, "--resume") if checkpoint else {"step": 0}
         self.first_step, self.curriculum = state["step"], state.get("curriculum")
+        self.best = state.get("best")  # {"metric", "value", "step"} of the best evaluation so far
         costs = {name: state.get(name, 0) for name in ("tflops", "tflops_uncached", "response_tokens")}
         self.spent = {name: math.nan if cost is None else cost for name, cost in costs.items()}
         checkpointing = plan_memory(args, directory, self.vocab_size, longest, other, samples)
@@ -186,7 +204,8 @@ class Run:
         self.model.generation_config = GenerationConfig(eos_token_id=stops)
         self.config = self.model.config.to_dict()
         # arXiv 2605.16826 does not state its optimizer
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.0, fused=True)
+        decay = args.weight_decay
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=decay, fused=True)
         if checkpoint:
             load_optimizer(os.path.join(checkpoint, "optimizer.safetensors"), self.model, self.optimizer)
         self.engine = self.load_engine(directory) if samples or args.eval_every else self.model
@@ -211,13 +230,23 @@ class Run:
         if ranks.rank() == 0:
             artifacts.start_artifact(args)
             for name in os.listdir(args.out):
-                if name.endswith(".tmp") and name.startswith(("step_", "final")):  # a save that was killed
+                if name.endswith(".tmp") and name.startswith(("step_", "final", "best")):  # a killed save
                     shutil.rmtree(os.path.join(args.out, name))
+            best = os.path.join(args.out, "best")
+            if self.best:  # as it was then: every checkpoint has a copy
+                shutil.copytree(os.path.join(self.checkpoint, "best"), best + ".tmp")
+            shutil.rmtree(best, ignore_errors=True)
+            if self.best:
+                os.replace(best + ".tmp", best)
             last = self.first_step if self.checkpoint else -1  # what came after it comes again
             rows = {name: rewind_log(os.path.join(args.out, name), last) for name in LOGS}["metrics.jsonl"]
-            rates = [learning_rate(args.lr, args.warmup, args.steps, int(row["step"]) - 1) for row in rows]
+            schedule = args.lr, args.lr_schedule, args.warmup, args.steps
+            rates = [learning_rate(*schedule, int(row["step"]) - 1) for row in rows]
             if rates != [row.get("lr") for row in rows]:
-                self.say("WARNING: an uninterrupted run would have had another warm-up (--warmup 0: none)")
+                why = "other --steps, so another warm-up or fall; --lr_schedule constant --warmup 0: none"
+                self.say(f"WARNING: an uninterrupted run would have had other learning rates ({why})")
+        step = self.first_step + 1 if self.checkpoint else 0
+        self.tracker = track.Tracker(None if ranks.rank() else args.track, args.out, vars(args), step)
         artifacts.defer_signals()
         stops = self.model.generation_config.eos_token_id
         self.say(f"{self.cell['name']}, engine {args.engine}, stop ids {stops}, ranks {ranks.world_size()}")
@@ -251,6 +280,10 @@ class Run:
         quality = f"Avg@{n} {accuracy:.3f}, Pass@{n} {pass_rate:.3f}"
         rest = f"length {results['length']:.1f}, entropy {results['entropy']:.3f}"
         self.say(f"step {step} evaluation: {quality}, {rest}")
+        value = {"avg": accuracy, "pass": pass_rate, "maj": results["maj"][str(n)]}.get(args.keep_best)
+        if args.keep_best and (not self.best or value > self.best["value"]):  # of equal ones the first
+            self.best = {"metric": args.keep_best, "value": value, "step": step}
+            self.save("best", step)
 
     def end_step(self, step, row, shown, last, can_stop=True):
         """Log a step's metrics, print those named in `shown`; evaluate and save when it is time.
@@ -269,6 +302,7 @@ class Run:
         if not last and (signal or args.save_every and step % args.save_every == 0):
             self.save(f"step_{step:06d}", step)
         if not last and signal:
+            self.tracker.finish()
             artifacts.stop(args, signal)
 
     def append(self, name, row):
@@ -277,11 +311,12 @@ class Run:
         if ranks.rank() == 0:
             with open(os.path.join(self.args.out, name), "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+            self.tracker.log(name, row)
 
     def save(self, name, step):
-        """Write a checkpoint, complete by rename; without the optimizer's state if it is final/."""
+        """Write a checkpoint, complete by rename; best/ and final/ without what only --resume needs."""
         path = os.path.join(self.args.out, name)
-        resumable = name != "final"
+        resumable = name.startswith("step_")
         once = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}  # if tied
         weights = on_rank_0((name, w) for name, w in ranks.full_weights(self.model) if name in once)
         moments = on_rank_0(optimizer_state(self.model, self.optimizer)) if resumable else None
@@ -296,10 +331,12 @@ class Run:
         self.tokenizer.save_pretrained(path + ".tmp")
         if resumable:
             save_file(moments, os.path.join(path + ".tmp", "optimizer.safetensors"))
-        names = sorted(os.listdir(path + ".tmp"))
+        if resumable and self.best:
+            shutil.copytree(os.path.join(self.args.out, "best"), os.path.join(path + ".tmp", "best"))
+        names = files_in(path + ".tmp")
         files = {name: artifacts.file_sha256(os.path.join(path + ".tmp", name)) for name in names}
         state = {"run": self.name, "cell": self.cell, "step": step, "curriculum": self.curriculum}
-        state |= {**for_file(self.spent), "files": files}
+        state |= {**for_file(self.spent), "best": self.best, "files": files}
         artifacts.write_sealed(os.path.join(path + ".tmp", "checkpoint.json"), state)
         os.replace(path + ".tmp", path)
         if self.args.keep_checkpoints:
@@ -313,38 +350,13 @@ class Run:
         if ranks.rank():
             return
         files = [name for name in LOGS if os.path.isfile(os.path.join(args.out, name))]
-        files += [os.path.join("final", name) for name in sorted(os.listdir(os.path.join(args.out, "final")))]
-        facts = {"cell": self.cell, "stop_ids": self.model.generation_config.eos_token_id}
+        for folder in ["final", "best"] if self.best else ["final"]:
+            files += [os.path.join(folder, name) for name in files_in(os.path.join(args.out, folder))]
+        facts = {"cell": self.cell, "stop_ids": self.model.generation_config.eos_token_id, "best": self.best}
         facts |= for_file(self.spent)
         facts["tokenizer_sha256"] = tokenizer_sha256(self.tokenizer)
         facts["template_sha256"] = template_sha256(self.tokenizer, args.prompt_suffix)
         artifacts.finish_artifact(args, stage, files, dropped_problems=self.dropped, **facts)
         spent = f"{text_of(self.spent['tflops'])} TFLOPs, {self.spent['response_tokens']} response tokens"
+        self.tracker.finish()
         self.say(f"{step} steps, {spent} -> {args.out}/final")
-
-
-def checkpoints(out):
-    """The run's checkpoints to resume from, oldest first."""
-    return sorted(glob.glob(os.path.join(glob.escape(out), "step_" + "[0-9]" * 6)))
-
-
-def on_rank_0(pairs):
-    """The pairs (name, tensor) as a dict on the CPU of rank 0; the other ranks help to gather them."""
-    return {name: tensor.cpu() for name, tensor in pairs if ranks.rank() == 0}
-
-
-def optimizer_state(model, optimizer):
-    """("parameter/key", tensor) of AdamW's step and moments, for every parameter that has had a gradient."""
-    for name, parameter in model.named_parameters():
-        for key, tensor in optimizer.state.get(parameter, {}).items():
-            yield f"{name}/{key}", ranks.full_tensor(tensor)
-
-
-def load_optimizer(path, model, optimizer):
-    state = load_file(path)
-    for name, parameter in model.named_parameters():
-        if f"{name}/step" not in state:
-            continue  # no gradient so far
-        for key in ("exp_avg", "exp_avg_sq"):
-            optimizer.state[parameter][key] = ranks.local_shard(state[f"{name}/{key}"], parameter)
-        optimizer.state[parameter]["step"] = state[f"{name}/step"].to(parameter.device)  # for fused=True

@@ -24,6 +24,7 @@ from recipes.toy_world import make_model, make_tokenizer
 DEFAULTS = {"dtype": "float32", "micro_batch_tokens": 10**6, "normalize": "token", "reward": "correct"}
 DEFAULTS |= {"policy": "full", "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 DEFAULTS |= {"clip_low": 0.2, "clip_high": 0.2, "updates": 1, "kl_weight": 0.0, "importance_cap": 2.0}
+DEFAULTS["lr_schedule"] = "constant"
 
 
 def settings(**changes):

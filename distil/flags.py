@@ -2,6 +2,7 @@
 types of their values. A value outside its range is refused by name while the command line is read."""
 
 import argparse
+import json
 import math
 import os
 
@@ -55,6 +56,17 @@ def rising(text):
     if any(a >= b for a, b in zip(numbers, numbers[1:])):
         raise argparse.ArgumentTypeError(f"must be integers that rise, such as 256,512, not {text!r}")
     return numbers
+
+
+def json_object(text):
+    """{name: value}, written as JSON."""
+    try:
+        json.dumps(value := json.loads(text), allow_nan=False)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'must be a JSON object such as {{"name": true}}, not {text!r}')
+    return value
 
 
 def path(text):

@@ -29,6 +29,7 @@ class Response(NamedTuple):
     old_logps: torch.Tensor | None = None  # (T,) under the policy that sampled; None: the model as it is
     kept: tuple | None = None  # streaming_kl.KeptSets of that policy; None: those of the model as it is
     text: str = ""  # decoded, where somebody needs it
+    teacher_prompt_ids: list | None = None  # of the prompt that the teacher sees; None: the same
 
     @property
     def length(self):

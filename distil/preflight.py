@@ -9,6 +9,8 @@ from distil.artifacts import read_artifact, refuse
 from distil.diagnostics import overlap
 from distil.models import forward, output_head, rows_of
 from distil.prompts import (
+    PLAIN,
+    Prompting,
     check_template,
     load_tokenizer,
     prompt_text,
@@ -26,7 +28,7 @@ def check_tokenizers(tokenizer, flag, other_sha256, other_flag):
         refuse(f"{flag} and {other_flag} have different tokenizers: their maps from tokens to ids differ")
 
 
-def match_tokenizers(first, second, flag, second_flag, template=None):
+def match_tokenizers(first, second, flag, second_flag, template=None, prompting=PLAIN):
     """Refuse two tokenizers with different ids or with different prompts.
 
     template: the one of them whose chat template the other gets, in place; None: they must have the same."""
@@ -34,57 +36,62 @@ def match_tokenizers(first, second, flag, second_flag, template=None):
     remedy = "--template says whose both use"
     for tokenizer, name in ((first, flag), (second, second_flag)):
         if template is None or template is tokenizer:
-            check_template(tokenizer, name, remedy)
+            check_template(tokenizer, name, remedy, prompting)
     if template:
         first.chat_template = second.chat_template = template.chat_template
         print(f"prompts: {flag} and {second_flag} have the chat template of {template.name_or_path}")
         remedy = "it prints special tokens, such as eos_token, that differ"
-    if template_sha256(first) != template_sha256(second):
+    if template_sha256(first, prompting) != template_sha256(second, prompting):
         refuse(f"{flag} and {second_flag} have different prompt templates; {remedy}")
 
 
-def match_teacher(directory, tokenizer, vocab_size, template):
+def match_teacher(directory, tokenizer, vocab_size, template, prompting=PLAIN):
     """match_tokenizers for a student's tokenizer and a teacher's directory; returns its stop ids."""
     other = load_tokenizer(directory, "--teacher")
     template = {"student": tokenizer, "teacher": other}.get(template)
-    match_tokenizers(tokenizer, other, "--student", "--teacher", template)
+    match_tokenizers(tokenizer, other, "--student", "--teacher", template, prompting)
     vocab_size_of(other, rows_of(directory), "--teacher", vocab_size)
     return stop_ids(other, directory, vocab_size)
 
 
-def match_rollouts(path, prompt_suffix, tokenizer, template):
+def match_rollouts(path, prompting, tokenizer, template):
     """match_tokenizers for a student's tokenizer and stored rollouts; returns their stop ids."""
     meta = read_artifact(path, "--rollouts", "rollout")
-    if meta["prompt_suffix"] != prompt_suffix:
-        made_with = f"--rollouts were made with {meta['prompt_suffix']!r}"
-        refuse(f"--prompt_suffix: is {prompt_suffix!r}, but {made_with}")
+    for flag, here, there in prompting.differences(Prompting.read(meta)):
+        refuse(f"{flag}: is {here!r}, but --rollouts were made with {there!r}")
     stored = load_tokenizer(os.path.join(path, "tokenizer"), "--rollouts")
-    match_tokenizers(tokenizer, stored, "--student", "--rollouts", template and stored)
+    match_tokenizers(tokenizer, stored, "--student", "--rollouts", template and stored, prompting)
     return meta["stop_ids"]
 
 
-def preflight(student, tokenizer, vocab_size, student_stops, teacher, teacher_stops, responses, k, dtype):
+def preflight(
+    student, tokenizer, vocab_size, student_stops, teacher, teacher_stops, responses, k, dtype, prompting
+):
     """Compare both models on a few Responses, print what is found, refuse a teacher without a signal.
 
     student: the model; teacher: a teacher.Teacher; the tokenizers were matched before."""
     padding = [rows - vocab_size for rows in (len(output_head(student)), teacher.head_rows)]
-    findings = check_pair(tokenizer, student_stops, teacher_stops, *padding)
+    findings = check_pair(tokenizer, student_stops, teacher_stops, *padding, prompting)
     with torch.no_grad():
         hidden, head = forward(student, responses, vocab_size, dtype)
+    if ids := responses[0].teacher_prompt_ids:
+        findings.append(("teacher's prompt", repr(tokenizer.decode(ids)), ""))
     findings += check_signal(hidden, head, teacher.signal(responses), k)
     for what, finding, warning in findings:
         print(f"preflight: {what:26} {finding}" + (f"   WARNING: {warning}" if warning else ""), flush=True)
 
 
-def check_pair(tokenizer, student_stops, teacher_stops, student_padding, teacher_padding):
+def check_pair(tokenizer, student_stops, teacher_stops, student_padding, teacher_padding, prompting):
     """[(what, finding, warning or "")] of what needs no forward pass. padding: rows of the output heads."""
     end_tokens = [tokenizer.convert_ids_to_tokens(stops) for stops in (student_stops, teacher_stops)]
-    prompt = prompt_text(tokenizer, "PROBLEM")
+    prompt = prompt_text(tokenizer, "PROBLEM" + prompting.prompt_suffix, prompting)
+    end = prompt.rpartition("PROBLEM" + prompting.prompt_suffix)[2]
     end_warning = thinking_warning = ""
     if student_stops != teacher_stops:
         end_warning = "they end differently: keep --stop_ids both, or responses grow to the length limit"
-    if "<think>" in prompt and "</think>" not in prompt:
-        thinking_warning = "the prompt opens a <think> block although thinking is off"
+    if "<think>" in end and ("</think>" in end) == (prompting.thinking == "on"):
+        does = "closes" if "</think>" in end else "opens"
+        thinking_warning = f"the prompt {does} a <think> block although thinking is {prompting.thinking}"
     padding = f"student {student_padding}, teacher {teacher_padding}; masked in loss and sampling"
     return [
         ("token maps", f"equal, {len(tokenizer)} tokens", ""),

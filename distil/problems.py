@@ -13,6 +13,7 @@ from typing import NamedTuple
 from distil import flags
 from distil.artifacts import DAMAGE, refuse
 from distil.jsonl import read_jsonl
+from distil.prompts import Prompting
 
 
 class DataSet(NamedTuple):
@@ -39,13 +40,20 @@ DATA_HELP = f"{', '.join(DATASETS)}, a hub id name[:configuration[:split]], or a
 TEMPLATE_HELP = "directory or hub id of a model whose chat template is used (default: the model's own)"
 
 
-def add_problem_flags(p, required=True, template=True):
+def add_problem_flags(p, required=True, template=True, prompts=True):
     p.add_argument("--data", type=flags.path, required=required, help=DATA_HELP)
-    p.add_argument("--limit", type=flags.non_negative_int, default=0, help="only the first N (0: all)")
     p.add_argument("--problem_column", default="problem", help="of hub ids and files; else question")
     p.add_argument("--answer_column", default="answer", help="of hub ids and files")
+    if not prompts:
+        return
+    p.add_argument("--limit", type=flags.non_negative_int, default=0, help="only the first N (0: all)")
     p.add_argument("--max_prompt_tokens", type=flags.positive_int, help="drop problems with longer ones")
     p.add_argument("--prompt_suffix", default="", help="text put after every problem, inside the user turn")
+    p.add_argument("--system_prompt", default="", help="text of a system turn before every problem")
+    thinking_help = "the chat template's switch enable_thinking"
+    p.add_argument("--thinking", choices=["on", "off"], default="off", help=thinking_help)
+    kwargs_help = 'more variables of the chat template, as in \'{"reasoning_effort": "high"}\''
+    p.add_argument("--template_kwargs", type=flags.json_object, default={}, metavar="JSON", help=kwargs_help)
     if template:
         p.add_argument("--template_from", type=flags.path, metavar="MODEL", help=TEMPLATE_HELP)
 
@@ -56,18 +64,25 @@ class Asked(NamedTuple):
     data: str
     limit: int
     columns: tuple  # of problem and answer, in data that is not one of DATASETS
-    prompt_suffix: str
+    prompting: Prompting
     max_prompt_tokens: int | None
     template_from: str | None
 
 
-def asked(args, *more):
-    """The flags of add_problem_flags(). Refused: columns that neither --data nor `more` data sets use."""
+def columns_of(args, *more):
+    """(--problem_column, --answer_column). Refused if neither --data nor `more` data sets use them."""
     columns = args.problem_column, args.answer_column
     if columns != COLUMNS and {args.data, *more} <= {*DATASETS, None}:
         refuse("--problem_column, --answer_column: this command reads no file or hub id to use them for")
+    return columns
+
+
+def asked(args, *more):
+    """The flags of add_problem_flags(); more: data sets beside --data."""
+    prompting = Prompting(args.prompt_suffix, args.system_prompt, args.thinking, args.template_kwargs)
     template_from = getattr(args, "template_from", None)
-    return Asked(args.data, args.limit, columns, args.prompt_suffix, args.max_prompt_tokens, template_from)
+    columns = columns_of(args, *more)
+    return Asked(args.data, args.limit, columns, prompting, args.max_prompt_tokens, template_from)
 
 
 def hub_reachable():
@@ -82,11 +97,11 @@ def hub_reachable():
     return not constants.HF_HUB_OFFLINE
 
 
-def load_problems(data, limit=0, columns=COLUMNS):
+def load_problems(data, limit=0, columns=COLUMNS, context=None):
     """The first `limit` problems (0: all) of a data set, a hub id or a local file: dicts of strings.
 
     An id is the data set's name and the row's own `id` or `unique_id`, or else its index. columns: of
-    problem and answer, in data that is not one of DATASETS."""
+    problem and answer, in data that is not one of DATASETS. context: a column that gives `context`."""
     name, dataset, rows = load_rows(data, columns)
     names = ["problem", "question"] if dataset.problem == "problem" else [dataset.problem]
     problems, seen = [], {}
@@ -97,17 +112,22 @@ def load_problems(data, limit=0, columns=COLUMNS):
             refuse(f"{where}: its id must be text or a number, not {key!r}")
         text = next((values[column] for column in names if column in values), None)
         answer = gold_answer(values.get(dataset.answer))
-        for wanted, value in ((names, text), ([dataset.answer], answer)):
+        see = "--problem_column, --answer_column"
+        needed = [(names, text, see), ([dataset.answer], answer, see)]
+        if context is not None:
+            needed.append(([context], values.get(context), "--teacher_context_column"))
+        for wanted, value, see in needed:
             if not isinstance(value, str) or not value.strip():
                 if has := [column for column in wanted if column in row]:
                     refuse(f"{where}: its {has[0]!r} is {json.dumps(row[has[0]], default=str):.80}, not text")
                 names, has = " or ".join(map(repr, wanted)), ", ".join(map(repr, row))
-                refuse(f"{where}: no column {names} (see --problem_column, --answer_column); it has {has}")
+                refuse(f"{where}: no column {names} (see {see}); it has {has}")
         id = f"{name}/{key}"
         if id in seen:
             refuse(f"{where}: the id {key!r} was already used at {seen[id]}; ids must differ")
         seen[id] = where
-        problems.append({"id": id, "problem": text, "answer": answer})
+        hint = {} if context is None else {"context": values[context]}
+        problems.append({"id": id, "problem": text, "answer": answer, **hint})
     if not problems:
         refuse(f"--data {data}: no problems in it")
     return problems

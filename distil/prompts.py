@@ -5,10 +5,32 @@ import hashlib
 import json
 import os
 import re
+from typing import NamedTuple
 
 from distil.artifacts import refuse
 
 PROMPT_DATE = datetime.datetime(2024, 7, 26)  # for templates that print it; Llama's own default
+
+
+class Prompting(NamedTuple):
+    """What is in every prompt beside its problem; each field is the value of the flag of that name."""
+
+    prompt_suffix: str = ""  # after the problem, inside the user turn
+    system_prompt: str = ""  # a system turn before it; "": none
+    thinking: str = "off"  # or "on", if the template has that switch
+    template_kwargs: dict = {}  # more variables of the template
+
+    @classmethod
+    def read(cls, facts):
+        """From a meta.json, or its args; what is older than a flag was made with the flag's default."""
+        return cls(**{name: facts[name] for name in cls._fields if name in facts})
+
+    def differences(self, other):
+        """[(flag, own value, the other's)] of the flags that differ."""
+        return [(f"--{name}", a, b) for name, a, b in zip(self._fields, self, other) if a != b]
+
+
+PLAIN = Prompting()
 
 
 def load_tokenizer(directory, flag):
@@ -24,40 +46,59 @@ def load_tokenizer(directory, flag):
         refuse(f"{flag} {directory}: its tokenizer cannot be loaded: {error}")
 
 
-def check_template(tokenizer, flag, remedy):
-    """Refuse a tokenizer without a working chat template. remedy: the flag that names another one."""
+def check_template(tokenizer, flag, remedy, prompting=PLAIN, system_flag="--system_prompt"):
+    """Refuse a tokenizer without a working chat template, or with one that ignores a part of `prompting`.
+
+    remedy: the flag that names another one; system_flag: the one that gave the system prompt."""
+    question, kwargs = "What is 1+1?", prompting.template_kwargs
+    parts = {system_flag: {"system_prompt": ""}} if prompting.system_prompt else {}  # {flag: without it}
+    parts |= {"--thinking on": {"thinking": "off"}} if prompting.thinking == "on" else {}
+    for name in kwargs:
+        others = {key: value for key, value in kwargs.items() if key != name}
+        parts[f"--template_kwargs {name}"] = {"template_kwargs": others}
+    where = f"{flag} {tokenizer.name_or_path}: its tokenizer's chat template"
     try:
-        texts = [prompt_text(tokenizer, "What is 1+1?") for _ in range(2)]
-        if texts[0] != texts[1]:
+        text, again = (prompt_text(tokenizer, question, prompting) for _ in range(2))
+        if text != again:
             raise ValueError("it renders a problem in two ways")
-        if "What is 1+1?" not in texts[0]:
+        if question not in text:
             raise ValueError("it leaves out or changes the problem")
+        render_prompt(tokenizer, question, prompting)  # bytes of a flag that are no text have no tokens
+        less = {part: prompting._replace(**without) for part, without in parts.items()}
+        ignored = [part for part in less if prompt_text(tokenizer, question, less[part]) == text]
     except Exception as error:  # jinja's or transformers': whatever is wrong with the template
         why = f"does not work ({error})" if tokenizer.chat_template else "is missing"
-        refuse(f"{flag} {tokenizer.name_or_path}: its tokenizer's chat template {why}; {remedy}")
+        refuse(f"{where} {why}; {' or '.join([*(f'leave out {part}' for part in parts), remedy])}")
+    for part in ignored:
+        say = print if part == "--thinking on" else refuse  # most models have no such switch
+        say(f"{part}: {where} ignores it")
 
 
-def prompt_text(tokenizer, content):
-    """The prompt as text: one user turn, the generation prompt, thinking off. The only template code here."""
+def prompt_text(tokenizer, content, prompting=PLAIN):
+    """The prompt as text: one user turn, the generation prompt. The only template code here."""
     messages = [{"role": "user", "content": content}]
-    options = {"add_generation_prompt": True, "enable_thinking": False, "tokenize": False}
-    return tokenizer.apply_chat_template(messages, strftime_now=PROMPT_DATE.strftime, **options)
+    if prompting.system_prompt:
+        messages.insert(0, {"role": "system", "content": prompting.system_prompt})
+    options = {"add_generation_prompt": True, "tokenize": False, "strftime_now": PROMPT_DATE.strftime}
+    options["enable_thinking"] = prompting.thinking == "on"
+    return tokenizer.apply_chat_template(messages, **prompting.template_kwargs | options)
 
 
-def render_prompt(tokenizer, problem, suffix=""):
+def render_prompt(tokenizer, problem, prompting=PLAIN):
     """Token ids of the prompt. A special token in the problem, say "<|im_end|>", becomes plain text."""
 
     def encode(text, plain=False):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=plain).input_ids
 
-    text = prompt_text(tokenizer, problem + suffix)
+    content = problem + prompting.prompt_suffix
+    text = prompt_text(tokenizer, content, prompting)
     if not any(token in problem for token in tokenizer.get_added_vocab()):
         return encode(text)
     # Two marks show where the template puts the problem: once or often, quoted or trimmed.
     start, end = [mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in problem + text][:2]
     for marked in (problem, problem.strip()):  # no template trims marked white space
-        content = problem.replace(marked, start + marked + end, 1) + suffix
-        pieces = re.split(f"(?s){start}(.*?){end}", prompt_text(tokenizer, content))
+        content = problem.replace(marked, start + marked + end, 1) + prompting.prompt_suffix
+        pieces = re.split(f"(?s){start}(.*?){end}", prompt_text(tokenizer, content, prompting))
         if "".join(pieces) == text:  # [template, problem, template, ...]
             return [token for i, piece in enumerate(pieces) for token in encode(piece, plain=i % 2 == 1)]
     refuse(f"the chat template changes {problem[:60]!r}, so a special token in it cannot become plain text")
@@ -77,19 +118,21 @@ def vocab_size_of(tokenizer, rows, flag, other=None):
     return size
 
 
-def encode_problems(problems, tokenizer, suffix, size, context, most, limit, flag="max_response_tokens"):
+def encode_problems(
+    problems, tokenizer, prompting, size, context, most, limit, flag="max_response_tokens", whose="its"
+):
     """(problems, their prompt ids, number dropped): without prompts of more than `most` tokens (None: all).
 
     Refused if one has an id from `size` on, or if it and a response of `limit` tokens, set by `flag`, exceed
-    the context."""
-    pairs = [(problem, render_prompt(tokenizer, problem["problem"], suffix)) for problem in problems]
+    the context. whose: for the message."""
+    pairs = [(problem, render_prompt(tokenizer, problem["problem"], prompting)) for problem in problems]
     kept = [pair for pair in pairs if most is None or len(pair[1]) <= most]
     if dropped := len(pairs) - len(kept):
         problem, prompt = max(pairs, key=lambda pair: len(pair[1]))
         such = f"problems dropped, such as {problem['id']} with {len(prompt)} tokens"
         (print if kept else refuse)(f"--max_prompt_tokens {most}: {dropped} of {len(pairs)} {such}")
     for problem, prompt in kept:
-        name = f"problem {problem['id']}: its prompt has"
+        name = f"problem {problem['id']}: {whose} prompt has"
         if max(prompt) >= size:
             refuse(f"{name} the token id {max(prompt)}, but the model's rows end at {size - 1}")
         if len(prompt) + limit > context:
@@ -103,9 +146,9 @@ def tokenizer_sha256(tokenizer):
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-def template_sha256(tokenizer, suffix=""):
-    """Hash of what surrounds a problem in its prompt (template, suffix, thinking switch), as token ids."""
-    return hashlib.sha256(json.dumps(render_prompt(tokenizer, "1+1=?", suffix)).encode()).hexdigest()
+def template_sha256(tokenizer, prompting=PLAIN):
+    """Hash of what surrounds a problem in its prompt (the template and `prompting`), as token ids."""
+    return hashlib.sha256(json.dumps(render_prompt(tokenizer, "1+1=?", prompting)).encode()).hexdigest()
 
 
 def stop_ids(tokenizer, directory, vocab_size):

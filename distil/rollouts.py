@@ -6,7 +6,7 @@ import os
 from distil.artifacts import finish_artifact, refuse
 from distil.jsonl import read_jsonl
 from distil.models import Response
-from distil.prompts import PROMPT_DATE, template_sha256, tokenizer_sha256
+from distil.prompts import PLAIN, PROMPT_DATE, template_sha256, tokenizer_sha256
 
 
 def write_rollouts(file, tokenizer, problems, groups):
@@ -55,7 +55,7 @@ def stored_responses(path, max_response_tokens, context, vocab_size):
     return responses
 
 
-def finish_rollouts(args, tokenizer, faults=None, prompt_suffix="", **facts):
+def finish_rollouts(args, tokenizer, faults=None, prompting=PLAIN, **facts):
     """Complete the artifact in args.out: tokenizer, counts, meta.json. faults: {reason: count} of --drop."""
     file = os.path.join(args.out, "rollouts.jsonl")
     os.replace(file + ".tmp", file)
@@ -69,9 +69,9 @@ def finish_rollouts(args, tokenizer, faults=None, prompt_suffix="", **facts):
         refuse(f"--drop {' '.join(args.drop)}: every response was dropped: {dict(faults)}", code=1)
     counts = {"responses": len(lengths), "response_tokens": sum(lengths), "longest_response": max(lengths)}
     facts["counts"] = counts | {"truncated": truncated, "faults": faults or {}}
-    facts |= {"prompt_suffix": prompt_suffix, "prompt_date": f"{PROMPT_DATE:%Y-%m-%d}"}
+    facts |= {**prompting._asdict(), "prompt_date": f"{PROMPT_DATE:%Y-%m-%d}"}
     facts["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
-    facts["template_sha256"] = template_sha256(tokenizer, prompt_suffix)
+    facts["template_sha256"] = template_sha256(tokenizer, prompting)
     finish_artifact(args, "rollout", ["rollouts.jsonl", *files], **facts)
     mean = sum(lengths) / len(lengths)
     print(f"{args.out}: {len(lengths)} responses, {mean:.1f} tokens on average, {truncated} truncated")

@@ -82,21 +82,22 @@ class Task(NamedTuple):
 def load_task(model, asked, make_sampling):
     """The Task of --model on what is `asked`. make_sampling(vocabulary size, stop ids) is its sampling."""
     problems = load_problems(asked.data, asked.limit, asked.columns)
-    directory, tokenizer, size = load_template(model, asked.template_from)
+    directory, tokenizer, size = load_template(model, asked.template_from, asked.prompting)
     config = make_sampling(size, stop_ids(tokenizer, directory, size))
-    about = tokenizer, asked.prompt_suffix, size, context_of(directory), asked.max_prompt_tokens
+    about = tokenizer, asked.prompting, size, context_of(directory), asked.max_prompt_tokens
     problems, prompts, dropped = encode_problems(problems, *about, config.max_response_tokens)
     return Task(directory, tokenizer, problems, prompts, config, dropped)
 
 
-def load_template(model, template_from):
+def load_template(model, template_from, prompting):
     """(directory, tokenizer, vocabulary size) of --model, with the chat template that its prompts get."""
     directory = model_dir(model, "--model")
     tokenizer = load_tokenizer(directory, "--model")
     if template_from:
         other = load_tokenizer(model_dir(template_from, "--template_from"), "--template_from")
-        match_tokenizers(tokenizer, other, "--model", "--template_from", other)
-    check_template(tokenizer, "--model", "--template_from names a model whose template is used")
+        match_tokenizers(tokenizer, other, "--model", "--template_from", other, prompting)
+    remedy = "--template_from names a model whose template is used"
+    check_template(tokenizer, "--model", remedy, prompting)
     return directory, tokenizer, vocab_size_of(tokenizer, rows_of(directory), "--model")
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from distil import ranks
 from distil.artifacts import check_files, file_sha256, read_artifact, refuse
 from distil.models import default_device, forward, output_head
+from distil.prompts import check_template, encode_problems
 
 USES = {
     "hidden": ("full", "topk", "sampled"),
@@ -36,6 +37,32 @@ class Teacher(NamedTuple):
     config: dict | None = None  # of its model, for the cost ledger
     head_rows: int | None = None  # of its output head, or of the scored part of it
     read_ahead: Callable = lambda responses: None  # from the disk, while the device is busy
+    prompt_tokens: Callable = lambda response: len(response.teacher_prompt_ids or response.prompt_ids)
+
+
+def add_teacher_prompt_flags(p):
+    """The flags that give the teacher a prompt of its own, before the same response tokens."""
+    system_help = "the teacher's own system prompt, in place of the student's"
+    p.add_argument("--teacher_system_prompt", metavar="TEXT", help=system_help)
+    context_help = "column of --data, such as a solution, that the teacher alone sees after the problem"
+    p.add_argument("--teacher_context_column", metavar="COLUMN", help=context_help)
+
+
+def own_prompts(problems, tokenizer, prompting, system, size, context, most, limit):
+    """(problems, with `teacher_prompt_ids` if the teacher has prompts of its own, number dropped).
+
+    Its user turn is the problem, a blank line and the problem's `context`, if it has one; system: its system
+    prompt (None: that of the student's `prompting`); the rest is as in encode_problems()."""
+    if system is None and "context" not in problems[0]:
+        return problems, 0  # it sees the student's
+    if system is not None:
+        prompting = prompting._replace(system_prompt=system)
+    check_template(tokenizer, "--teacher", "use another", prompting, "--teacher_system_prompt")
+    hints = [f"\n\n{p['context']}" if "context" in p else "" for p in problems]
+    seen = [p | {"problem": p["problem"] + hint, "plain": p} for p, hint in zip(problems, hints)]
+    about = size, context, most, limit
+    kept, prompts, dropped = encode_problems(seen, tokenizer, prompting, *about, whose="the teacher's")
+    return [p["plain"] | {"teacher_prompt_ids": ids} for p, ids in zip(kept, prompts)], dropped
 
 
 def live_teacher(directory, dtype, vocab_size):
@@ -45,7 +72,8 @@ def live_teacher(directory, dtype, vocab_size):
 
     @torch.no_grad()
     def signal(responses):
-        return Signal(*forward(model, responses, vocab_size))
+        seen = [r._replace(prompt_ids=r.teacher_prompt_ids or r.prompt_ids) for r in responses]
+        return Signal(*forward(model, seen, vocab_size))
 
     return Teacher(signal, model.config.to_dict(), rows)
 
@@ -64,6 +92,9 @@ def stored_teacher(path, rollouts, responses, vocab, k, topk_set):
         if stored < trained:
             what = f"hold {stored} tokens of a response of which {trained} are trained on"
             refuse(f"--scores {path}: {what}; a larger --max_tokens, or a smaller --max_response_tokens")
+    for name in ("teacher_system_prompt", "teacher_context_column"):
+        if (value := scores.meta["args"].get(name)) is not None:
+            print(f"--scores {path}: made with --{name} {value!r}")
     config, device = scores.meta["teacher_config"], default_device()
     head = scores.head.to(device) if kind == "hidden" else None
     thread, ahead = ThreadPoolExecutor(1), {}
@@ -87,7 +118,11 @@ def stored_teacher(path, rollouts, responses, vocab, k, topk_set):
             **{name: torch.cat([r[name].to(device, non_blocking=True) for r in rows]) for name in names},
         )
 
-    return Teacher(signal, config, config["vocab_size"] if head is None else len(head), read_ahead)
+    def prompt_tokens(response):
+        return scores.meta.get("teacher_prompt_tokens", {}).get(response.id, len(response.prompt_ids))
+
+    rows = config["vocab_size"] if head is None else len(head)
+    return Teacher(signal, config, rows, read_ahead, prompt_tokens)
 
 
 class Scores:

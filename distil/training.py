@@ -170,11 +170,12 @@ class Run:
         self.args, self.tokenizer, self.cell, self.dropped = args, tokenizer, cell, {}
         self.vocab_size, self.logprobs, stops = config.vocab_size, config.logprobs, config.stop_ids
         self.name = os.path.basename(os.path.normpath(args.out))
+        wanted = asked(args, args.eval_data)
+        self.prompting = wanted.prompting
         if args.eval_data:
             self.eval_limit = limit = args.eval_max_response_tokens or args.max_response_tokens
-            wanted = asked(args, args.eval_data)
             problems = load_problems(args.eval_data, columns=wanted.columns)
-            about = tokenizer, wanted.prompt_suffix, self.vocab_size, context_of(directory)
+            about = tokenizer, wanted.prompting, self.vocab_size, context_of(directory)
             about += wanted.max_prompt_tokens, limit, "eval_max_response_tokens"
             self.problems, self.prompts, self.dropped["eval_data"] = encode_problems(problems, *about)
             self.sampling = config._replace(n=args.eval_n, top_k=0, logprobs="", **EVAL_SAMPLING)
@@ -355,7 +356,7 @@ class Run:
         facts = {"cell": self.cell, "stop_ids": self.model.generation_config.eos_token_id, "best": self.best}
         facts |= for_file(self.spent)
         facts["tokenizer_sha256"] = tokenizer_sha256(self.tokenizer)
-        facts["template_sha256"] = template_sha256(self.tokenizer, args.prompt_suffix)
+        facts["template_sha256"] = template_sha256(self.tokenizer, self.prompting)
         artifacts.finish_artifact(args, stage, files, dropped_problems=self.dropped, **facts)
         spent = f"{text_of(self.spent['tflops'])} TFLOPs, {self.spent['response_tokens']} response tokens"
         self.tracker.finish()

@@ -162,7 +162,7 @@ def write_model(args, name, tokenizer, shape):
 def write_solutions(args, name, solutions, tokenizer, stops):
     """A rollouts artifact of texts. solutions: [(problem, text)]."""
     rollouts = argparse.Namespace(**vars(args))
-    rollouts.out, rollouts.prompt_suffix = os.path.join(args.out, name), ""
+    rollouts.out = os.path.join(args.out, name)
     start_artifact(rollouts)
     with open(os.path.join(rollouts.out, "rollouts.jsonl.tmp"), "w", encoding="utf-8") as file:
         for problem, text in solutions:

@@ -17,7 +17,8 @@ NUMBERS = {  # {type: (values of its range, numbers outside of it)}
     flags.positive_fraction: (("0.1", "1"), ("0", "-0.1", "1.5")),
     flags.temperature: (("0", "0.01", "2"), ("1e-3", "1e-320", "-1")),
 }
-FREE_TEXT = {"prompt_suffix", "problem_column", "answer_column", "response_column"}
+FREE_TEXT = {"prompt_suffix", "system_prompt", "problem_column", "answer_column", "response_column"}
+FREE_TEXT |= {"teacher_system_prompt", "teacher_context_column"}
 SENSELESS = [
     "nan",
     "-nan",
@@ -56,6 +57,17 @@ def values_of(action):
     if action.type is flags.rising:
         bad = ["0,1", "2,1", "1,1", "1,,2", ",", "1,nan", "1,1.5", "-1,2", "nan", "", "x", "1;2"]
         return ["5", "1,2,3"], bad
+    if action.type is flags.json_object:
+        return ["{}", '{"a": {"b": [1, null]}}'], [
+            "",
+            "x",
+            "[]",
+            "1",
+            "null",
+            "{a: 1}",
+            '{"a": NaN}',
+            "[" * 9**5,
+        ]
     if action.type is flags.path:
         return ["x", "~/x", "a b", "org/name"], ["", "  ", "a\0b", "a\nb", "a\udcff"]
     return [], []
@@ -95,6 +107,8 @@ def test_every_value_in_a_range_is_read(stage, action):
             assert value == float(text) and math.isfinite(value)
         elif action.type is flags.path:
             assert value == os.path.expanduser(text)
+        elif action.type is flags.json_object:
+            assert value == json.loads(text)
         else:
             assert value == json.loads(f"[{text}]")
 

@@ -12,6 +12,7 @@ import score_teacher
 import train
 from conftest import read_rows, replace_text, run_line, swap_ids
 from distil.preflight import check_pair, check_signal
+from distil.prompts import PLAIN
 from distil.teacher import Signal
 from streaming_kl import sampler_kl
 
@@ -213,7 +214,7 @@ def test_thinking_is_off_in_the_prompt_and_a_prompt_that_thinks_is_warned_of(pai
     preflight(*pair)
     out = capsys.readouterr().out
     assert "assistant\\nb'" in out and "<think>" not in out
-    assert "thinking is off" in check_pair(Thinker(), [2], [2], 0, 0)[3][2]
+    assert "thinking is off" in check_pair(Thinker(), [2], [2], 0, 0, PLAIN)[3][2]
 
 
 class Thinker:

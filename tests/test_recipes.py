@@ -380,3 +380,31 @@ def test_a_failed_command_ends_the_recipe(recipe, tiny, monkeypatch, refused):
 
 def test_execute_gives_the_exit_code():
     assert plan.execute(["sh", "-c", "cat; exit 7"]) == 7
+
+
+def test_the_recipe_with_hints_in_miniature(tmp_path, capsys):
+    """Its own commands in their order, with smaller sizes."""
+    code, called, lines, error = bash(tmp_path, "toy_hint", tmp_path / "out")
+    assert code == 0, error
+    small = {"recipes.toy_world": "--train 12 --heldout 2 --test 4 --terms 2 4", "recipes.toy_hint": ""}
+    small["train"] = "--steps 1 --batch_size 2 --max_response_tokens 8"
+    small["evaluate"] = "--limit 2 --n 1 --k 1 --max_response_tokens 8"
+    for name, *words in [called, *map(str.split, filter(None, lines))]:
+        name = words.pop(0) if name == "-m" else name.removesuffix(".py")
+        words += small[name].split() if "--out" in words else []
+        stage = importlib.import_module(name)
+        stage.main(stage.get_args(words))
+    printed = capsys.readouterr().out
+    assert printed.count("| avg ") == 3 and printed.count("| self_") == 3 + 3  # a table, three comparisons
+    for seed in (1, 2, 3):
+        args = json.load(open(tmp_path / f"out/self_{seed}/meta.json"))["args"]
+        base = f"{tmp_path}/out/base/final"
+        assert [args["student"], args["teacher"], args["seed"]] == [base, base, seed]
+    data = tmp_path / "out/data"
+    rows = [json.loads(line) for line in open(data / "both/rollouts.jsonl")]
+    hinted = [json.loads(line)["problem"] for line in open(data / "with_hint/test.jsonl")]
+    assert len({row["id"] for row in rows}) == 12 and len(rows) == 24 and "\n\n=" in hinted[0]
+    for alone, shown in zip(rows[:12], rows[12:]):
+        assert len(shown["prompt_ids"]) == len(alone["prompt_ids"]) + 4  # \n \n = 7
+        assert len(alone["response_ids"]) <= len(shown["response_ids"])
+        assert shown["response"].endswith(f"\\boxed{{{shown['answer']}}}")

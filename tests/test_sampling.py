@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from distil import sampling
 from distil.models import Response
 from distil.problems import COLUMNS, Asked
+from distil.prompts import Prompting
 from distil.sampling import (
     SamplingConfig,
     add_sampling_flags,
@@ -246,7 +247,7 @@ def test_plain_is_the_models_own_distribution():
 
 def test_a_task_is_what_sampling_needs(world):
     make_sampling = functools.partial(sampling_from, parse("--max_response_tokens", "9"))
-    wanted = Asked(str(world / "train.jsonl"), 2, COLUMNS, "=", None, None)
+    wanted = Asked(str(world / "train.jsonl"), 2, COLUMNS, Prompting("="), None, None)
     task = load_task(str(world / "teacher_init"), wanted, make_sampling)
     assert len(task.problems) == len(task.prompts) == 2 and task.directory == str(world / "teacher_init")
     assert task.sampling == make_config(max_response_tokens=9)

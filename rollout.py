@@ -15,16 +15,18 @@ token, and "length" if --max_response_tokens truncated the response.
 import functools
 import os
 from collections import Counter, defaultdict
+from concurrent.futures import FIRST_COMPLETED, wait
 
 from tqdm import tqdm
 
 from distil import flags
 from distil.artifacts import add_output_flags, check_out, run_stage, start_artifact, stop, stop_requested
 from distil.jsonl import GrowingFile
-from distil.models import default_dtype, load_model
+from distil.models import Response, default_dtype, load_model
 from distil.problems import add_problem_flags, asked
 from distil.rollouts import finish_rollouts, write_rollouts
 from distil.sampling import add_sampling_flags, derive_seed, load_task, sample_stream, sampling_from
+from distil.server import add_server_flags, connect
 from distil.vllm_engine import load_vllm
 
 
@@ -36,7 +38,8 @@ def get_args(argv=None):
     )
     add_problem_flags(p)
     p = parser.add_argument_group("sampling")
-    add_sampling_flags(p)
+    add_sampling_flags(p, more=["server"])
+    add_server_flags(p, "server", "of the vLLM server that has --model, with --engine server")
     dtypes = ["float32", "bfloat16", "float16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="dtype of the model")
     p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")
@@ -51,7 +54,10 @@ def get_args(argv=None):
     attempts_help = "with --drop, times a response is sampled before it is dropped"
     p.add_argument("--attempts", type=flags.positive_int, default=3, help=attempts_help)
     add_output_flags(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (args.engine == "server") != bool(args.server):
+        parser.error("--engine server needs --server, and only it takes one")
+    return args
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -108,16 +114,61 @@ def judge(args, tokenizer, seed, faults, request, response):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# A model behind a server
+
+PLAIN = {"min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+
+
+def sample_served(server, config, queue):
+    """Yields (Request, Response) as they finish until the queue, to which one may add, is empty."""
+    running = {}
+    while queue or running:
+        queue.sort(key=lambda request: request.place)  # what is sampled again goes first
+        while queue and len(running) < server.requests:
+            request = queue.pop(0)
+            running[server.pool.submit(sample_one, server, config, request)] = request
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            yield running.pop(future), future.result()
+
+
+def sample_one(server, config, request):
+    """A request with a seed of its own: its Response does not depend on the others, but for rounding."""
+    body = {name: getattr(config, name) for name in ("temperature", "top_p", "top_k")} | PLAIN
+    body |= {"stop_token_ids": config.stop_ids, "ignore_eos": True, "return_token_ids": True}
+    body |= {"max_tokens": config.max_response_tokens, "seed": request.seed, "prompt": request.prompt}
+
+    def read(answer):
+        [choice] = answer["choices"]
+        return choice["token_ids"], max(choice["token_ids"]), choice["finish_reason"]
+
+    tokens, largest, reason = server.ask("/v1/completions", read, **body)
+    if largest >= config.vocab_size:
+        mask = f"""distil.vllm_mask:PaddingMask --additional-config '{{"vocab_size": {config.vocab_size}}}'"""
+        raise server.fail(f"sampled the padding row {largest}; start it with --logits-processors {mask}")
+    stopped, limited = tokens[-1] in config.stop_ids, len(tokens) == config.max_response_tokens
+    if reason != ("stop" if stopped else "length" if limited else None):
+        ended = f"ended a response after {len(tokens)} tokens with {tokens[-1]} ({reason})"
+        raise server.fail(f"{ended}; start it with --generation-config vllm")
+    return Response(request.prompt, tokens, truncated=not stopped)
+
+
+# ----------------------------------------------------------------------------------------------------------
 
 
 def main(args):
     check_out(args)
     make_sampling = functools.partial(sampling_from, args)
-    task = load_task(args.model, asked(args), make_sampling)
+    task = load_task(args.model, asked(args), make_sampling, weights=args.engine != "server")
     problems, stop_ids = task.problems, task.sampling.stop_ids
     if args.engine == "vllm":
         machine = args.dtype, args.tensor_parallel, args.gpu_memory_utilization
         engine = load_vllm(task.directory, task.sampling.vocab_size, *machine)
+    elif args.engine == "server":
+        about = args.model, task.directory, task.sampling.vocab_size
+        longest = max(map(len, task.prompts)) + args.max_response_tokens
+        limits = args.server_requests, args.server_timeout
+        served = connect(args.server, "--server", *about, longest, *limits)
+        engine = functools.partial(sample_served, served)
     else:
         engine = load_model(task.directory, "--model", args.dtype)
     start_artifact(args)

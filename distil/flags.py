@@ -4,6 +4,7 @@ types of their values. A value outside its range is refused by name while the co
 import argparse
 import math
 import os
+import re
 
 LARGEST = 2**31 - 1  # what torch and vLLM take for a count
 
@@ -55,6 +56,13 @@ def rising(text):
     if any(a >= b for a, b in zip(numbers, numbers[1:])):
         raise argparse.ArgumentTypeError(f"must be integers that rise, such as 256,512, not {text!r}")
     return numbers
+
+
+def url(text):
+    """http://HOST:PORT, given with or without the /v1 of its API."""
+    if found := re.fullmatch(r"(https?://[\w.:\[\]-]+)(/v1)?/?", text):
+        return found[1]
+    raise argparse.ArgumentTypeError(f"must be an address such as http://host:8000, not {text!r}")
 
 
 def path(text):

@@ -1,4 +1,4 @@
-"""Sample responses to problems from a teacher or a student, with vLLM or transformers.
+"""Sample responses to problems from a teacher or a student, with vLLM, transformers, or a vLLM server.
 
     problems  ->  rollouts/rollouts.jsonl, rollouts/tokenizer/, rollouts/meta.json
 
@@ -39,7 +39,7 @@ def get_args(argv=None):
     add_problem_flags(p)
     p = parser.add_argument_group("sampling")
     add_sampling_flags(p, more=["server"])
-    add_server_flags(p, "server", "of the vLLM server that has --model, with --engine server")
+    add_server_flags(p, "server")
     dtypes = ["float32", "bfloat16", "float16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="dtype of the model")
     p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")

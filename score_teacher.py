@@ -12,6 +12,8 @@ What is stored for every position that predicts a response token, in the dtype t
     --signal topk       the --k likeliest tokens and their log-probabilities: 8 bytes each
     --signal sampled    the log-probability of the response's own token: 4 bytes
 
+The last two can also come from a teacher behind vLLM's server: --server (docs/scaling.md).
+
 Whether a teacher and a student can work together is checked by train.py before its first step, and by
 
     python score_teacher.py --preflight --teacher Qwen/Qwen3-4B --student Qwen/Qwen3-0.6B-Base
@@ -78,7 +80,7 @@ def get_args(argv=None):
     )
     dtypes = ["float32", "bfloat16", "float16"]
     p.add_argument("--dtype", choices=dtypes, default=models.default_dtype(), help="dtype of the teacher")
-    add_server_flags(p, "server", "of the vLLM server that has --teacher; its weights are not read here")
+    add_server_flags(p, "server")
     artifacts.add_output_flags(parser, required=False)
     p = parser.add_argument_group("only check whether a pair can work")
     p.add_argument("--preflight", action="store_true", help="check --teacher against --student, and end")

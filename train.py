@@ -61,7 +61,7 @@ def get_args(argv=None):
     p = parser.add_argument_group("what goes in")
     p.add_argument("--student", type=flags.path, required=True, help="directory or hub id to start from")
     p.add_argument("--teacher", type=flags.path, help="directory or hub id of the teacher (student prefix)")
-    add_server_flags(p, "teacher_server", "of the vLLM server that has --teacher; its weights are not read")
+    add_server_flags(p, "teacher_server")
     p.add_argument("--rollouts", type=flags.path, help="directory written by rollout.py (teacher prefix)")
     p.add_argument("--scores", type=flags.path, help="directory written by score_teacher.py (teacher prefix)")
     add_problem_flags(p, required=False, template=False)

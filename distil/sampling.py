@@ -19,10 +19,8 @@ def add_sampling_flags(
     p, n=1, temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=4096, gpu_memory_utilization=0.9, more=()
 ):
     """The sampling flags of every stage, each with its own defaults. more: engines beside vLLM and hf."""
-    engine = "vllm" if torch.cuda.is_available() else "hf"
-    p.add_argument(
-        "--engine", choices=["vllm", "hf", *more], default=engine, help="vLLM, or transformers (hf)"
-    )
+    engines, engine = ["vllm", "hf", *more], "vllm" if torch.cuda.is_available() else "hf"
+    p.add_argument("--engine", choices=engines, default=engine, help="vLLM, or transformers (hf)")
     p.add_argument("--n", type=flags.positive_int, default=n, help="responses sampled for each problem")
     p.add_argument("--temperature", type=flags.temperature, default=temperature, help="0: greedy")
     p.add_argument("--top_p", type=flags.positive_fraction, default=top_p, help="1: off")

@@ -16,12 +16,11 @@ from distil.artifacts import DAMAGE, refuse
 from distil.prompts import load_tokenizer
 
 TRIES, PAUSE = 4, 2.0  # of a request; seconds before the second, doubled before each of the others
-# there is no answer, or it is not one of vLLM's
-FAILURES = (OSError, http.client.HTTPException, LookupError, RuntimeError, *DAMAGE)
+FAILURES = (OSError, http.client.HTTPException, LookupError, RuntimeError, *DAMAGE)  # no usable answer
 
 
-def add_server_flags(p, flag, url_help):
-    p.add_argument(f"--{flag}", type=flags.url, metavar="URL", help=url_help)
+def add_server_flags(p, flag):
+    p.add_argument(f"--{flag}", type=flags.url, metavar="URL", help="vLLM's server of the model")
     p.add_argument("--server_requests", type=flags.positive_int, default=64, help="at the same time")
     p.add_argument("--server_timeout", type=flags.positive_int, default=600, help="seconds for a request")
 
@@ -84,14 +83,12 @@ class Server:
 
 
 def connect(url, flag, model, directory, vocab_size, longest, requests, timeout):
-    """The Server of a model whose tokenizer is in a local directory. Refused if it serves another model or
-    tokenizer, or takes fewer than `longest` tokens."""
+    """The Server of a model whose tokenizer is in a directory; refused where it does not fit."""
     server, tokenizer = Server(url, flag, vocab_size, requests, timeout), load_tokenizer(directory, flag)
-
-    read = lambda answer: [(card["id"], card["root"], int(card["max_model_len"])) for card in answer["data"]]
+    read = lambda answer: [(str(c["id"]), str(c["root"]), int(c["max_model_len"])) for c in answer["data"]]
     try:
         served, names = server.ask("/v1/models", read), {model, os.path.realpath(directory)}
-        mine = [card for card in served if names & {*card[:2], os.path.realpath(card[1] or card[0])}]
+        mine = [card for card in served if names & {*card[:2], os.path.realpath(card[1])}]
         if not mine:
             what = " and ".join(f"{root} as {name}" for name, root, _ in served)
             raise server.fail(f"serves {what}, not {model}; start it with --served-model-name {model}")

@@ -1,5 +1,6 @@
 """A real vLLM server (on a CPU, its CPU build): its numbers are the local teacher's, and it may be killed."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -25,7 +26,8 @@ pytestmark = needs_vllm
 
 # The server is a group of processes. It ends with this pipe: with the test, in whatever way that ends.
 SUPERVISED = 'setsid "$@" & read -r _; kill -9 -- -$!; wait'
-FLAGS = "--dtype float32 --max-logprobs 29 --max-model-len 64 --gpu-memory-utilization 0.2 --generation-config vllm"
+FLAGS = "--dtype float32 --max-logprobs 29 --max-model-len 64 --generation-config vllm"
+FLAGS += " --gpu-memory-utilization 0.1"
 MASK = ["--logits-processors", "distil.vllm_mask:PaddingMask", "--additional-config", '{"vocab_size": 29}']
 ON_CPU = "--enforce-eager --no-enable-chunked-prefill --max-num-batched-tokens 4096"
 SETTINGS = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
@@ -37,29 +39,30 @@ CPU_SETTINGS = {
 
 
 class Served:
-    """vLLM's server of a model, from start() to kill()."""
+    """vLLM's server of a model, until kill()."""
 
     def __init__(self, model, log):
-        self.model, self.log = str(model), log
-
-    def start(self):
         port, on_cpu = free_port(), not torch.cuda.is_available()
-        self.url, asked = f"http://127.0.0.1:{port}", [*FLAGS.split(), *MASK, *ON_CPU.split() * on_cpu]
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.model]
-        command += ["--host", "127.0.0.1", "--port", str(port), *asked]
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+        command += ["--host", "127.0.0.1", "--port", str(port), *FLAGS.split(), *MASK]
+        command += ON_CPU.split() * on_cpu
         path = os.pathsep.join([ROOT, os.path.join(ROOT, "kernels")])
         environment = os.environ | SETTINGS | (CPU_SETTINGS if on_cpu else {}) | {"PYTHONPATH": path}
-        with open(self.log, "a") as log:
-            where = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log, "env": environment}
+        with open(log, "w") as file:
+            where = {"stdin": subprocess.PIPE, "stdout": file, "stderr": file, "env": environment}
             self.process = subprocess.Popen(["bash", "-c", SUPERVISED, "-", *command], **where)
+
+    def wait(self):
+        """Until it answers."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        for _ in range(600):
+        for _ in range(900):
             try:
-                return opener.open(f"{self.url}/health").close()
+                opener.open(f"{self.url}/health").close()
+                return self
             except OSError:
                 time.sleep(0.2)
-        self.kill()
-        pytest.fail(f"no server after 2 minutes: {open(self.log).read()[-3000:]}")
+        pytest.fail(f"no server after 3 minutes: {open(self.log).read()[-3000:]}")
 
     def kill(self):
         """SIGKILL to every process of the server."""
@@ -68,11 +71,20 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(world, tmp_path_factory):
-    one = Served(world / "teacher_init", tmp_path_factory.mktemp("server") / "log")
-    one.start()
-    yield one
-    one.kill()
+def servers(world, tmp_path_factory):
+    """Two of them, for one will be killed: most of a start is imports, so they start together."""
+    logs = [tmp_path_factory.mktemp("server") / "log" for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        both = []
+        for log in logs:
+            both.append(Served(world / "teacher_init", log))
+            stack.callback(both[-1].kill)
+        yield [one.wait() for one in both]
+
+
+@pytest.fixture
+def served(servers):
+    return servers[0]
 
 
 def training(world, teacher, out, more):
@@ -133,43 +145,32 @@ def test_what_the_server_refuses_is_one_line(world, rollouts, served, tmp_path, 
     assert message.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def ends_in_one_line(stage, line, capsys):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        artifacts.run_stage(stage.main, stage.get_args(line.split()))
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert end.value.code == 1 and len(lines) == 1, lines
-    assert lines[0].startswith("error: --") and "/v1/completions failed 4 times" in lines[0]
-    assert lines[0].endswith("keeps what is finished; the same command with --resume continues")
-
-
-def test_a_killed_server_ends_the_runs_which_go_on_with_a_new_one(
-    world, served, tmp_path, capsys, monkeypatch
-):
-    """kill -9 while it samples, after the first rows; training and scoring meet the dead server."""
+def test_a_killed_server_ends_a_run_that_goes_on_with_another(world, servers, tmp_path, capsys, monkeypatch):
+    """kill -9 of all its processes in the middle, when the first rows are written."""
     monkeypatch.setattr(server, "PAUSE", 0.05)
-    flags = f"--engine server --model {world}/teacher_init --data {world}/train.jsonl --seed 3"
-    flags += " --max_response_tokens 12 --n 16 --sample_batch 16 --server_requests 4"
-    scoring = f"--teacher {world}/teacher_init --signal topk --k 8 --shard_tokens 100"
+    line = f"--engine server --model {world}/teacher_init --data {world}/train.jsonl --seed 3"
+    line += " --max_response_tokens 12 --n 16 --sample_batch 16 --server_requests 4"
+    killed, other = servers
     out, marks = tmp_path / "out", tmp_path / "out/progress.jsonl"
-    run_line(rollout, f"{flags} --server {served.url} --out {tmp_path}/whole")
-    scoring += f" --rollouts {tmp_path}/whole"
-    run_line(score_teacher, f"{scoring} --server {served.url} --out {tmp_path}/whole_scores")
+    run_line(rollout, f"{line} --server {killed.url} --out {tmp_path}/whole")
 
     def kill_when_some_are_written():
         while not (marks.exists() and marks.read_text().count("\n") >= 2):
             time.sleep(0.005)
-        served.kill()
+        killed.kill()
 
-    thread = threading.Thread(target=kill_when_some_are_written)
+    thread = threading.Thread(target=kill_when_some_are_written, daemon=True)
     thread.start()
-    ends_in_one_line(rollout, f"{flags} --server {served.url} --out {out}", capsys)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        words = f"{line} --server {killed.url} --out {out}".split()
+        artifacts.run_stage(rollout.main, rollout.get_args(words))
+    [message] = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert end.value.code == 1 and message.startswith(f"error: --server {killed.url}: /v1/completions failed")
+    assert message.endswith("keeps what is finished; the same command with --resume continues")
     thread.join()
     kept = json.loads(marks.read_text().splitlines()[-1])["problems"]
     assert 0 < kept < 12
-    message = f"--server {served.url}: /v1/models failed 4 times"
-    old = served.url
-    served.start()
-    assert served.url != old and message
-    run_line(rollout, f"{flags} --server {served.url} --out {out} --resume")
+    run_line(rollout, f"{line} --server {other.url} --out {out} --resume")
+    assert f"{kept}/12" in capsys.readouterr().err  # the bar begins with the finished problems
     assert (out / "rollouts.jsonl").read_bytes() == (tmp_path / "whole/rollouts.jsonl").read_bytes()

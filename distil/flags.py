@@ -5,6 +5,7 @@ import argparse
 import json
 import math
 import os
+import re
 
 LARGEST = 2**31 - 1  # what torch and vLLM take for a count
 
@@ -67,6 +68,13 @@ def json_object(text):
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'must be a JSON object such as {{"name": true}}, not {text!r}')
     return value
+
+
+def url(text):
+    """http://HOST:PORT, given with or without the /v1 of its API."""
+    if found := re.fullmatch(r"(https?://[\w.:\[\]-]+)(/v1)?/?", text):
+        return found[1]
+    raise argparse.ArgumentTypeError(f"must be an address such as http://host:8000, not {text!r}")
 
 
 def path(text):

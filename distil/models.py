@@ -50,21 +50,21 @@ def default_dtype():
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
-def model_dir(name, flag):
+def model_dir(name, flag, weights=True):
     """The local directory of a model, a directory or a hub id; only safetensors weights are downloaded."""
-    directory = name if os.path.isdir(name) else download(name, flag)
+    directory = name if os.path.isdir(name) else download(name, flag, weights)
     check_model_dir(directory, flag)
     return directory
 
 
-def download(name, flag):
+def download(name, flag, weights=True):
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         refuse(f"{flag} {name}: no such directory")
     reachable = hub_reachable()
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        patterns = ["*.json", *["*.safetensors"] * weights, "*.jinja", "*.txt", "*.model"]
         return snapshot_download(name, allow_patterns=patterns)
     except (OSError, ValueError) as error:
         why = f"does not give it: {error}" if reachable else "cannot be reached"

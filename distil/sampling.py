@@ -16,11 +16,11 @@ from distil.vllm_engine import sample_vllm
 
 
 def add_sampling_flags(
-    p, n=1, temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=4096, gpu_memory_utilization=0.9
+    p, n=1, temperature=1.0, top_p=1.0, top_k=0, max_response_tokens=4096, gpu_memory_utilization=0.9, more=()
 ):
-    """The sampling flags of every stage, each with its own defaults."""
-    engine = "vllm" if torch.cuda.is_available() else "hf"
-    p.add_argument("--engine", choices=["vllm", "hf"], default=engine, help="vLLM, or transformers (hf)")
+    """The sampling flags of every stage, each with its own defaults. more: engines beside vLLM and hf."""
+    engines, engine = ["vllm", "hf", *more], "vllm" if torch.cuda.is_available() else "hf"
+    p.add_argument("--engine", choices=engines, default=engine, help="vLLM, or transformers (hf)")
     p.add_argument("--n", type=flags.positive_int, default=n, help="responses sampled for each problem")
     p.add_argument("--temperature", type=flags.temperature, default=temperature, help="0: greedy")
     p.add_argument("--top_p", type=flags.positive_fraction, default=top_p, help="1: off")
@@ -79,19 +79,19 @@ class Task(NamedTuple):
     dropped: int  # problems, by --max_prompt_tokens
 
 
-def load_task(model, asked, make_sampling):
+def load_task(model, asked, make_sampling, weights=True):
     """The Task of --model on what is `asked`. make_sampling(vocabulary size, stop ids) is its sampling."""
     problems = load_problems(asked.data, asked.limit, asked.columns)
-    directory, tokenizer, size = load_template(model, asked.template_from, asked.prompting)
+    directory, tokenizer, size = load_template(model, asked.template_from, asked.prompting, weights)
     config = make_sampling(size, stop_ids(tokenizer, directory, size))
     about = tokenizer, asked.prompting, size, context_of(directory), asked.max_prompt_tokens
     problems, prompts, dropped = encode_problems(problems, *about, config.max_response_tokens)
     return Task(directory, tokenizer, problems, prompts, config, dropped)
 
 
-def load_template(model, template_from, prompting):
+def load_template(model, template_from, prompting, weights):
     """(directory, tokenizer, vocabulary size) of --model, with the chat template that its prompts get."""
-    directory = model_dir(model, "--model")
+    directory = model_dir(model, "--model", weights)
     tokenizer = load_tokenizer(directory, "--model")
     if template_from:
         other = load_tokenizer(model_dir(template_from, "--template_from"), "--template_from")
@@ -156,16 +156,20 @@ def sample_stream(engine, prompts, config, seed, places, judge=None):
     what is done with them holds up the engine, so it is not done after every step.
 
     With vLLM all prompts are queued at once and come as they finish; transformers takes chunk after chunk.
+    The engine may also be a function of config and queue, such as sample_vllm with its engine.
     judge(Request, Response) gives what is kept: a Response, None, or a Request to be sampled instead."""
     chunk = max(1, config.sample_batch // config.n)  # prompts
-    is_model = isinstance(engine, torch.nn.Module)
-    generate, at_once = (sample_hf, chunk) if is_model else (sample_vllm, len(prompts) or 1)
+    generate, at_once = engine, len(prompts) or 1
+    if isinstance(engine, torch.nn.Module):
+        generate, at_once = functools.partial(sample_hf, engine), chunk
+    elif not callable(engine):
+        generate = functools.partial(sample_vllm, engine)
     for start in range(0, len(prompts), at_once):
         part, queue, ready = slice(start, start + at_once), [], {}
         for prompt, place in zip(prompts[part], places[part], strict=True):
             queue += [Request(place, i, prompt, derive_seed(seed, place, i)) for i in range(config.n)]
         pending = {request.place: {} for request in queue}  # {place: {index among its n: Response}}
-        for request, response in generate(engine, config, queue):
+        for request, response in generate(config, queue):
             kept = judge(request, response) if judge else response
             if isinstance(kept, Request):
                 queue.append(kept)

@@ -1,4 +1,4 @@
-"""What is known of the teacher at response positions: from stored scores, from a live model, or nothing."""
+"""What is known of the teacher at response positions: from stored scores, a model, a server, or nothing."""
 
 import os
 from collections.abc import Callable
@@ -10,8 +10,9 @@ from safetensors import safe_open
 
 from distil import ranks
 from distil.artifacts import check_files, file_sha256, read_artifact, refuse
-from distil.models import default_device, forward, output_head
+from distil.models import config_of, default_device, forward, output_head, rows_of
 from distil.prompts import check_template, encode_problems
+from distil.server import connect
 
 USES = {
     "hidden": ("full", "topk", "sampled"),
@@ -36,7 +37,7 @@ class Teacher(NamedTuple):
     signal: Callable = lambda responses: Signal()  # from a list of Responses to their Signal
     config: dict | None = None  # of its model, for the cost ledger
     head_rows: int | None = None  # of its output head, or of the scored part of it
-    read_ahead: Callable = lambda responses: None  # from the disk, while the device is busy
+    read_ahead: Callable = lambda responses: None  # from a disk or a server, while the device is busy
     prompt_tokens: Callable = lambda response: len(response.teacher_prompt_ids or response.prompt_ids)
 
 
@@ -72,14 +73,17 @@ def live_teacher(directory, dtype, vocab_size):
 
     @torch.no_grad()
     def signal(responses):
-        seen = [r._replace(prompt_ids=r.teacher_prompt_ids or r.prompt_ids) for r in responses]
-        return Signal(*forward(model, seen, vocab_size))
+        return Signal(*forward(model, list(map(as_taught, responses)), vocab_size))
 
     return Teacher(signal, model.config.to_dict(), rows)
 
 
 def stored_teacher(path, rollouts, responses, vocab, k, topk_set):
-    """The scores that score_teacher.py stored for these rollouts; refused if not enough for the run."""
+    """The scores that score_teacher.py stored for these rollouts; refused if not enough for the run.
+
+    path: None if there are none."""
+    if path is None:
+        return Teacher()
     scores = Scores(path, rollouts)
     kind, stored_k = scores.meta["args"]["signal"], scores.meta["args"]["k"]
     if vocab not in USES[kind]:
@@ -95,34 +99,49 @@ def stored_teacher(path, rollouts, responses, vocab, k, topk_set):
     for name in ("teacher_system_prompt", "teacher_context_column"):
         if (value := scores.meta["args"].get(name)) is not None:
             print(f"--scores {path}: made with --{name} {value!r}")
-    config, device = scores.meta["teacher_config"], default_device()
-    head = scores.head.to(device) if kind == "hidden" else None
-    thread, ahead = ThreadPoolExecutor(1), {}
+    config = scores.meta["teacher_config"]
+    head = scores.head.to(default_device()) if kind == "hidden" else None
+    read = lambda r: scores.read(r.row, len(r.response_ids))
+    own = scores.meta.get("teacher_prompt_tokens", {})
+    prompt_tokens = lambda r: own.get(r.id, len(r.prompt_ids))
+    rows = config["vocab_size"] if head is None else len(head)
+    signal, read_ahead = reader(read, ThreadPoolExecutor(1), head)
+    return Teacher(signal, config, rows, read_ahead, prompt_tokens)
 
-    def read(place):
-        tensors = scores.read(*place)
+
+def served_teacher(url, model, directory, vocab_size, longest, k, requests, timeout):
+    """A teacher behind a server: its k likeliest tokens or, if k is 0, the response's own."""
+    about = model, directory, vocab_size, longest + 1, requests, timeout  # 1: a server always samples
+    server = connect(url, "--teacher_server", *about)
+    signal, read_ahead = reader(lambda r: server.score(as_taught(r), k), server.pool)
+    return Teacher(signal, config_of(directory).to_dict(), rows_of(directory), read_ahead)
+
+
+def as_taught(response):
+    """The Response behind the prompt that the teacher sees."""
+    return response._replace(prompt_ids=response.teacher_prompt_ids or response.prompt_ids)
+
+
+def reader(read, pool, head=None):
+    """(signal, read_ahead) of a Teacher; read(response), in the pool, gives its tensors {name: (T, ...)}."""
+    device, ahead = default_device(), {}
+    key = lambda r: (r.id, r.row, *r.prompt_ids, -1, *r.response_ids)
+
+    def read_pinned(response):
+        tensors = read(response)
         return {name: t.pin_memory() if device == "cuda" else t for name, t in tensors.items()}
 
     def read_ahead(responses):
         for r in responses:
-            place = r.row, len(r.response_ids)
-            ahead[place] = thread.submit(read, place)
+            ahead[key(r)] = pool.submit(read_pinned, r)
 
     def signal(responses):
-        places = [(r.row, len(r.response_ids)) for r in responses]
-        waiting = [ahead.pop(place, None) or thread.submit(read, place) for place in places]
+        waiting = [ahead.pop(key(r), None) or pool.submit(read_pinned, r) for r in responses]
         rows = [future.result() for future in waiting]
-        names = rows[0]
-        return Signal(
-            head=head,
-            **{name: torch.cat([r[name].to(device, non_blocking=True) for r in rows]) for name in names},
-        )
+        tensors = {n: torch.cat([r[n].to(device, non_blocking=True) for r in rows]) for n in rows[0]}
+        return Signal(head=head, **tensors)
 
-    def prompt_tokens(response):
-        return scores.meta.get("teacher_prompt_tokens", {}).get(response.id, len(response.prompt_ids))
-
-    rows = config["vocab_size"] if head is None else len(head)
-    return Teacher(signal, config, rows, read_ahead, prompt_tokens)
+    return signal, read_ahead
 
 
 class Scores:

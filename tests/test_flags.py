@@ -68,6 +68,9 @@ def values_of(action):
             '{"a": NaN}',
             "[" * 9**5,
         ]
+    if action.type is flags.url:
+        good = ["http://127.0.0.1:8000", "https://host/v1", "http://[::1]:80/v1/", "http://a.b-c:1/"]
+        return good, ["host:8000", "ftp://host", "http://", "http://a b", "http://a/b", "/v1", *SENSELESS]
     if action.type is flags.path:
         return ["x", "~/x", "a b", "org/name"], ["", "  ", "a\0b", "a\nb", "a\udcff"]
     return [], []
@@ -105,6 +108,8 @@ def test_every_value_in_a_range_is_read(stage, action):
         value = action.type(text)
         if action.type in INTEGERS or action.type in NUMBERS:
             assert value == float(text) and math.isfinite(value)
+        elif action.type is flags.url:
+            assert value == text.removesuffix("/").removesuffix("/v1")
         elif action.type is flags.path:
             assert value == os.path.expanduser(text)
         elif action.type is flags.json_object:

@@ -164,6 +164,7 @@ def test_pages_name_only_flags_that_exist(page):
     known = {f"--{flag}" for stage in STAGES for flag in actions_of(stage)} | {"--help"}
     known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}  # torchrun's
     known |= {"--dist", "--logdir"}  # pytest's, tensorboard's
+    known |= {"--tensor", "--max", "--generation", "--logits", "--additional"}  # vLLM's, to their first dash
     for file in [*ROOT.glob("recipes/*"), *ROOT.glob("benchmarks/*")]:
         if file.is_file():
             known |= set(re.findall(r"--[a-z_]+", file.read_text(encoding="utf-8")))

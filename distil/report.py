@@ -141,7 +141,7 @@ def evaluation_data(path, share):
     try:
         details, texts = read_details(path, {(row["id"], row["sample"]) for row in rows[:RESPONSES]})
         found = {"path": path, "run": results["run"], "data": results["data"], "cells": table_cells(results)}
-        responses, numbers, size, too_long = [], {}, 0, 0  # numbers: {token id: its place in the vocabulary}
+        responses, numbers, size = [], {}, 0  # numbers: {token id: its place in the vocabulary}
         for row in rows[:RESPONSES]:
             response, known = response_data(row), len(numbers)
             if detail := details.get((row["id"], row["sample"])):
@@ -151,7 +151,6 @@ def evaluation_data(path, share):
                     response["detail"] = tokens
                     size += added
                 else:
-                    too_long += 1
                     numbers = dict(list(numbers.items())[:known])
             size += json_size(response)
             if size > share:
@@ -159,6 +158,7 @@ def evaluation_data(path, share):
             responses.append(response)
     except DAMAGE as error:
         refuse(f"--report {path}: its files are not what this version writes ({error!r}); evaluate again")
+    too_long = sum("detail" not in r and (r["id"], r["sample"]) in details for r in responses)
     found |= {"shown": len(responses), "stored": len(rows), "too_long": too_long, "responses": responses}
     found["details"] = results.get("token_details")
     return found | {"vocabulary": [[i, *texts[i]] for i in numbers]}

@@ -368,6 +368,7 @@ def test_filter_hover_keyboard_and_contrast(width, dark, evil, trained_run, tmp_
     assert found["text"][0] == EVIL + "<|im_end|>" and found["text"][3].endswith("<|im_end|> ✂ cut off here")
     assert "‹U+202E›abc↵\n↵\n" in found["text"][1] and "⋯⋯⋯😀 " in found["text"][1]
     assert found["hidden"] and found["inside"] and found["left"] and found["focused"] and found["moved"]
+    assert found["charts"] == 5
     assert found["escaped"] and found["tapped"] and found["away"]
     [one] = data["evaluations"]
     assert set(found["levels"]) <= {f"k{i}" for i in range(5)} and len(set(found["levels"])) > 2
@@ -390,7 +391,7 @@ found.note = document.getElementById("note").textContent;
 @needs_browser
 def test_pages_without_values_of_tokens_work(world, evil, trained_run, tmp_path, monkeypatch):
     """A run alone; an evaluation without a teacher; one whose values are left out, to keep the page small."""
-    script = COUNT + VISIT.splitlines()[-1]
+    script = COUNT + "\n".join(VISIT.splitlines()[-2:])
     write(tmp_path / "a.html", trained_run)
     found = visit(tmp_path / "a.html", tmp_path, script=script)
     assert found == {"charts": 5, "articles": 0, "note": "", "spans": 0}

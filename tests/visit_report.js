@@ -1,49 +1,66 @@
-// What tests/test_report.py does in a page of the report; `found` goes into the page.
-const found = {width: innerWidth, title: document.title}, pick = (selector, all) => [...document.querySelectorAll(selector)];
+// What tests/test_report.py does in a page of the report; `found` goes into the page around it.
+const pick = (selector, root = document) => [...root.querySelectorAll(selector)];
 const press = name => document.querySelector(`#filter [data-value=${name}]`).click();
-const fire = (node, kind, more) => node.dispatchEvent(new (more ? KeyboardEvent : PointerEvent)(kind, {bubbles: true, ...more}));
+const point = node => node.dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
+const type = (node, key) => node.dispatchEvent(new KeyboardEvent("keydown", {bubbles: true, key}));
 const card = document.getElementById("card");
-const inside = () => { const b = card.getBoundingClientRect(); return b.left >= 0 && b.top >= 0 && b.right <= innerWidth && b.bottom <= innerHeight && b.width > 150; };
-found.overflow = document.documentElement.scrollWidth - innerWidth;
-for (const name of ["right", "wrong", "cut", "all"]) { press(name); found[name] = pick("#list article").map(node => node.className); }
-const articles = pick("#list article"), more = document.getElementById("more");
+const found = {width: innerWidth, overflow: document.documentElement.scrollWidth - innerWidth};
+for (const name of ["right", "wrong", "cut", "all"]) {
+  press(name);
+  found[name] = pick("#list article").map(node => node.className);
+}
+const articles = pick("#list article");
 found.text = articles.slice(0, 4).map(node => node.querySelector(".text").textContent);
 found.problem = articles[0].querySelector(".problem").textContent;
-found.levels = pick(".text span").map(node => node.className);
+found.levels = pick(".text > span").map(node => node.className);
+
+// the card
 found.hidden = card.hidden;
-found.inside = pick("#list article:nth-child(-n+4) .text > span").map(node => {
+const inside = node => {
   node.scrollIntoView({block: "center"});
-  fire(node, "pointerover");
-  return inside();
-}).every(Boolean);
-const tokens = [...articles[1].querySelectorAll(".text > span")];
-found.cards = tokens.map(node => { fire(node, "pointerover"); return card.textContent; });
-fire(document.body, "pointerover");
+  point(node);
+  const box = card.getBoundingClientRect();
+  const fits = box.left >= 0 && box.top >= 0 && box.right <= innerWidth && box.bottom <= innerHeight;
+  return fits && box.width > 150;
+};
+found.inside = pick("#list article:nth-child(-n+4) .text > span").every(inside);
+const tokens = pick(".text > span", articles[1]);
+found.cards = tokens.map(node => { point(node); return card.textContent; });
+point(document.body);
 found.left = card.hidden;
 tokens[0].focus();
 found.focused = !card.hidden && document.activeElement === tokens[0];
-fire(tokens[0], "keydown", {key: "ArrowRight"});
+type(tokens[0], "ArrowRight");
 found.moved = document.activeElement === tokens[1] && card.textContent === found.cards[1];
-fire(tokens[1], "keydown", {key: "Escape"});
+type(tokens[1], "Escape");
 found.escaped = card.hidden;
 tokens[2].click();
 found.tapped = !card.hidden && card.textContent === found.cards[2];
 document.querySelector("h1").click();
 found.away = card.hidden;
-more.click();
+document.getElementById("more").click();
 found.after_more = pick("#list article").length;
+document.querySelector("#axis [data-value=tflops]").click();
+found.charts = pick("figure svg").length;
+
+// the least contrast of a text with what is behind it, as WCAG computes it
 tokens[5].click();
 const rgba = text => text.match(/[\d.]+/g).map(Number);
-const over = (top, under) => top.slice(0, 3).map((v, i) => v * (top[3] ?? 1) + under[i] * (1 - (top[3] ?? 1)));
-const light = c => { const [r, g, b] = c.map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
-const backed = node => node ? over(rgba(getComputedStyle(node).backgroundColor), backed(node.parentElement)) : [255, 255, 255];
+const over = ([r, g, b, a = 1], under) => [r, g, b].map((v, i) => v * a + under[i] * (1 - a));
+const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+const light = color => color.reduce((sum, v, i) => sum + [.2126, .7152, .0722][i] * linear(v / 255), 0);
+const behind = node =>
+  node ? over(rgba(getComputedStyle(node).backgroundColor), behind(node.parentElement)) : [255, 255, 255];
 found.worst = [99, ""];
-for (const node of document.body.querySelectorAll("*")) {
-  const text = [...node.childNodes].filter(child => child.nodeType === 3 && child.textContent.trim());
-  if (!text.length || !node.getClientRects().length) continue;
-  const style = getComputedStyle(node), back = backed(node), ink = style.fill !== "rgb(0, 0, 0)" ? style.fill : style.color;
-  const pair = [light(back), light(over(rgba(ink), back))].sort((a, b) => b - a), ratio = (pair[0] + .05) / (pair[1] + .05);
-  if (ratio < found.worst[0]) found.worst = [ratio, `${node.tagName}.${node.className.baseVal ?? node.className} ${ink} on ${back}`];
+for (const node of pick("body *")) {
+  const hasText = [...node.childNodes].some(child => child.nodeType === 3 && child.textContent.trim());
+  if (!hasText || !node.getClientRects().length) continue;
+  const style = getComputedStyle(node), back = behind(node);
+  const ink = node.namespaceURI.endsWith("svg") ? style.fill : style.color;
+  const [most, least] = [light(back), light(over(rgba(ink), back))].sort((a, b) => b - a);
+  const ratio = (most + .05) / (least + .05);
+  if (ratio < found.worst[0]) found.worst = [ratio, `${node.tagName} ${node.className} ${ink} on ${back}`];
 }
 found.page = getComputedStyle(document.body).backgroundColor;
-parent.document.body.append(Object.assign(parent.document.createElement("pre"), {id: "found", textContent: JSON.stringify(found)}));
+const result = parent.document.createElement("pre");
+parent.document.body.append(Object.assign(result, {id: "found", textContent: JSON.stringify(found)}));

@@ -23,7 +23,7 @@ from test_evaluate import trained
 from test_prompts import byte_tokenizer
 
 EVIL = "</script><script>throw 1</script><!-- & &amp; \\frac{1}{2} <b>$x_1$</b> @DATA@"
-TEXTS = [EVIL, "é 😀 שלום עולם\tو\u200c e\u0301 \u202eabc\n\n  \u0301 日本", "2", "long " * 9]
+TEXTS = [EVIL, "é 😀 שלום עולם\tو\u200c e\u0301 \u202eabc\n\n  \u0301 日本", "2", "long " * 35]
 SMALL = "--engine hf --dtype float32"
 
 
@@ -400,7 +400,7 @@ def test_pages_without_values_of_tokens_work(world, evil, trained_run, tmp_path,
     write(tmp_path / "a.html", tmp_path / "plain")
     found = visit(tmp_path / "a.html", tmp_path, script=script)
     assert (found["articles"], found["spans"]) == (4, 0) and "--token_details" in found["note"]
-    monkeypatch.setattr(report, "PAGE_BYTES", 8000)
+    monkeypatch.setattr(report, "PAGE_BYTES", 4000)
     [one] = write(tmp_path / "a.html", evil / "eval")["evaluations"]
     found = visit(tmp_path / "a.html", tmp_path, script=script)
     assert found["articles"] == one["shown"] < 12 and f"The first {one['shown']} of 12" in found["note"]

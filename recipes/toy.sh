@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline on the toy world: teacher, base student, the four cells, GRPO, a table, a figure.
+# The whole pipeline on the toy world: teacher, base student, the four cells, GRPO, a table, a figure, a report.
 #
 #   bash recipes/toy.sh [OUT]      OUT: out/toy by default; an unfinished or finished OUT is replaced
 #
@@ -55,24 +55,27 @@ done
 say "5/6 GRPO from the DAgger-style cell, and the final evaluation of all on the test problems"
 evaluate() {
   start evaluate.py --model "$OUT/$1/final" --data "$WORLD/test.jsonl" --n 4 --k 4 "${COMMON[@]}" \
-    --out "$OUT/$1/eval"
+    --out "$OUT/$1/eval" "${@:2}"
 }
+DETAILS=(--teacher "$TEACHER" --token_details 8000)  # for 200 responses in the report
 start grpo.py --model "$OUT/student_forward/final" --data "$WORLD/train.jsonl" --n 8 --batch_size 16 \
   --steps 30 --lr 1e-4 --eval_every 10 "${EVAL[@]}" "${COMMON[@]}" --out "$OUT/grpo"
 evaluate teacher; finish
 for PAIR in "base teacher_forward" "teacher_reverse student_forward" "student_reverse grpo"; do
-  for RUN in $PAIR; do evaluate "$RUN"; done
+  for RUN in $PAIR; do evaluate "$RUN" "${DETAILS[@]}"; done
   finish
 done
 
 say "6/6 results"
 CELLS=("$OUT"/{teacher,student}_{forward,reverse})
-EVALS=()
-for RUN in "$OUT/teacher" "$OUT/base" "${CELLS[@]}" "$OUT/grpo"; do EVALS+=("$RUN/eval"); done
-python evaluate.py --table "${EVALS[@]}" --figure "$OUT/cells.png" --runs "${CELLS[@]}" | tee "$OUT/table.md"
+RUNS=("$OUT/teacher" "$OUT/base" "${CELLS[@]}" "$OUT/grpo")
+python evaluate.py --table "${RUNS[@]}" --figure "$OUT/cells.png" --runs "${CELLS[@]}" | tee "$OUT/table.md"
 cat <<'TEXT'
 
 Every cell should end above the base student in Avg@4.
 This is one seed: do not rank the cells by it. On another machine they can end in another order.
 recipes/toy_grid.sh compares them over three seeds, with intervals; results/toy_grid.md has its results.
+
+The table, curves over steps and TFLOPs, and the responses, each token shaded by the teacher's KL to it:
 TEXT
+python evaluate.py --report "$OUT/report.html" "${RUNS[@]}"

@@ -408,3 +408,27 @@ def test_the_recipe_with_hints_in_miniature(tmp_path, capsys):
         assert len(shown["prompt_ids"]) == len(alone["prompt_ids"]) + 4  # \n \n = 7
         assert len(alone["response_ids"]) <= len(shown["response_ids"])
         assert shown["response"].endswith(f"\\boxed{{{shown['answer']}}}")
+
+
+def test_the_commands_of_the_demo_parse_and_it_ends_with_the_report(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text('#!/bin/sh\necho "python $@"\n')
+    (tmp_path / "bin/python").chmod(0o755)
+    done = subprocess.run(
+        ["bash", f"{ROOT}/recipes/toy.sh", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
+    )
+    assert done.returncode == 0, done.stderr
+    shown = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("python ")]
+    stages = [(words[0].removesuffix(".py"), words[1:]) for words in shown if words[0] != "-m"]
+    for stage, words in stages:
+        parses(stage, words)
+    assert {stage for stage, _ in stages} == {"train", "rollout", "score_teacher", "grpo", "evaluate"}
+    assert sum("--token_details" in words for _, words in stages) == 6
+    runs = "teacher base teacher_forward teacher_reverse student_forward student_reverse grpo".split()
+    last = ["--report", f"{tmp_path}/report.html", *(f"{tmp_path}/{run}" for run in runs)]
+    assert sorted(shown[-1][1:]) == sorted(last) and shown[-1][1:5] == last[:4]
+    assert done.stdout.splitlines()[-1].startswith("python evaluate.py --report")

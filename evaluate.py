@@ -188,7 +188,7 @@ def sample_and_grade(args, model, engine, task, path):
 
 
 def store_token_details(args, model, teacher, task, rows):
-    """Write tokens.jsonl, of the first responses up to --token_details tokens, and vocabulary.json; counts."""
+    """Write tokens.jsonl, of the first responses of up to --token_details tokens, and vocabulary.json."""
     total = len(rows)
     ends = itertools.accumulate(row["tokens"] for row in rows)
     rows = [row for row, end in zip(rows, ends) if end <= args.token_details]

@@ -513,6 +513,7 @@ def test_compare_pairs_the_problems(tmp_path, monkeypatch, capsys):
             file.writelines(json.dumps(row) + "\n" for row in rows)
     results = {path: summarise(rows, 4, [1, 2]) | {"run": path[-1]} for path, rows in zip(paths, sides)}
     monkeypatch.setattr(evaluate, "read_results", lambda path, flag: results[path])
+    monkeypatch.setattr(evaluate, "read_artifact", lambda *words: {"args": {}})
     call("--compare", *paths)
     cells = {line[0]: line[1:] for line in cells_of(capsys.readouterr().out)}
     assert cells["metric"] == ["a (n = 4)", "b (n = 4)", "difference [95%]"]

@@ -41,7 +41,7 @@ def add_training_flags(parser, steps, batch_size, lr):
     p.add_argument("--steps", type=flags.positive_int, default=steps, help="optimizer steps")
     p.add_argument("--batch_size", type=flags.positive_int, default=batch_size, help="problems or responses")
     p.add_argument("--lr", type=flags.positive, default=lr, help="the largest, after the warm-up")
-    schedules, falls_help = ["constant", "linear", "cosine"], "after the warm-up; the others fall to 0"
+    schedules, falls_help = ["constant", "linear", "cosine"], "after the warm-up; the others fall towards 0"
     p.add_argument("--lr_schedule", choices=schedules, default="constant", help=falls_help)
     p.add_argument("--warmup", type=flags.fraction, default=0.05, help="share of steps in which lr rises")
     p.add_argument("--weight_decay", type=flags.non_negative, default=0.0, help="AdamW's, of all weights")
@@ -73,8 +73,6 @@ def check_training_flags(parser, args, curriculum=None):
         parser.error("--eval_every and --eval_data go together")
     if args.keep_best and not args.eval_every:
         parser.error("--keep_best needs --eval_every")
-    if args.lr_schedule != "constant" and args.steps == 1:
-        parser.error(f"--lr_schedule {args.lr_schedule} ends at 0, so --steps 1 would train nothing")
 
 
 def plan_memory(args, student, vocab_size, longest, other=None, samples=True, table=False):
@@ -128,12 +126,12 @@ def peak_memory():
 
 
 def learning_rate(lr, schedule, warmup, steps, step):
-    """That of a step (from 0); as transformers' get_*_schedule_with_warmup have it for step + 1.
+    """That of a step (from 0). No step has a rate of 0, in which it would train nothing.
 
-    It rises to lr in W steps, the warm-up's share of all S. Then, with x = (step + 1 - W) / (S - W), it is
-    constant: lr, linear: lr (1 - x), cosine: lr (1 + cos(pi x)) / 2; the latter two end at 0."""
+    It rises to lr in W steps, the warm-up's share of all S. Then, with x = (step - W) / (S - W), it is lr,
+    lr (1 - x) or lr (1 + cos(pi x)) / 2, as in transformers' get_*_schedule_with_warmup."""
     warmup = round(warmup * steps)
-    x = max(0, step + 1 - warmup) / max(1, steps - warmup)
+    x = max(0, step - warmup) / max(1, steps - warmup)
     share = {"constant": 1.0, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}[schedule]
     return lr * min(share, (step + 1) / max(1, warmup))
 

@@ -86,11 +86,15 @@ def test_schedules_are_those_of_transformers(schedule, warmup):
     steps, name = 20, "constant_with_warmup" if schedule == "constant" else schedule
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-3)
     theirs = get_scheduler(name, optimizer, round(warmup * steps), steps)
-    for step in range(steps):
+    rates = []  # theirs of steps 0, 1, ..., 20: their warm-up begins at 0, so it is a step behind ours
+    for _ in range(steps + 1):
+        rates.append(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
-        assert learning_rate(3e-3, schedule, warmup, steps, step) == pytest.approx(theirs.get_last_lr()[0])
-    assert (theirs.get_last_lr()[0] == 0) == (schedule != "constant")
+    for step in range(steps):
+        expected = rates[step + 1] if step < round(warmup * steps) else rates[step]
+        found = learning_rate(3e-3, schedule, warmup, steps, step)
+        assert found == pytest.approx(expected) and found > 0
 
 
 def test_weight_decay_is_decoupled_and_of_all_weights(world, prefix_flags, tmp_path):

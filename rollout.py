@@ -85,6 +85,7 @@ def get_args(argv=None):
     if args.data and args.response_column != parser.get_default("response_column"):
         parser.error("--response_column: is for --responses")
     sampling = "engine n temperature top_p top_k sample_batch tensor_parallel gpu_memory_utilization attempts"
+    sampling += " dtype seed"
     for name in sampling.split() if args.responses else []:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name}: nothing is sampled with --responses")
@@ -150,6 +151,7 @@ def judge(args, tokenizer, seed, faults, request, response):
 # Stored responses
 
 ROLES = {"user": ("user", "human"), "assistant": ("assistant", "gpt")}
+TURNS = ("messages", "conversations")  # columns of whole conversations
 
 
 def said(value, role):
@@ -162,31 +164,32 @@ def said(value, role):
 
 def exchange(row, problem_column, response_column):
     """(problem, [responses]) of a row: text that is not empty; None and [] where there is none."""
-    turns = ["messages", "conversations"]
-    problems = [row.get(name) for name in (problem_column, "question", "prompt", *turns)]
-    responses = [row.get(name) for name in (response_column, "completion", "generations", *turns)]
+    problems = [row.get(name) for name in (problem_column, "question", "prompt", *TURNS)]
+    responses = [row.get(name) for name in (response_column, "completion", "generations", *TURNS)]
     problem, response = (next((x for x in found if x), None) for found in (problems, responses))
-    several = isinstance(response, list) and isinstance(response[0], str)
+    several = isinstance(response, list) and any(isinstance(x, str) for x in response)
     problem, responses = said(problem, "user"), response if several else [said(response, "assistant")]
     is_text = lambda x: isinstance(x, str) and bool(x.strip())
     return problem if is_text(problem) else None, list(filter(is_text, responses))
 
 
-def encode_response(tokenizer, text, stops, limit):
-    """(token ids, whether they were cut). An end token follows the text, in place of one written in it."""
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
+def encode_response(tokenizer, text, end, stops, limit, unfinished):
+    """(token ids, whether they are cut). `end`, or the end token written there, follows a finished text."""
     for stop_id in stops:
-        text = text.rstrip().removesuffix(tokenizer.convert_ids_to_tokens(stop_id))
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids + [end]
-    return ids[:limit], len(ids) > limit
+        written = tokenizer.convert_ids_to_tokens(stop_id)
+        if text.rstrip().endswith(written):
+            text, end = text.rstrip().removesuffix(written), stop_id
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    if not unfinished:
+        ids.append(end)
+    return ids[:limit], unfinished or len(ids) > limit
 
 
 def stored_groups(args, prompting, tokenizer, vocab_size, context, stops, name, rows, counts):
     """Yields ({"id", "answer"}, [Response or None]) of rows, and counts what is left out or changed."""
-    limit, begin = (
-        args.max_response_tokens,
-        prompt_text(tokenizer, "PROBLEM", prompting).rpartition("PROBLEM")[2],
-    )
+    begin = prompt_text(tokenizer, "PROBLEM", prompting).rpartition("PROBLEM")[2].rstrip()
+    opened, limit = begin.endswith("<think>"), args.max_response_tokens
+    own = [i for i in stops if i not in args.extra_stop_ids] or stops
     for index, (_, row) in enumerate(rows):
         problem, responses = exchange(row, args.problem_column, args.response_column)
         if not problem or not responses:
@@ -196,12 +199,19 @@ def stored_groups(args, prompting, tokenizer, vocab_size, context, stops, name, 
         if args.max_prompt_tokens and len(prompt_ids) > args.max_prompt_tokens:
             counts["rows with a longer prompt"] += 1
             continue
+        talks = [row[name] for name in ("prompt", *TURNS) if isinstance(row.get(name), list)]
+        roles = [turn.get("role", turn.get("from")) for turn in sum(talks, []) if isinstance(turn, dict)]
+        counts["system messages left out"] += "system" in roles or bool(row.get("system"))
+        counts["rows with more turns, left out"] += sum(role in ROLES["user"] for role in roles) > 1
+        # what ends the user's turn, such as Gemma's <end_of_turn>, ends the model's too
+        end = next(i for i in (*reversed(prompt_ids), tokenizer.eos_token_id, *own) if i in own)
         group = []
         for text in responses:
             thinks = text.lstrip().startswith("<think>")
-            if thinks and begin.rstrip().endswith("<think>"):  # it is in the prompt
+            if thinks and opened:  # it is in the prompt
                 text = text.lstrip().removeprefix("<think>").lstrip("\n")
-            response_ids, cut = encode_response(tokenizer, text, stops, limit)
+            unfinished = (thinks or opened) and "</think>" not in text and bool(text)
+            response_ids, cut = encode_response(tokenizer, text, end, stops, limit, unfinished)
             reason = fault(text, cut, args.drop)
             if len(prompt_ids) + len(response_ids) > context:
                 reason = f"longer than the context of {context}"
@@ -211,6 +221,7 @@ def stored_groups(args, prompting, tokenizer, vocab_size, context, stops, name, 
                 reason = "an end token inside"
             counts[reason or "kept"] += 1
             counts["cut"] += cut
+            counts["thinking that never ends, so no end token"] += unfinished
             counts["thinks after a prompt that ends thinking"] += thinks and "</think>" in begin
             group.append(None if reason else Response(prompt_ids, response_ids, cut))
         answer = gold_answer(row.get(args.answer_column))
@@ -223,7 +234,7 @@ def take_responses(args):
     directory, tokenizer, size = load_template(
         args.model, args.template_from, wanted.prompting, weights=False
     )
-    stops = sorted({*stop_ids(tokenizer, directory, size), *args.extra_stop_ids})
+    stops = sampling_from(args, size, stop_ids(tokenizer, directory, size)).stop_ids
     name, _, rows = load_rows(args.responses, flag="--responses")
     rows = itertools.islice(rows, args.limit or None)
     where, first = next(rows, ("", {}))

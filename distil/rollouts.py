@@ -66,7 +66,7 @@ def finish_rollouts(args, tokenizer, faults=None, prompting=PLAIN, **facts):
         lengths.append(len(row["response_ids"]))
         truncated += row["finish_reason"] == "length"
     if not lengths:
-        refuse(f"--drop {' '.join(args.drop)}: every response was dropped: {dict(faults)}", code=1)
+        refuse(f"every response was dropped (--drop, --max_prompt_tokens): {dict(faults)}", code=1)
     counts = {"responses": len(lengths), "response_tokens": sum(lengths), "longest_response": max(lengths)}
     facts["counts"] = counts | {"truncated": truncated, "faults": faults or {}}
     facts |= {**prompting._asdict(), "prompt_date": f"{PROMPT_DATE:%Y-%m-%d}"}

@@ -1,15 +1,19 @@
 """rollout.py --responses: stored responses in the columns of real data sets become rollouts."""
 
+import collections
 import json
+import shutil
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 import rollout
 import score_teacher
 import train
 from conftest import run_line
 from distil.artifacts import read_artifact
-from distil.prompts import render_prompt
+from distil.prompts import PLAIN, render_prompt
 from recipes.toy_world import make_tokenizer
 
 TEXT, OTHER = "1+2=3\n\\boxed{3}", "1+2=\\boxed{3}"
@@ -107,6 +111,102 @@ def test_an_end_token_inside_a_response_leaves_it_out(world, tmp_path):
     assert faults["an end token inside"] == 1 and faults["kept"] == 1
 
 
+TURN = "<s>u{{ messages[0]['content'] }}%s<s>m"
+
+
+def stored(text, template, more=""):
+    """(response as text, whether it was cut, counts) of a text; no response and None if it is dropped.
+
+    The tokenizer reads characters."""
+    characters = {chr(i): i for i in range(127)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab=characters, merges=[])),
+        eos_token="<e>",
+        additional_special_tokens=["<s>", "<t>"],
+        chat_template=template,
+    )
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>")])
+    args = rollout.get_args(f"--model m --responses r --out o {more}".split())
+    rows, counts = [("", {"problem": PROBLEM, "response": text})], collections.Counter()
+    stops = sorted([*tokenizer.convert_tokens_to_ids(["<e>", "<t>"]), *args.extra_stop_ids])
+    groups = rollout.stored_groups(args, PLAIN, tokenizer, 999, 999, stops, "r", rows, counts)
+    [(_, [response])] = groups
+    if response is None:
+        return None, None, counts
+    return "".join(tokenizer.convert_ids_to_tokens(response.response_ids)), response.truncated, counts
+
+
+@pytest.mark.parametrize(
+    "text, template, found",
+    [
+        ("ab", TURN % "", "ab<e>"),
+        ("ab", TURN % "<t>", "ab<t>"),  # Gemma's <end_of_turn> beside <eos>
+        ("ab", TURN % "<s>", "ab<e>"),  # ends a turn, but is no end token of the model
+        ("ab<t> \n", TURN % "", "ab<t>"),
+        ("ab<e>", TURN % "<t>", "ab<e>"),
+        ("a<s>b", TURN % "", "a<s>b<e>"),
+    ],
+)
+def test_the_end_token_is_the_texts_own_or_that_of_a_turn(text, template, found):
+    response, cut, _ = stored(text, template)
+    assert (response, cut) == (found, False)
+
+
+def test_a_stop_token_of_the_command_does_not_follow_a_text():
+    """m ends the prompt, as a newline does with real templates."""
+    assert stored("ab", TURN % "", f"--extra_stop_ids {ord('m')}")[0] == "ab<e>"
+
+
+@pytest.mark.parametrize(
+    "text, prompt_end, found, unfinished, again",
+    [
+        ("<think>\na</think>b", "", "<think>\na</think>b<e>", 0, 0),
+        ("<think>\na", "", "<think>\na", 1, 0),
+        ("<think>\na</think>b", "<think>\n", "a</think>b<e>", 0, 0),
+        ("a</think>b", "<think>\n", "a</think>b<e>", 0, 0),
+        ("<think>\na", "<think>\n", "a", 1, 0),
+        ("<think>", "<think>\n", "<e>", 0, 0),
+        ("b", "<think>\n\n</think>\n\n", "b<e>", 0, 0),
+        ("<think>a</think>b", "<think>\n\n</think>\n\n", "<think>a</think>b<e>", 0, 1),
+        ("b: <think> is a tag", "", "b: <think> is a tag<e>", 0, 0),
+    ],
+)
+def test_thinking_is_opened_once_and_ends_before_an_end_token(text, prompt_end, found, unfinished, again):
+    response, cut, counts = stored(text, TURN % "" + prompt_end)
+    assert (response, cut) == (found, bool(unfinished))
+    assert counts["thinking that never ends, so no end token"] == counts["cut"] == unfinished
+    assert counts["thinks after a prompt that ends thinking"] == again
+
+
+def test_unfinished_thinking_is_dropped_as_truncated():
+    response, _, counts = stored("<think>a", TURN % "", "--drop truncated")
+    assert response is None and counts["truncated"] == 1
+
+
+def test_messages_that_are_left_out_are_counted(world, tmp_path):
+    rows = [
+        {"messages": turns(("system", "x"), *[(t["role"], t["content"]) for t in TALK * 2])},
+        {"system": "x", "problem": PROBLEM, "generations": [None, TEXT]},
+        {"problem": PROBLEM, "response": TEXT, "prompt": 5, "messages": "x", "conversations": ["x", 5]},
+    ]
+    assert [row["id"] for row in run(world, tmp_path, rows)] == [f"stored/{i}" for i in range(3)]
+    faults = read_artifact(str(tmp_path / "out"), "--", "rollout")["counts"]["faults"]
+    assert faults["system messages left out"] == 2 and faults["rows with more turns, left out"] == 1
+
+
+def test_nothing_kept_and_no_end_token_are_one_line(world, tmp_path, refused):
+    row = {"problem": PROBLEM, "response": TEXT}
+    words = "every response was dropped", "--max_prompt_tokens", "rows with a longer prompt"
+    refused(lambda: run(world, tmp_path, [row], "--max_prompt_tokens 1"), *words, code=1)
+    shutil.copytree(world / "teacher_init", tmp_path / "endless")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        facts = json.loads((tmp_path / "endless" / name).read_text())
+        facts.pop("eos_token_id", None), facts.pop("eos_token", None)
+        (tmp_path / "endless" / name).write_text(json.dumps(facts))
+    line = f"--model {tmp_path}/endless --overwrite"
+    assert refused(lambda: run(world, tmp_path, [row], line), "--extra_stop_ids").count("\n") == 1
+
+
 def test_scores_and_both_kls_work_on_them(world, tmp_path):
     run(world, tmp_path, [{"problem": f"{i}+2", "response": TEXT} for i in range(6)])
     common = f"--rollouts {tmp_path}/out --dtype float32"
@@ -133,6 +233,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, refused):
         )
     assert not (tmp_path / "out").exists()
     refused(lambda: run(world, tmp_path, [good], "--temperature 0.5"), "--temperature", "nothing is sampled")
+    refused(lambda: run(world, tmp_path, [good], "--seed 7"), "--seed", "nothing is sampled")
     refused(lambda: run(world, tmp_path, [good], f"--data {world}/train.jsonl"), "--data", "--responses")
     refused(
         lambda: run(world, tmp_path, [good], f"--responses {tmp_path}/none.jsonl"),

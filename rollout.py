@@ -224,8 +224,8 @@ def stored_groups(args, prompting, tokenizer, vocab_size, context, stops, name, 
             counts["thinking that never ends, so no end token"] += unfinished
             counts["thinks after a prompt that ends thinking"] += thinks and "</think>" in begin
             group.append(None if reason else Response(prompt_ids, response_ids, cut))
-        answer = gold_answer(row.get(args.answer_column))
-        yield {"id": f"{name}/{index}", "answer": answer if isinstance(answer, str) else ""}, group
+        answer, key = gold_answer(row.get(args.answer_column)), row.get("id", row.get("unique_id", index))
+        yield {"id": f"{name}/{key}", "answer": answer if isinstance(answer, str) else ""}, group
 
 
 def take_responses(args):

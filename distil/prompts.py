@@ -2,6 +2,7 @@
 
 import datetime
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -31,6 +32,8 @@ class Prompting(NamedTuple):
 
 
 PLAIN = Prompting()
+PROMPT_OPTIONS = {"add_generation_prompt": True, "tokenize": False, "strftime_now": PROMPT_DATE.strftime}
+PROMPT_OPTIONS |= {"enable_thinking": False}
 
 
 def load_tokenizer(directory, flag):
@@ -53,7 +56,10 @@ def check_template(tokenizer, flag, remedy, prompting=PLAIN, system_flag="--syst
     question, kwargs = "What is 1+1?", prompting.template_kwargs
     parts = {system_flag: {"system_prompt": ""}} if prompting.system_prompt else {}  # {flag: without it}
     parts |= {"--thinking on": {"thinking": "off"}} if prompting.thinking == "on" else {}
+    taken = {*inspect.signature(tokenizer.apply_chat_template).parameters, *PROMPT_OPTIONS, "messages"}
     for name in kwargs:
+        if name in taken:
+            refuse(f"--template_kwargs {name}: this project sets it itself (see --thinking, --template_from)")
         others = {key: value for key, value in kwargs.items() if key != name}
         parts[f"--template_kwargs {name}"] = {"template_kwargs": others}
     where = f"{flag} {tokenizer.name_or_path}: its tokenizer's chat template"
@@ -79,8 +85,7 @@ def prompt_text(tokenizer, content, prompting=PLAIN):
     messages = [{"role": "user", "content": content}]
     if prompting.system_prompt:
         messages.insert(0, {"role": "system", "content": prompting.system_prompt})
-    options = {"add_generation_prompt": True, "tokenize": False, "strftime_now": PROMPT_DATE.strftime}
-    options["enable_thinking"] = prompting.thinking == "on"
+    options = PROMPT_OPTIONS | {"enable_thinking": prompting.thinking == "on"}
     return tokenizer.apply_chat_template(messages, **prompting.template_kwargs | options)
 
 

@@ -129,6 +129,7 @@ def write_report(path, directories):
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no </script>
     with open(os.path.join(os.path.dirname(__file__), "report.html"), encoding="utf-8") as file:
         page = file.read().replace("@DATA@", text)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     write_file(path, page.encode())
     shown, stored = (sum(one[name] for one in data["evaluations"]) for name in ("shown", "stored"))
     print(f"report: {path} ({len(page.encode()) / 1e6:.1f} MB, {shown} of {stored} responses)")

@@ -281,7 +281,7 @@ STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('no system role'
         (
             SWITCHES,
             Prompting(template_kwargs={"conversation": 1}),
-            "leave out --template_kwargs conversation",
+            "--template_kwargs conversation: this project sets it itself",
         ),
         (TEMPLATE, Prompting(system_prompt="\udcff"), "leave out --system_prompt"),
     ],

@@ -98,6 +98,11 @@ def test_what_is_left_out_or_cut_is_counted(world, tmp_path, capsys):
     assert "1 truncated" in capsys.readouterr().out
 
 
+def test_a_row_keeps_its_own_id_as_problems_do(world, tmp_path):
+    row = {"id": "p7", "problem": PROBLEM, "response": TEXT}
+    assert [found["id"] for found in run(world, tmp_path, [row])] == ["stored/p7"]
+
+
 def test_cut_responses_end_by_length(world, tmp_path):
     (found,) = run(world, tmp_path, [{"problem": PROBLEM, "response": "12345"}], "--max_response_tokens 5")
     assert len(found["response_ids"]) == 5 and found["finish_reason"] == "length"

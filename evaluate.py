@@ -155,7 +155,7 @@ def evaluate_data_set(args, model, engine, task, origin, teacher):
         files += ["tokens.jsonl", "vocabulary.json"]
     written = results | {"model": args.model, "data": args.data, **origin}
     artifacts.write_json(os.path.join(args.out, "results.json"), written)
-    facts = {"template_sha256": template_sha256(task.tokenizer, asked(args).prompting), "stop_ids": stops}
+    facts = {"template_sha256": template_sha256(task.tokenizer, task.prompting), "stop_ids": stops}
     artifacts.finish_artifact(args, "evaluate", files, model=os.path.realpath(task.directory), **facts)
     print_results(args.data, results)
 

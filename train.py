@@ -290,9 +290,8 @@ def main(args):
         teacher_stops = preflight.match_teacher(teacher_dir, tokenizer, size, args.template, wanted.prompting)
     else:
         teacher_stops = preflight.match_rollouts(args.rollouts, wanted.prompting, tokenizer, args.template)
-    both = [*student_stops, *teacher_stops]
-    stops = {"student": student_stops, "teacher": teacher_stops, "both": both}[args.stop_ids]
-    config = sampling.sampling_from(args, size, stops)
+    stops = {"student": student_stops, "teacher": teacher_stops, "both": student_stops + teacher_stops}
+    config = sampling.sampling_from(args, size, stops[args.stop_ids])
     if on_policy:
         problems = load_problems(args.data, args.limit, wanted.columns, args.teacher_context_column)
         about, limits = (tokenizer, wanted.prompting), (args.max_prompt_tokens, args.max_response_tokens)
@@ -355,7 +354,8 @@ def main(args):
         else:
             steps = (batches.batch_indices(len(stored), args.batch_size, step + s, args.seed) for s in (0, 1))
             batch, coming = ([stored[i].first(horizon) for i in picked] for picked in steps)
-            teacher.read_ahead(batches.own_responses(coming, args.micro_batch_tokens))
+            if step + 1 < args.steps:
+                teacher.read_ahead(batches.own_responses(coming, args.micro_batch_tokens))
         sampled = training.clock()
         metrics = train_step(args, run, teacher, batch, step)
         seconds = {"seconds_sample": sampled - started, "seconds_score": metrics.pop("seconds_score")}

@@ -11,7 +11,7 @@ from distil.artifacts import refuse
 from distil.models import Response, context_of, model_dir, rows_of
 from distil.preflight import match_tokenizers
 from distil.problems import load_problems
-from distil.prompts import check_template, encode_problems, load_tokenizer, stop_ids, vocab_size_of
+from distil.prompts import Prompting, check_template, encode_problems, load_tokenizer, stop_ids, vocab_size_of
 from distil.vllm_engine import sample_vllm
 
 
@@ -77,6 +77,7 @@ class Task(NamedTuple):
     prompts: list  # token ids, one list for each problem
     sampling: SamplingConfig
     dropped: int  # problems, by --max_prompt_tokens
+    prompting: Prompting  # what is in the prompts beside the problems
 
 
 def load_task(model, asked, make_sampling, weights=True):
@@ -86,7 +87,7 @@ def load_task(model, asked, make_sampling, weights=True):
     config = make_sampling(size, stop_ids(tokenizer, directory, size))
     about = tokenizer, asked.prompting, size, context_of(directory), asked.max_prompt_tokens
     problems, prompts, dropped = encode_problems(problems, *about, config.max_response_tokens)
-    return Task(directory, tokenizer, problems, prompts, config, dropped)
+    return Task(directory, tokenizer, problems, prompts, config, dropped, asked.prompting)
 
 
 def load_template(model, template_from, prompting, weights):

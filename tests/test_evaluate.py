@@ -13,7 +13,7 @@ import torch
 
 import evaluate
 import train
-from distil import evaluation, models, sampling
+from distil import evaluation, models, problems, sampling
 from distil.artifacts import read_artifact
 from distil.evaluation import (
     bootstrap_means,
@@ -437,6 +437,23 @@ def test_benchmarks_are_the_single_evaluations_with_one_model_load(world, tmp_pa
     capsys.readouterr()
     call("--table", tmp_path / "whole")
     assert [row[2] for row in cells_of(capsys.readouterr().out)] == ["data", "heldout", "test"]
+
+
+def test_columns_of_one_benchmark_do_not_end_the_one_that_has_its_own(world, tmp_path, monkeypatch):
+    """--problem_column is for the file; the registered set beside it is evaluated too."""
+    rows = [json.loads(line) for line in open(world / "test.jsonl")][:2]
+    with open(tmp_path / "file.jsonl", "w") as file:
+        file.writelines(json.dumps({"q": row["problem"], "answer": row["answer"]}) + "\n" for row in rows)
+    monkeypatch.setitem(problems.DATASETS, "known", problems.DataSet("some/set"))
+    read = lambda data, columns, flag: (
+        data,
+        problems.DATASETS[data],
+        ((f"row {i}", row) for i, row in enumerate(rows)),
+    )
+    monkeypatch.setattr(problems, "load_from_hub", read)
+    words = ["--benchmarks", tmp_path / "file.jsonl", "known", "--problem_column", "q", *SMALL]
+    call("--model", world / "student_init", *words, "--out", tmp_path / "out")
+    assert sorted(path.parent.name for path in tmp_path.glob("out/*/meta.json")) == ["file", "known"]
 
 
 def test_benchmarks_do_not_go_into_an_artifact(world, tmp_path, refused):

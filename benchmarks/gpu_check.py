@@ -27,7 +27,7 @@ from typing import NamedTuple
 from benchmarks import gpu_checks
 from benchmarks.gpu_checks import ENGINE, GPU, ROOT
 from distil import artifacts
-from evaluate import markdown
+from reports.tables import markdown
 
 TOTAL_SECONDS = 600
 

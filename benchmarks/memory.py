@@ -43,8 +43,8 @@ from distil.models import Response, load_model
 from distil.problems import load_problems
 from distil.prompts import load_tokenizer, render_prompt, tokenizer_sha256
 from distil.rollouts import finish_rollouts, write_rollouts
-from evaluate import markdown
 from recipes import toy_world
+from reports.tables import markdown
 
 CONTEXT = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
 COMMON = "--engine hf --dtype float32 --max_response_tokens {length}"

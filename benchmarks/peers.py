@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import kernel_speed
 from benchmarks.memory import resident
-from evaluate import markdown
+from reports.tables import markdown
 
 LR, SEED = 1e-4, 0
 

@@ -11,7 +11,7 @@ import json
 import os
 
 from distil.evaluation import bootstrap_means, mean_of, pass_at_k, percentile_interval
-from evaluate import markdown
+from reports.tables import markdown
 
 HORIZONS, PREFIXES, KLS = ("short", "long"), ("teacher", "student"), ("forward", "reverse")
 CELLS = [f"{prefix}_{kl}_{horizon}" for horizon in HORIZONS for prefix in PREFIXES for kl in KLS]

@@ -31,6 +31,7 @@ from distil.models import Response, load_model
 from distil.problems import load_problems
 from distil.prompts import render_prompt
 from recipes.toy_world import make_model, make_tokenizer
+from reports import tables
 
 
 def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_one():
@@ -529,8 +530,8 @@ def test_compare_pairs_the_problems(tmp_path, monkeypatch, capsys):
         with open(f"{path}/samples.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     results = {path: summarise(rows, 4, [1, 2]) | {"run": path[-1]} for path, rows in zip(paths, sides)}
-    monkeypatch.setattr(evaluate, "read_results", lambda path, flag: results[path])
-    monkeypatch.setattr(evaluate, "read_artifact", lambda *words: {"args": {}})
+    monkeypatch.setattr(tables, "read_results", lambda path, flag: results[path])
+    monkeypatch.setattr(tables, "read_artifact", lambda *words: {"args": {}})
     call("--compare", *paths)
     cells = {line[0]: line[1:] for line in cells_of(capsys.readouterr().out)}
     assert cells["metric"] == ["a (n = 4)", "b (n = 4)", "difference [95%]"]

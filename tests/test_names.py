@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 ROOT = pathlib.Path(ROOT)
+PACKAGES = ("recipes", "benchmarks", "distil", "reports")
 OURS = r"(?:recipes|benchmarks|distil)\.\w+"
 HARMLESS = {"pip", "pytest", "venv", "zipfile"}  # import none of our names
 
@@ -68,10 +69,9 @@ def test_a_stage_runs_beside_hugging_faces_kernels(world, tmp_path, installed):
 
 def test_no_installed_package_hides_ours(tmp_path):
     """A directory without __init__.py would give way to a package of its name anywhere on the path."""
-    packages = ["recipes", "benchmarks", "distil"]
-    for package in packages:
+    for package in PACKAGES:
         install(tmp_path, package)
-    modules = ["recipes.plan", "benchmarks.memory", "distil.artifacts"]
+    modules = ["recipes.plan", "benchmarks.memory", "distil.artifacts", "reports.tables"]
     output = run(tmp_path, "-c", f"import {', '.join(modules)}; print({', '.join(modules)})")
     assert "IMPORTED" not in output
 
@@ -86,7 +86,7 @@ def test_no_other_tool_is_started_where_our_names_hide_its_imports():
     """`python -m lm_eval` would import our evaluate.py for Hugging Face's `evaluate`; -P prevents that."""
     places = [ROOT / "Makefile", ROOT / "README.md", ROOT / "kernels/README.md"]
     places += [*ROOT.glob("*.py"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/workflows/*")]
-    places += [file for folder in ("recipes", "benchmarks", "distil") for file in (ROOT / folder).glob("*.*")]
+    places += [file for folder in PACKAGES for file in (ROOT / folder).glob("*.*")]
     seen = set()
     for place in places:
         for options, module in commands_with_m(place.read_text(encoding="utf-8")):

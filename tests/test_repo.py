@@ -13,9 +13,10 @@ from conftest import ROOT, STAGES, actions_of, stage_of
 
 ROOT = pathlib.Path(ROOT)
 MODULES = sorted((ROOT / "distil").glob("*.py"))
+REPORTS = sorted((ROOT / "reports").glob("*.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # test_readme parses their commands
 KERNEL = sorted((ROOT / "kernels").rglob("*.py"))
-OURS = {*STAGES, "distil", "streaming_kl", "recipes", "benchmarks", "tests"}
+OURS = {*STAGES, "distil", "reports", "streaming_kl", "recipes", "benchmarks", "tests"}
 OWN_HELP = {
     "model",
     "teacher",
@@ -73,12 +74,18 @@ def test_the_stages_are_the_only_python_files_at_the_top():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_stage_imports_a_stage(stage):
-    assert packages(ROOT / f"{stage}.py") & OURS <= {"distil", "streaming_kl"}
+    allowed = {"distil", "streaming_kl"} | ({"reports"} if stage == "evaluate" else set())
+    assert packages(ROOT / f"{stage}.py") & OURS <= allowed
 
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda file: file.stem)
 def test_distil_imports_no_stage(file):
     assert packages(file) & OURS <= {"distil", "streaming_kl"}
+
+
+@pytest.mark.parametrize("file", REPORTS, ids=lambda file: file.stem)
+def test_reports_import_no_stage(file):
+    assert packages(file) & OURS <= {"distil", "reports"}
 
 
 def test_distil_has_no_circular_imports():
@@ -118,7 +125,7 @@ def test_distil_reads_a_flag_only_where_it_is_added(file):
 
 def test_nothing_heavy_is_imported_at_the_top():
     heavy = {"vllm", "datasets", "transformers", "matplotlib", "math_verify", "wandb", "triton"}
-    for file in [*MODULES, *(ROOT / f"{stage}.py" for stage in STAGES)]:
+    for file in [*MODULES, *REPORTS, *(ROOT / f"{stage}.py" for stage in STAGES)]:
         if file.stem != "vllm_mask":  # vLLM itself imports it, by its name
             assert not packages(file, everywhere=False) & heavy, file.name
     code = "import grpo, sys; assert not {'vllm', 'datasets', 'matplotlib'} & set(sys.modules), 'heavy'"

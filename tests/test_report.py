@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import evaluate
 from conftest import read_rows, run_line
-from distil import artifacts, evaluation, report
+from distil import artifacts, evaluation
 from distil.models import Response
 from recipes.toy_world import make_model
+from reports import page as report_page
 from test_evaluate import trained
 from test_prompts import byte_tokenizer
 
@@ -189,8 +190,8 @@ def test_the_pieces_of_tokens_are_the_text(make, text):
     ids = tokenizer("a" + text, add_special_tokens=False).input_ids
     if make is sentencepiece_like and tokenizer.unk_token_id in ids:
         pytest.skip("not in this small vocabulary")
-    texts = report.token_texts(tokenizer, sorted({*ids}))
-    found = report.pieces([texts[i] for i in ids])
+    texts = report_page.token_texts(tokenizer, sorted({*ids}))
+    found = report_page.pieces([texts[i] for i in ids])
     assert len(found) == len(ids)
     assert "".join(found).removeprefix(" ") == tokenizer.decode(ids)
 
@@ -198,15 +199,15 @@ def test_the_pieces_of_tokens_are_the_text(make, text):
 def test_kinds_of_tokens():
     tokenizer = byte_tokenizer()
     emoji = tokenizer("😀").input_ids
-    texts = report.token_texts(tokenizer, [*emoji, *tokenizer(" <\n").input_ids, tokenizer.eos_token_id])
+    texts = report_page.token_texts(tokenizer, [*emoji, *tokenizer(" <\n").input_ids, tokenizer.eos_token_id])
     assert [texts[i] for i in emoji] == [["bytes", byte] for byte in "F0 9F 98 80".split()]
-    assert report.pieces([texts[i] for i in emoji]) == ["", "", "", "😀"]
-    assert report.pieces([texts[i] for i in emoji[:2]] + [["text", "x"]]) == ["", "", "\ufffdx"]
+    assert report_page.pieces([texts[i] for i in emoji]) == ["", "", "", "😀"]
+    assert report_page.pieces([texts[i] for i in emoji[:2]] + [["text", "x"]]) == ["", "", "\ufffdx"]
     assert list(texts.values())[4:] == [["text", " <"], ["text", "\n"], ["special", "<|im_end|>"]]
     tokenizer = sentencepiece_like()
     ids = tokenizer.convert_tokens_to_ids(["\u2581the", "b", "<0xF0>", "<|end|>"])
     kinds = [["text", " the"], ["text", "b"], ["bytes", "F0"], ["special", "<|end|>"]]
-    assert [*report.token_texts(tokenizer, ids).values()] == kinds
+    assert [*report_page.token_texts(tokenizer, ids).values()] == kinds
 
 
 # The data
@@ -276,14 +277,14 @@ def test_a_run_stands_for_its_curves_and_evaluations(world, trained_run, tmp_pat
 
 
 def test_a_long_run_is_thinned_and_keeps_its_last_step(monkeypatch, trained_run, tmp_path):
-    monkeypatch.setattr(report, "POINTS", 1)
+    monkeypatch.setattr(report_page, "POINTS", 1)
     [run] = write(tmp_path / "a.html", trained_run)["runs"]
     assert run["every"] == 2 and run["steps"]["step"] == [2] and run["evals"]["step"] == [2]
 
 
 @pytest.mark.parametrize("name, limit", [("RESPONSES", 5), ("PAGE_BYTES", 20_000), ("PAGE_BYTES", 3000)])
 def test_a_page_is_bounded_and_says_so(name, limit, evil, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, name, limit)
+    monkeypatch.setattr(report_page, name, limit)
     [one] = write(tmp_path / "a.html", evil / "eval")["evaluations"]
     assert len(one["responses"]) == one["shown"] and one["stored"] == 12
     assert f"{one['shown']} of 12 responses" in capsys.readouterr().out
@@ -400,7 +401,7 @@ def test_pages_without_values_of_tokens_work(world, evil, trained_run, tmp_path,
     write(tmp_path / "a.html", tmp_path / "plain")
     found = visit(tmp_path / "a.html", tmp_path, script=script)
     assert (found["articles"], found["spans"]) == (4, 0) and "--token_details" in found["note"]
-    monkeypatch.setattr(report, "PAGE_BYTES", 4000)
+    monkeypatch.setattr(report_page, "PAGE_BYTES", 4000)
     [one] = write(tmp_path / "a.html", evil / "eval")["evaluations"]
     found = visit(tmp_path / "a.html", tmp_path, script=script)
     assert found["articles"] == one["shown"] < 12 and f"The first {one['shown']} of 12" in found["note"]

@@ -1,12 +1,8 @@
-"""Showing what is finished: which evaluations a path holds, the figure of some runs, and the HTML report.
+"""The HTML report: one page that opens offline, with a table, curves, and responses token by token.
 
-    evaluations, runs  ->  report.html    one page that opens offline: table, curves, responses token by token
-
-The page is distil/report.html with the data in it as JSON. All numbers come from stored artifacts."""
+It is reports/page.html with the data in it as JSON. All numbers come from stored artifacts."""
 
 import codecs
-import glob
-import io
 import json
 import math
 import os
@@ -15,49 +11,14 @@ from distil.artifacts import DAMAGE, read_artifact, refuse, write_file
 from distil.evaluation import data_names
 from distil.flops import text_of
 from distil.jsonl import read_jsonl
+from reports.reading import EVAL_CURVES, evaluations_in, read_log, read_results, read_samples
 
 RESPONSES = 200  # of an evaluation that the page holds at most
 PAGE_BYTES = 8_000_000  # of all responses on the page; evaluations have equal shares
 POINTS = 200  # of a curve
 SHOWN_FROM = 1e-3  # probability of a likely token that is shown beside the likeliest
-EVAL_CURVES = {
-    "avg": "accuracy",
-    "entropy": "predictive entropy (nats)",
-    "length": "response length (tokens)",
-}
 STEP_CURVES = {"fkl": "forward KL (nats)", "rkl": "reverse KL (nats)", "reward": "reward", "loss": "loss"}
 STEP_CURVES |= {"student_entropy": "student's entropy (nats)", "truncated": "share of cut-off responses"}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def evaluations_in(path, flag, needed=True):
-    """The evaluation at `path`; or those up to two levels below it: a run's, or what --benchmarks made."""
-    for depths in ([""], ["*", "*/*"]):
-        patterns = [os.path.join(glob.escape(path), depth, "samples.jsonl*") for depth in depths]
-        found = sorted({os.path.dirname(file) for pattern in patterns for file in glob.glob(pattern)})
-        if found or not needed and depths != [""]:
-            return found
-    refuse(f"{flag} {path}: no evaluation here or up to two levels below; evaluate.py --out writes one")
-
-
-def read_results(path, flag):
-    """results.json of a finished evaluation, its checksum verified."""
-    read_artifact(path, flag, "evaluate")
-    with open(os.path.join(path, "results.json"), encoding="utf-8") as file:
-        return json.load(file)
-
-
-def read_samples(path):
-    """The graded rows of an evaluation."""
-    return [row for _, row in read_jsonl(os.path.join(path, "samples.jsonl"))]
-
-
-def read_log(run, name):
-    """The rows of a run's metrics.jsonl or evals.jsonl."""
-    return [row for _, row in read_jsonl(os.path.join(run, name))]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -127,7 +88,7 @@ def write_report(path, directories):
         one["data"] = one["cells"]["data"][0] = names[one["data"]]
     data |= {"runs": list(map(run_data, runs)), "curves": {"evals": EVAL_CURVES, "steps": STEP_CURVES}}
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no </script>
-    with open(os.path.join(os.path.dirname(__file__), "report.html"), encoding="utf-8") as file:
+    with open(os.path.join(os.path.dirname(__file__), "page.html"), encoding="utf-8") as file:
         page = file.read().replace("@DATA@", text)
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     write_file(path, page.encode())
@@ -249,39 +210,3 @@ def run_data(run):
         names = ["step", "tflops", *curves, *(f"{curve}_interval" for curve in curves)]
         found[log] = {name: [row.get(name) for row in rows] for name in names if name in rows[0]}
     return found
-
-
-# ----------------------------------------------------------------------------------------------------------
-
-
-def figure(path, runs, x):
-    """Draw accuracy, entropy and length against x, "step" or "tflops", a line per run, as in the paper."""
-    if os.path.isdir(path) or not path.lower().endswith((".png", ".pdf", ".svg")):
-        refuse(f"--figure {path}: must be a file that ends in .png, .pdf or .svg")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, len(EVAL_CURVES), figsize=(13, 3.8), constrained_layout=True)
-    for run in runs:
-        meta = read_artifact(run, "--runs", "train", "grpo")
-        if "evals.jsonl" not in meta["files"]:
-            refuse(f"--runs {run}: was trained without --eval_every, so there is nothing to draw")
-        rows = read_log(run, "evals.jsonl")
-        if any(row[x] is None for row in rows):
-            refuse(f"--x {x}: is unknown for --runs {run}; use --x step")
-        cell = meta["cell"]
-        color = {"forward": "tab:blue", "reverse": "tab:red"}.get(cell["kl"], "tab:green")
-        line = {"teacher": "--", "student": "-"}.get(cell["prefix"], ":")
-        style = {"color": color, "linestyle": line, "marker": "o", "markersize": 3, "label": cell["name"]}
-        for axis, (key, title) in zip(axes, EVAL_CURVES.items()):
-            axis.plot([row[x] for row in rows], [row[key] for row in rows], **style)
-            axis.set(xlabel={"step": "step", "tflops": "TFLOPs"}[x], title=title)
-            axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    image = io.BytesIO()
-    fig.savefig(image, dpi=150, format=path[-3:].lower())
-    write_file(path, image.getvalue())
-    plt.close(fig)
-    print(f"figure: {path}")

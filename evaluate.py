@@ -32,8 +32,8 @@ from distil.artifacts import is_finished, refuse
 from distil.batches import batches_by_tokens
 from distil.evaluation import data_names
 from distil.jsonl import GrowingFile, finite, read_jsonl
+from distil.matching import check_tokenizers
 from distil.models import Response, check_head, context_of, default_dtype, load_model, model_dir, rows_of
-from distil.preflight import check_tokenizers
 from distil.problems import add_problem_flags, asked
 from distil.prompts import load_tokenizer, template_sha256, tokenizer_sha256, vocab_size_of
 from distil.sampling import add_sampling_flags, load_task, sampling_from

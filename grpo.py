@@ -32,13 +32,14 @@ from collections import Counter
 
 import torch
 
-from distil import artifacts, batches, flags, flops, models, ranks, sampling, training
+from distil import artifacts, batches, flags, models, ranks, sampling
 from distil.evaluation import origin_of
 from distil.grading import grade
+from distil.matching import check_tokenizers
 from distil.models import forward
-from distil.preflight import check_tokenizers
 from distil.problems import add_problem_flags, asked
 from distil.prompts import load_tokenizer, tokenizer_sha256, vocab_size_of
+from runs import flops, training
 from streaming_kl import (
     KeptSets,
     entropies,

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from distil import artifacts, batches, flags, models, preflight, sampling, training
+from distil import artifacts, batches, flags, matching, models, sampling
 from distil.jsonl import GrowingFile, read_jsonl
 from distil.models import Response, forward
 from distil.problems import add_problem_flags, columns_of, load_problems
@@ -47,6 +47,7 @@ from distil.prompts import (
 from distil.rollouts import read_rollouts
 from distil.server import add_server_flags, connect
 from distil.teacher import add_teacher_prompt_flags, live_teacher, own_prompts
+from runs import preflight, training
 from streaming_kl import token_logps, top_tokens
 
 PROBES = [
@@ -204,7 +205,7 @@ def check_models(args):
     tokenizer = load_tokenizer(student_dir, "--student")
     size = vocab_size_of(tokenizer, models.rows_of(student_dir), "--student")
     stops = stop_ids(tokenizer, student_dir, size)
-    teacher_stops = preflight.match_teacher(teacher_dir, tokenizer, size, args.template)
+    teacher_stops = matching.match_teacher(teacher_dir, tokenizer, size, args.template)
     context = min(models.context_of(student_dir), models.context_of(teacher_dir))
     problems = [{"id": text, "problem": text} for text in PROBES]
     _, prompts, _ = encode_problems(problems, tokenizer, PLAIN, size, context, None, LIMIT)
@@ -235,7 +236,7 @@ def main(args):
     directory = models.model_dir(args.teacher, "--teacher", weights=not args.server)
     meta = artifacts.read_artifact(args.rollouts, "--rollouts", "rollout")
     tokenizer = load_tokenizer(directory, "--teacher")
-    preflight.check_tokenizers(tokenizer, "--teacher", meta["tokenizer_sha256"], "--rollouts")
+    matching.check_tokenizers(tokenizer, "--teacher", meta["tokenizer_sha256"], "--rollouts")
     size = vocab_size_of(tokenizer, models.rows_of(directory), "--teacher")
     prompting = Prompting.read(meta)
     if args.template != "rollouts":

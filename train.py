@@ -26,13 +26,13 @@ import functools
 
 import torch
 
-from distil import artifacts, batches, diagnostics, flags, flops, models, preflight, ranks, sampling, training
+from distil import artifacts, batches, flags, matching, models, ranks, sampling
 from distil import teacher as teachers
-from distil.models import forward
 from distil.problems import add_problem_flags, asked, load_problems
 from distil.prompts import encode_problems, load_tokenizer, stop_ids, vocab_size_of
 from distil.rollouts import stored_responses
 from distil.server import add_server_flags
+from runs import diagnostics, flops, preflight, training
 from streaming_kl import linear_divergence, linear_streaming_kl, sampler_kl, token_logps
 
 # Divergences beside the KLs, {name: function}: the name is then a choice of --kl; the function gets the
@@ -204,7 +204,7 @@ def micro_batch_loss(args, student, teacher, vocab_size, scored, responses, toke
     started = training.mark()
     signal = teacher.signal(responses)
     scored.append((started, training.mark()))
-    hidden, head = forward(student, responses, vocab_size, args.dtype)
+    hidden, head = models.forward(student, responses, vocab_size, args.dtype)
     loss, metrics = objective(args, hidden, head, signal, tokens, weight)
     if args.prefix == "student" and not sampling.is_plain(args):
         sampler = args.temperature, args.top_p, args.top_k
@@ -287,9 +287,9 @@ def main(args):
     if args.k > size:
         artifacts.refuse(f"--k {args.k}: there are only {size} tokens")
     if on_policy:
-        teacher_stops = preflight.match_teacher(teacher_dir, tokenizer, size, args.template, wanted.prompting)
+        teacher_stops = matching.match_teacher(teacher_dir, tokenizer, size, args.template, wanted.prompting)
     else:
-        teacher_stops = preflight.match_rollouts(args.rollouts, wanted.prompting, tokenizer, args.template)
+        teacher_stops = matching.match_rollouts(args.rollouts, wanted.prompting, tokenizer, args.template)
     stops = {"student": student_stops, "teacher": teacher_stops, "both": student_stops + teacher_stops}
     config = sampling.sampling_from(args, size, stops[args.stop_ids])
     if on_policy:

@@ -13,7 +13,7 @@ Every point runs in a process of its own. Its peak is, on a GPU, the most that t
 CPU, the largest resident set, minus that after the imports. Subtracted is the peak of a process that only
 loads and saves what the stage holds: tokenizers, models and, where one is trained, gradients and moments.
 
---against_plan (Linux) compares train.py's own plan of its memory (distil/plan.py) with the peak of two steps
+--against_plan (Linux) compares train.py's own plan of its memory (runs/plan.py) with the peak of two steps
 of several micro-batches, sampling included: the largest resident set minus that after a run of a tiny world.
 glibc is told to return freed blocks at once; by itself it keeps many of those below 32 MiB.
 """
@@ -37,7 +37,7 @@ import grpo
 import rollout
 import score_teacher
 import train
-from distil import models, plan, ranks
+from distil import models, ranks
 from distil.artifacts import add_output_flags, finish_artifact, start_artifact
 from distil.models import Response, load_model
 from distil.problems import load_problems
@@ -45,6 +45,7 @@ from distil.prompts import load_tokenizer, render_prompt, tokenizer_sha256
 from distil.rollouts import finish_rollouts, write_rollouts
 from recipes import toy_world
 from reports.tables import markdown
+from runs import plan
 
 CONTEXT = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
 COMMON = "--engine hf --dtype float32 --max_response_tokens {length}"

@@ -78,7 +78,8 @@ def batch_of(args):
 
 def step_ours(args, tick):
     import train
-    from distil import batches, models, teacher, training
+    from distil import batches, models, teacher
+    from runs import training
 
     words = f"--prefix student --kl reverse --student x --teacher x --data x --out x --lr {LR} --warmup 0"
     flags = train.get_args([*words.split(), "--normalize", "token", "--dtype", "float32"])

@@ -63,26 +63,6 @@ class GrowingFile:
             progress.write(json.dumps(line).encode() + b"\n")
 
 
-def rewind_log(path, step):
-    """Cut a .jsonl log behind its rows up to `step`, and return them. A log without rows is removed."""
-    rows, good = [], 0
-    if not os.path.isfile(path):
-        return rows
-    with open(path, "r+b") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                if not line.endswith(b"\n") or int(json.loads(line)["step"]) > step:
-                    break  # a row cut by a kill, or a later one
-            except DAMAGE as error:
-                refuse(f"--resume: {path} line {number} is damaged ({error!r})")
-            good += len(line)
-            rows.append(json.loads(line))
-        file.truncate(good)
-    if not rows:
-        os.remove(path)
-    return rows
-
-
 def finite(facts, place):
     """The facts, as they are. A number among them that is not finite ends the run: JSON has none."""
     for name, value in facts.items():

@@ -8,8 +8,8 @@ import torch
 
 from distil import flags, ranks
 from distil.artifacts import refuse
+from distil.matching import match_tokenizers
 from distil.models import Response, context_of, model_dir, rows_of
-from distil.preflight import match_tokenizers
 from distil.problems import load_problems
 from distil.prompts import Prompting, check_template, encode_problems, load_tokenizer, stop_ids, vocab_size_of
 from distil.vllm_engine import sample_vllm

@@ -24,9 +24,9 @@ import sys
 from typing import NamedTuple
 
 from distil.artifacts import refuse
-from distil.flops import tflops
 from distil.problems import load_problems
 from evaluate import evaluations_of
+from runs.flops import tflops
 
 # From the models' config.json, so that a plan needs no network: hidden, intermediate size, layers, heads,
 # key-value heads, head_dim, vocabulary, embedding and head

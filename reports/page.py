@@ -9,9 +9,8 @@ import os
 
 from distil.artifacts import DAMAGE, read_artifact, refuse, write_file
 from distil.evaluation import data_names
-from distil.flops import text_of
 from distil.jsonl import read_jsonl
-from reports.reading import EVAL_CURVES, evaluations_in, read_log, read_results, read_samples
+from reports.reading import EVAL_CURVES, cost_of, evaluations_in, read_log, read_results, read_samples
 
 RESPONSES = 200  # of an evaluation that the page holds at most
 PAGE_BYTES = 8_000_000  # of all responses on the page; evaluations have equal shares
@@ -190,7 +189,7 @@ def table_cells(results):
             add(f"{kind.title()}@{k}", value, results[f"{kind}_interval"][k], ".3f")
     for name, form in {"length": ".1f", "truncated": ".1%", "entropy": ".3f"}.items():
         add(name, results[name], results[f"{name}_interval"], form)
-    cells["TFLOPs"] = ["-" if results["step"] is None else text_of(results["tflops"]), ""]
+    cells["TFLOPs"] = [cost_of(results), ""]
     return cells
 
 

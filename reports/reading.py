@@ -39,3 +39,10 @@ def read_samples(path):
 def read_log(run, name):
     """The rows of a run's metrics.jsonl or evals.jsonl."""
     return [row for _, row in read_jsonl(os.path.join(run, name))]
+
+
+def cost_of(results):
+    """The TFLOPs of the run that made an evaluated checkpoint, as text; "-" for a model of another origin."""
+    if results["step"] is None:
+        return "-"
+    return "unknown" if results["tflops"] is None else f"{results['tflops']:.4g}"

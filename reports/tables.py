@@ -3,9 +3,8 @@
 from distil import evaluation
 from distil.artifacts import read_artifact, refuse
 from distil.evaluation import data_names, mean_of
-from distil.flops import text_of
 from distil.prompts import Prompting
-from reports.reading import evaluations_in, read_results, read_samples
+from reports.reading import cost_of, evaluations_in, read_results, read_samples
 
 
 def pairs_of(paths):
@@ -62,7 +61,7 @@ def table_row(r, data, ks, n):
     row["length"] = f"{r['length']:.1f}"
     row["truncated"] = f"{r['truncated']:.1%}"
     row["entropy"] = f"{r['entropy']:.3f}"
-    row["TFLOPs"] = "-" if r["step"] is None else text_of(r["tflops"])
+    row["TFLOPs"] = cost_of(r)
     return row
 
 

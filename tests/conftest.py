@@ -108,7 +108,7 @@ def killed_in_call(number, owner, name):
 @pytest.fixture(autouse=True, scope="session")
 def traces_are_kept():
     """Tracing a tiny model takes as long as training it for a step, so equal traces are made once."""
-    from distil import plan
+    from runs import plan
 
     real, kept = plan.trace, {}
 

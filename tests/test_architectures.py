@@ -13,10 +13,10 @@ import rollout
 import score_teacher
 import train
 from conftest import killed_in_call, read_rows, run_line
-from distil import training
-from distil.flops import flops_per_token
 from distil.sampling import SamplingConfig, sample
 from recipes.toy_world import make_tokenizer
+from runs import training
+from runs.flops import flops_per_token
 
 SIZES = {"vocab_size": 29, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}

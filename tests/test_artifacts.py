@@ -9,7 +9,8 @@ import shutil
 import pytest
 
 from distil.artifacts import finish_artifact, is_finished, provenance, read_artifact, start_artifact
-from distil.jsonl import GrowingFile, read_jsonl, rewind_log
+from distil.jsonl import GrowingFile, read_jsonl
+from runs.checkpoints import rewind_log
 
 
 def flags(out, **more):

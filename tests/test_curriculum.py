@@ -6,8 +6,9 @@ import pytest
 
 import train
 from conftest import killed_in_call, read_rows, run_line, untimed
-from distil import artifacts, training
+from distil import artifacts
 from distil.artifacts import read_artifact
+from runs import training
 
 
 @pytest.fixture

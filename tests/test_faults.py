@@ -29,6 +29,7 @@ from distil.problems import load_problems
 from distil.rollouts import read_rollouts
 from distil.teacher import Scores
 from recipes.toy_world import make_tokenizer
+from runs import checkpoints
 from test_artifacts import begun, flags, made
 from test_resume import STAGES, Disk, args_of, cheap_models, in_fork, results  # noqa: F401 (a fixture)
 
@@ -363,7 +364,7 @@ def test_fuzzed_logs(tmp_path_factory, edits, step):
     path = tmp_path_factory.getbasetemp() / "fuzzed_metrics.jsonl"
     rows = [json.dumps({"step": number, "loss": 0.1 * number}) + "\n" for number in range(1, 5)]
     path.write_bytes(edited("".join(rows).encode(), edits))
-    kept, message = outcome(lambda: jsonl.rewind_log(str(path), step), "fuzzed_metrics.jsonl line ")
+    kept, message = outcome(lambda: checkpoints.rewind_log(str(path), step), "fuzzed_metrics.jsonl line ")
     if message is None:
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         assert [json.loads(line) for line in lines] == kept and all(row["step"] <= step for row in kept)
@@ -513,7 +514,7 @@ def test_no_code_runs_data():
     """No shell, no eval, no pickles, no code of models: in every module of the project."""
     modules = [
         path
-        for folder in ("", "distil", "reports", "kernels/streaming_kl", "recipes", "benchmarks")
+        for folder in ("", "distil", "runs", "reports", "kernels/streaming_kl", "recipes", "benchmarks")
         for path in sorted(pathlib.Path(ROOT, folder).glob("*.py"))
     ]
     assert len(modules) > 15

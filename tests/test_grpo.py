@@ -13,13 +13,13 @@ import torch
 
 import grpo
 from conftest import killed_in_call, read_rows, run_line, swap_ids, untimed
-from distil import training
 from distil.artifacts import read_artifact
-from distil.flops import tflops
 from distil.models import Response
 from distil.sampling import SamplingConfig, sample
 from grpo import accumulate_gradients, add_old_logps, advantages_of, policy_loss, rewards_of, train_step
 from recipes.toy_world import make_model, make_tokenizer
+from runs import training
+from runs.flops import tflops
 
 DEFAULTS = {"dtype": "float32", "micro_batch_tokens": 10**6, "normalize": "token", "reward": "correct"}
 DEFAULTS |= {"policy": "full", "temperature": 1.0, "top_p": 1.0, "top_k": 0}

@@ -10,7 +10,8 @@ import evaluate
 import grpo
 import train
 from conftest import killed_in_call, read_rows, run_line
-from distil import artifacts, training
+from distil import artifacts
+from runs import training
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 ROOT = pathlib.Path(ROOT)
-PACKAGES = ("recipes", "benchmarks", "distil", "reports")
+PACKAGES = ("recipes", "benchmarks", "distil", "runs", "reports")
 OURS = r"(?:recipes|benchmarks|distil)\.\w+"
 HARMLESS = {"pip", "pytest", "venv", "zipfile"}  # import none of our names
 
@@ -71,7 +71,7 @@ def test_no_installed_package_hides_ours(tmp_path):
     """A directory without __init__.py would give way to a package of its name anywhere on the path."""
     for package in PACKAGES:
         install(tmp_path, package)
-    modules = ["recipes.plan", "benchmarks.memory", "distil.artifacts", "reports.tables"]
+    modules = ["recipes.plan", "benchmarks.memory", "distil.artifacts", "runs.training", "reports.tables"]
     output = run(tmp_path, "-c", f"import {', '.join(modules)}; print({', '.join(modules)})")
     assert "IMPORTED" not in output
 

@@ -13,11 +13,11 @@ import train
 from conftest import read_rows, replace_text, run_line
 from distil.artifacts import read_artifact
 from distil.batches import micro_batches
-from distil.flops import tflops
 from distil.models import Response, load_model
 from distil.prompts import Prompting, load_tokenizer, render_prompt
 from distil.rollouts import read_rollouts
 from distil.teacher import Scores, live_teacher
+from runs.flops import tflops
 
 TINY = "--engine hf --dtype float32 --max_response_tokens 6"
 

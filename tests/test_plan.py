@@ -12,8 +12,9 @@ import grpo
 import score_teacher
 import train
 from conftest import run_line, untimed
-from distil import models, plan
+from distil import models
 from distil.models import Response, checkpoint_activations, forward, response_hidden
+from runs import plan
 from test_ranks import on_ranks
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "head_dim": 8, "vocab_size": 99}

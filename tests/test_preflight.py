@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 import score_teacher
 import train
 from conftest import read_rows, replace_text, run_line, swap_ids
-from distil.preflight import check_pair, check_signal
 from distil.prompts import PLAIN
 from distil.teacher import Signal
+from runs.preflight import check_pair, check_signal
 from streaming_kl import sampler_kl
 
 

@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import grpo
 import train
 from conftest import ROOT, run_line, untimed
-from distil import models, ranks, training
+from distil import models, ranks
 from distil.prompts import load_tokenizer
 from recipes.toy_world import make_model, make_tokenizer
+from runs import training
 
 
 def free_port():
@@ -227,7 +228,8 @@ def test_shares_and_sums(tmp_path):
 
 FAILS = """
 import sys, train
-from distil import ranks, training
+from distil import ranks
+from runs import training
 def optimizer_step(args, model, optimizer, step, ids):
     if step == 1 and ranks.rank() == 1:
         raise RuntimeError("this rank has lost its GPU")

@@ -18,7 +18,8 @@ import evaluate
 import grpo
 import train
 from conftest import ROOT
-from distil import artifacts, training
+from distil import artifacts
+from runs import training
 from test_resume import STAGES, args_of, cheap_models, in_fork, results  # noqa: F401 (a fixture)
 from test_resume_training import results as results_of_run
 from test_resume_training import start  # noqa: F401 (a fixture)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from conftest import ROOT
-from distil.flops import tflops
 from recipes import plan
+from runs.flops import tflops
 from test_repo import parses
 
 FAKE = (

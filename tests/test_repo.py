@@ -12,11 +12,12 @@ import pytest
 from conftest import ROOT, STAGES, actions_of, stage_of
 
 ROOT = pathlib.Path(ROOT)
-MODULES = sorted((ROOT / "distil").glob("*.py"))
-REPORTS = sorted((ROOT / "reports").glob("*.py"))
+ROOMS = {"distil": {"distil", "streaming_kl"}}  # {package: what it may import of ours}
+ROOMS |= {"runs": ROOMS["distil"] | {"runs"}, "reports": {"distil", "reports"}}
+MODULES = [file for room in ROOMS for file in sorted((ROOT / room).glob("*.py"))]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]  # test_readme parses their commands
 KERNEL = sorted((ROOT / "kernels").rglob("*.py"))
-OURS = {*STAGES, "distil", "reports", "streaming_kl", "recipes", "benchmarks", "tests"}
+OURS = {*STAGES, *ROOMS, "streaming_kl", "recipes", "benchmarks", "tests"}
 OWN_HELP = {
     "model",
     "teacher",
@@ -33,7 +34,7 @@ def source(name):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_flag_is_read(stage):
-    """As args.NAME or as a name in a list, in distil/ or in the stage outside get_args."""
+    """As args.NAME or as a name in a list, in what stages share or in the stage outside get_args."""
     text = "".join(file.read_text(encoding="utf-8") for file in MODULES)
     text += re.sub(r"(?ms)^def get_args.*?(?=^(?:def|class|#|if) )", "", source(stage))
     for flag in actions_of(stage):
@@ -74,24 +75,18 @@ def test_the_stages_are_the_only_python_files_at_the_top():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_stage_imports_a_stage(stage):
-    allowed = {"distil", "streaming_kl"} | ({"reports"} if stage == "evaluate" else set())
-    assert packages(ROOT / f"{stage}.py") & OURS <= allowed
+    rooms = {"evaluate": {"reports"}, "rollout": set()}.get(stage, {"runs"})
+    assert packages(ROOT / f"{stage}.py") & OURS <= ROOMS["distil"] | rooms
 
 
-@pytest.mark.parametrize("file", MODULES, ids=lambda file: file.stem)
-def test_distil_imports_no_stage(file):
-    assert packages(file) & OURS <= {"distil", "streaming_kl"}
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: f"{file.parent.name}.{file.stem}")
+def test_what_stages_share_imports_no_stage(file):
+    assert packages(file) & OURS <= ROOMS[file.parent.name]
 
 
-@pytest.mark.parametrize("file", REPORTS, ids=lambda file: file.stem)
-def test_reports_import_no_stage(file):
-    assert packages(file) & OURS <= {"distil", "reports"}
-
-
-def test_distil_has_no_circular_imports():
-    below = {}
-    for file in MODULES:
-        below[file.stem] = {name.split(".")[1] for name in imported(file) if name.startswith("distil.")}
+def test_there_are_no_circular_imports():
+    name_of = lambda file: f"{file.parent.name}.{file.stem}"
+    below = {name_of(file): set(imported(file)) - {name_of(file)} for file in MODULES}
     while free := [name for name, others in below.items() if not others & below.keys()]:
         for name in free:
             del below[name]
@@ -110,8 +105,8 @@ def flags_read(tree):
             yield node.attr
 
 
-@pytest.mark.parametrize("file", MODULES, ids=lambda file: file.stem)
-def test_distil_reads_a_flag_only_where_it_is_added(file):
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: f"{file.parent.name}.{file.stem}")
+def test_a_flag_is_read_only_where_it_is_added(file):
     """Functions take the values they use. Only artifacts, which records all flags, and Run keep them."""
     text = file.read_text(encoding="utf-8")
     added = set(re.findall(r"add_argument\(\s*\"--(\w+)\"", text))
@@ -125,7 +120,7 @@ def test_distil_reads_a_flag_only_where_it_is_added(file):
 
 def test_nothing_heavy_is_imported_at_the_top():
     heavy = {"vllm", "datasets", "transformers", "matplotlib", "math_verify", "wandb", "triton"}
-    for file in [*MODULES, *REPORTS, *(ROOT / f"{stage}.py" for stage in STAGES)]:
+    for file in [*MODULES, *(ROOT / f"{stage}.py" for stage in STAGES)]:
         if file.stem != "vllm_mask":  # vLLM itself imports it, by its name
             assert not packages(file, everywhere=False) & heavy, file.name
     code = "import grpo, sys; assert not {'vllm', 'datasets', 'matplotlib'} & set(sys.modules), 'heavy'"

@@ -10,8 +10,9 @@ import pytest
 import grpo
 import train
 from conftest import run_line, untimed
-from distil import artifacts, training
+from distil import artifacts
 from distil.models import model_dir
+from runs import training
 from test_resume import Disk, in_fork
 
 

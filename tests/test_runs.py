@@ -15,8 +15,9 @@ import rollout
 import score_teacher
 import train
 from conftest import killed_in_call, read_rows, replace_text, run_line, swap_ids, untimed
-from distil import artifacts, diagnostics, evaluation, jsonl, models, sampling, training
+from distil import artifacts, evaluation, jsonl, models, sampling
 from distil.models import Response
+from runs import diagnostics, training
 from test_resume import Disk, in_fork
 
 TINY = "--engine hf --dtype float32 --max_response_tokens 6"

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT
-from distil import artifacts, evaluation, training
+from distil import artifacts, evaluation
 from recipes import toy_grid, toy_grid_report, toy_world
+from runs import training
 
 MINI = {
     "world": "--train 24 --heldout 2 --test 4 --terms 2 3 --restate 0.3 --slips 0.3 --student_width 32",

@@ -9,7 +9,7 @@ import pytest
 
 import train
 from conftest import ROOT, killed_in_call, read_rows, run_line
-from distil import track, training
+from runs import track, training
 
 FAKE = """
 import json, os

@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 import score_teacher
 import train
 from conftest import ROOT, killed_in_call, read_rows, replace_text, run_line, swap_ids, untimed
-from distil import artifacts, batches, training
+from distil import artifacts, batches
 from distil.artifacts import read_artifact
 from distil.batches import token_weights
-from distil.flops import tflops
 from distil.models import Response, forward, load_model
 from distil.rollouts import read_rollouts, stored_responses
 from distil.teacher import Signal, Teacher, live_teacher, stored_teacher
 from recipes.toy_world import make_model, make_tokenizer
+from runs import training
+from runs.flops import tflops
 from train import micro_batch_loss, objective
 
 
@@ -341,7 +342,7 @@ def test_a_run_killed_while_it_was_finishing_can_be_resumed(prefix_flags, tmp_pa
 
 KILL = """
 import os, signal, sys, train
-from distil import training
+from runs import training
 real_step = training.optimizer_step
 def killed(args, model, optimizer, step, ids):
     if step == 2:

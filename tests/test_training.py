@@ -1,4 +1,4 @@
-"""distil/training.py: data order, optimizer step, costs. Whole runs are in test_train and test_grpo."""
+"""runs/training.py: data order, optimizer step, costs. Whole runs are in test_train and test_grpo."""
 
 import argparse
 import math
@@ -11,8 +11,8 @@ from transformers import get_scheduler
 import train
 from conftest import run_line
 from distil.batches import batch_indices
-from distil.flops import tflops
-from distil.training import learning_rate, optimizer_step
+from runs.flops import tflops
+from runs.training import learning_rate, optimizer_step
 
 
 def test_batch_indices_are_permutations_and_a_function_of_the_step():

@@ -21,16 +21,17 @@ import time
 import torch
 from safetensors.torch import save_file
 
-from distil import artifacts, flags, models, plan, ranks, track
-from distil.checkpoints import checkpoints, files_in, load_optimizer, on_rank_0, optimizer_state
+from distil import artifacts, flags, models, ranks
 from distil.evaluation import EVAL_SAMPLING, evaluate
-from distil.flops import for_file, text_of
-from distil.jsonl import finite, rewind_log
+from distil.jsonl import finite
 from distil.models import autocast, context_of, default_dtype, load_model
 from distil.problems import asked, load_problems
 from distil.prompts import encode_problems, template_sha256, tokenizer_sha256
 from distil.sampling import sample, update_engine
 from distil.vllm_engine import load_vllm
+from runs import plan, track
+from runs.checkpoints import checkpoints, files_in, load_optimizer, on_rank_0, optimizer_state, rewind_log
+from runs.flops import for_file, text_of
 
 LOGS = ("metrics.jsonl", "evals.jsonl", "gates.jsonl")
 

@@ -1,11 +1,13 @@
-"""What a training checkpoint holds beside the model: the optimizer's moments, and where checkpoints are."""
+"""What a run resumes from: its checkpoints, the optimizer's moments in them, its logs up to there."""
 
 import glob
+import json
 import os
 
 from safetensors.torch import load_file
 
 from distil import ranks
+from distil.artifacts import DAMAGE, refuse
 
 
 def checkpoints(out):
@@ -38,3 +40,23 @@ def load_optimizer(path, model, optimizer):
         for key in ("exp_avg", "exp_avg_sq"):
             optimizer.state[parameter][key] = ranks.local_shard(state[f"{name}/{key}"], parameter)
         optimizer.state[parameter]["step"] = state[f"{name}/step"].to(parameter.device)  # for fused=True
+
+
+def rewind_log(path, step):
+    """Cut a .jsonl log behind its rows up to `step`, and return them. A log without rows is removed."""
+    rows, good = [], 0
+    if not os.path.isfile(path):
+        return rows
+    with open(path, "r+b") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if not line.endswith(b"\n") or int(json.loads(line)["step"]) > step:
+                    break  # a row cut by a kill, or a later one
+            except DAMAGE as error:
+                refuse(f"--resume: {path} line {number} is damaged ({error!r})")
+            good += len(line)
+            rows.append(json.loads(line))
+        file.truncate(good)
+    if not rows:
+        os.remove(path)
+    return rows

@@ -1,67 +1,14 @@
 """Can this teacher teach this student? Checked before the first step, and by score_teacher.py --preflight."""
 
 import math
-import os
 
 import torch
 
-from distil.artifacts import read_artifact, refuse
-from distil.diagnostics import overlap
-from distil.models import forward, output_head, rows_of
-from distil.prompts import (
-    PLAIN,
-    Prompting,
-    check_template,
-    load_tokenizer,
-    prompt_text,
-    stop_ids,
-    template_sha256,
-    tokenizer_sha256,
-    vocab_size_of,
-)
+from distil.artifacts import refuse
+from distil.models import forward, output_head
+from distil.prompts import prompt_text
+from runs.diagnostics import overlap
 from streaming_kl import linear_streaming_kl
-
-
-def check_tokenizers(tokenizer, flag, other_sha256, other_flag):
-    """Refuse two tokenizers whose ids mean different tokens: a KL would compare unrelated words."""
-    if tokenizer_sha256(tokenizer) != other_sha256:
-        refuse(f"{flag} and {other_flag} have different tokenizers: their maps from tokens to ids differ")
-
-
-def match_tokenizers(first, second, flag, second_flag, template=None, prompting=PLAIN):
-    """Refuse two tokenizers with different ids or with different prompts.
-
-    template: the one of them whose chat template the other gets, in place; None: they must have the same."""
-    check_tokenizers(first, flag, tokenizer_sha256(second), second_flag)
-    remedy = "--template says whose both use"
-    for tokenizer, name in ((first, flag), (second, second_flag)):
-        if template is None or template is tokenizer:
-            check_template(tokenizer, name, remedy, prompting)
-    if template:
-        first.chat_template = second.chat_template = template.chat_template
-        print(f"prompts: {flag} and {second_flag} have the chat template of {template.name_or_path}")
-        remedy = "it prints special tokens, such as eos_token, that differ"
-    if template_sha256(first, prompting) != template_sha256(second, prompting):
-        refuse(f"{flag} and {second_flag} have different prompt templates; {remedy}")
-
-
-def match_teacher(directory, tokenizer, vocab_size, template, prompting=PLAIN):
-    """match_tokenizers for a student's tokenizer and a teacher's directory; returns its stop ids."""
-    other = load_tokenizer(directory, "--teacher")
-    template = {"student": tokenizer, "teacher": other}.get(template)
-    match_tokenizers(tokenizer, other, "--student", "--teacher", template, prompting)
-    vocab_size_of(other, rows_of(directory), "--teacher", vocab_size)
-    return stop_ids(other, directory, vocab_size)
-
-
-def match_rollouts(path, prompting, tokenizer, template):
-    """match_tokenizers for a student's tokenizer and stored rollouts; returns their stop ids."""
-    meta = read_artifact(path, "--rollouts", "rollout")
-    for flag, here, there in prompting.differences(Prompting.read(meta)):
-        refuse(f"{flag}: is {here!r}, but --rollouts were made with {there!r}")
-    stored = load_tokenizer(os.path.join(path, "tokenizer"), "--rollouts")
-    match_tokenizers(tokenizer, stored, "--student", "--rollouts", template and stored, prompting)
-    return meta["stop_ids"]
 
 
 def preflight(

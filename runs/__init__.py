@@ -1,0 +1,1 @@
+"""What surrounds a training run: flags, preflight, memory plan, costs, diagnostics, checkpoints, trackers."""

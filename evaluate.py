@@ -1,7 +1,8 @@
 """Evaluate a checkpoint: Avg@n, Pass@k, Maj@k, length, entropy. Print tables and comparisons, draw figures.
 
     checkpoint, problems  ->  eval/results.json, eval/samples.jsonl, eval/meta.json   a directory per data set
-    with --token_details  ->  eval/tokens.jsonl, eval/vocabulary.json: student and teacher at every token
+    with --teacher        ->  eval/kl.jsonl: the KLs between model and teacher along every response
+    with --token_details  ->  eval/tokens.jsonl, eval/vocabulary.json: what both say at every token
 
     python evaluate.py --model out/run/final --data math500 --n 3 --k 1 3 --out out/run/eval
     python evaluate.py --model out/run/final --benchmarks aime24 amc23 math500 gsm8k --out out/run/evals
@@ -23,26 +24,39 @@ in the paper. docs/grading.md says what is correct, docs/metrics.md what the fil
 
 import argparse
 import functools
-import itertools
 import json
 import os
 
+import torch
+from tqdm import tqdm
+
 from distil import artifacts, evaluation, flags
-from distil.artifacts import is_finished, refuse
+from distil.artifacts import is_finished, read_artifact, refuse
 from distil.batches import batches_by_tokens
-from distil.evaluation import data_names
+from distil.evaluation import data_names, interval, mean_of
 from distil.jsonl import GrowingFile, finite, read_jsonl
 from distil.matching import check_tokenizers
-from distil.models import Response, check_head, context_of, default_dtype, load_model, model_dir, rows_of
+from distil.models import (
+    Response,
+    check_head,
+    context_of,
+    default_dtype,
+    forward,
+    load_model,
+    model_dir,
+    rows_of,
+)
 from distil.problems import add_problem_flags, asked
 from distil.prompts import load_tokenizer, template_sha256, tokenizer_sha256, vocab_size_of
-from distil.sampling import add_sampling_flags, load_task, sampling_from
+from distil.rollouts import stored_responses
+from distil.sampling import add_sampling_flags, is_plain, load_task, sampling_from
 from distil.teacher import live_teacher
 from distil.vllm_engine import load_vllm
-from reports import figure, page, tables
+from reports import details, figure, page, tables
 from reports.reading import evaluations_in
+from streaming_kl import linear_streaming_kl
 
-TOP = 5  # likeliest tokens of both models that --token_details stores
+KL_BINS = 64  # of positions, at most, in which the KLs along responses are shown
 
 
 def get_args(argv=None):
@@ -69,7 +83,10 @@ def get_args(argv=None):
     p.add_argument("--k", type=flags.positive_int, nargs="+", help="k of Pass@k and Maj@k (default: n)")
     tokens_help = "tokens in one forward pass"
     p.add_argument("--micro_batch_tokens", type=flags.positive_int, default=16384, help=tokens_help)
-    p.add_argument("--teacher", type=flags.path, help="directory or hub id, for --token_details")
+    teacher_help = "directory or hub id; measure the sequence-level KL to it on the model's responses"
+    p.add_argument("--teacher", type=flags.path, help=teacher_help)
+    rollouts_help = "measure it on these responses of the teacher, too: a directory written by rollout.py"
+    p.add_argument("--rollouts", type=flags.path, help=rollouts_help)
     details_help = "store what both models say at each token of the first responses, N tokens in all"
     p.add_argument("--token_details", type=flags.positive_int, metavar="N", help=details_help)
     dtypes = ["float32", "bfloat16", "float16"]
@@ -92,8 +109,11 @@ def check_evaluation_flags(p, args):
         p.error(f"give --model, --data or --benchmarks, and --out; or {others}")
     if args.data and args.benchmarks:
         p.error("--data and --benchmarks: give one of them")
-    if bool(args.teacher) != bool(args.token_details):
-        p.error("--teacher and --token_details: give both or neither")
+    for name in ("rollouts", "token_details"):
+        if getattr(args, name) and not args.teacher:
+            p.error(f"--{name} needs --teacher")
+    if args.rollouts and args.benchmarks:
+        p.error("--rollouts: needs --data, for with --benchmarks it would be measured again and again")
     benchmarks = args.benchmarks or []
     if len({*data_names(benchmarks).values()}) < len(benchmarks):
         p.error(f"--benchmarks {' '.join(benchmarks)}: one of them is given twice")
@@ -118,6 +138,8 @@ def prepare(args):
     task = load_task(args.model, asked(args, *(args.benchmarks or [])), make_sampling)
     if args.teacher:
         check_teacher(model_dir(args.teacher, "--teacher"), task)
+    if args.rollouts:
+        teacher_responses(args, task)
     return task
 
 
@@ -151,7 +173,10 @@ def evaluate_data_set(args, model, engine, task, origin, teacher):
     results = evaluation.summarise(rows, args.n, args.k) | {"dropped_problems": task.dropped}
     files = ["results.json", "samples.jsonl"]
     if teacher:
-        results["token_details"] = store_token_details(args, model, teacher, task, rows)
+        results["kl"] = store_kls(args, model, teacher, task, rows)
+        files.append("kl.jsonl")
+    if args.token_details:
+        results["token_details"] = details.store_token_details(args, model, teacher, task, rows)
         files += ["tokens.jsonl", "vocabulary.json"]
     written = results | {"model": args.model, "data": args.data, **origin}
     artifacts.write_json(os.path.join(args.out, "results.json"), written)
@@ -187,27 +212,89 @@ def sample_and_grade(args, model, engine, task, path):
     return sorted(rows, key=lambda row: (places[row["id"]], row["sample"]))
 
 
-def store_token_details(args, model, teacher, task, rows):
-    """Write tokens.jsonl, of the first responses of up to --token_details tokens, and vocabulary.json."""
-    total = len(rows)
-    ends = itertools.accumulate(row["tokens"] for row in rows)
-    rows = [row for row, end in zip(rows, ends) if end <= args.token_details]
-    responses = [Response(row["prompt_ids"], row["response_ids"], False) for row in rows]
-    size, ids = task.sampling.vocab_size, set()
-    with open(os.path.join(args.out, "tokens.jsonl"), "w", encoding="utf-8") as file:
-        for indices in batches_by_tokens([r.length for r in responses], args.micro_batch_tokens):
-            batch = [responses[i] for i in indices]
-            details = evaluation.token_details(model, teacher, batch, size, min(TOP, size))
-            for i, detail in zip(indices, details, strict=True):
-                name = {"id": rows[i]["id"], "sample": rows[i]["sample"]}
-                file.write(json.dumps(name | finite(detail, f"{name['id']}, sample {name['sample']}")) + "\n")
-                ids.update(rows[i]["response_ids"], *detail["student_top_ids"], *detail["teacher_top_ids"])
-            if artifacts.stop_requested():
-                artifacts.stop(args)
-    texts = page.token_texts(task.tokenizer, sorted(ids))
-    artifacts.write_json(os.path.join(args.out, "vocabulary.json"), texts)
-    print(f"--token_details {args.token_details}: {len(rows)} of {total} responses stored", flush=True)
-    return {"responses": len(rows), "left_out": total - len(rows)}
+def teacher_responses(args, task):
+    """(Responses of --rollouts, whether they are plain samples of --teacher). Refuses other prompts."""
+    meta = read_artifact(args.rollouts, "--rollouts", "rollout")
+    check_tokenizers(task.tokenizer, "--model", meta["tokenizer_sha256"], "--rollouts")
+    if template_sha256(task.tokenizer, task.prompting) != meta["template_sha256"]:
+        refuse(
+            f"--rollouts {args.rollouts}: their prompts are not --model's (--template_from, --system_prompt)"
+        )
+    limits = args.max_response_tokens, context_of(task.directory), task.sampling.vocab_size
+    made = argparse.Namespace(**{"temperature": None, "responses": None, "drop": []} | meta["args"])
+    own = meta["model"] == os.path.realpath(model_dir(args.teacher, "--teacher"))
+    plain = own and not made.responses and not made.drop and is_plain(made)
+    return stored_responses(args.rollouts, *limits), plain
+
+
+def store_kls(args, model, teacher, task, rows):
+    """Write kl.jsonl; returns {"student": kl_summary(), "teacher": ...}, by whose responses they are.
+
+    With p the teacher's and q the student's next token behind a prefix s_t of a response, over the whole
+    vocabulary at temperature 1, the KLs of whole responses are (arXiv 2605.16826, equations 3 and 2)
+
+        KL(q || p) = E_{y ~ q} sum_t KL(q(.|s_t) || p(.|s_t))    the mean rkl of the student's responses
+        KL(p || q) = E_{y ~ p} sum_t KL(p(.|s_t) || q(.|s_t))    the mean fkl of the teacher's
+
+    if these are plain samples: temperature 1, no top-p, no top-k. Cut responses count as far as they go."""
+    own = [Response(row["prompt_ids"], row["response_ids"], False, row["id"]) for row in rows]
+    sources = {"student": (own, is_plain(args))}
+    if args.rollouts:
+        sources["teacher"] = teacher_responses(args, task)
+    summaries = {}
+    with open(os.path.join(args.out, "kl.jsonl"), "w", encoding="utf-8") as file:
+        for prefix, (responses, plain) in sources.items():
+            kls = token_kls(args, model, teacher, responses, task.sampling.vocab_size)
+            width = -(-max(len(r.response_ids) for r in responses) // KL_BINS)  # positions in a bin
+            kls = [[[part.sum().item() for part in one.split(width)] for one in kl] for kl in kls]
+            for r, (fkl, rkl) in zip(responses, kls, strict=True):
+                row = {"prefix": prefix, "id": r.id, "tokens": len(r.response_ids), "fkl": fkl, "rkl": rkl}
+                file.write(json.dumps(finite(row, f"--teacher, a response to {r.id}")) + "\n")
+            if not plain:
+                print(f"--teacher: the {prefix}'s responses are not plain samples: no KL of whole responses")
+            summaries[prefix] = {"plain_samples": plain, "bin": width} | kl_summary(responses, kls, width)
+    return summaries
+
+
+@torch.no_grad()
+def token_kls(args, model, teacher, responses, vocab_size):
+    """Of each Response (2, T): KL(p || q) and KL(q || p) where its tokens are predicted, in nats, float64."""
+    kls = {}
+    batches = batches_by_tokens([r.length for r in responses], args.micro_batch_tokens)
+    for indices in tqdm(batches, desc="KL", unit="batch", leave=False):
+        batch = [responses[i] for i in indices]
+        signal = teacher.signal(batch)
+        both = *forward(model, batch, vocab_size), signal.hidden, signal.head
+        out = linear_streaming_kl(*both, fkl_weight=1.0)
+        kl = torch.stack([out.fkl, out.rkl]).double().cpu()  # (2, N)
+        kls |= zip(indices, kl.split([len(r.response_ids) for r in batch], 1))
+        if artifacts.stop_requested():
+            artifacts.stop(args)
+    return [kls[i] for i in range(len(responses))]
+
+
+def kl_summary(responses, kls, width):
+    """Means of both KLs over responses, over tokens, and by position, with 95% intervals over problems.
+
+    kls: of each response [fkl, rkl], lists of sums over `width` tokens. At a late position both the mean and
+    its interval are of the problems with a response that long."""
+    places = {id: i for i, id in enumerate(dict.fromkeys(r.id for r in responses))}
+    bins = max(len(fkl) for fkl, _ in kls)
+    sums = torch.zeros(2, len(places), bins, dtype=torch.float64)
+    tokens, counts = torch.zeros(len(places), bins), torch.zeros(len(places))
+    for r, kl in zip(responses, kls, strict=True):
+        sums[:, places[r.id], : len(kl[0])] += torch.tensor(kl, dtype=torch.float64)
+        tokens[places[r.id]] += (len(r.response_ids) - width * torch.arange(bins)).clamp(0, width)
+        counts[places[r.id]] += 1
+    found = {"responses": len(responses)}
+    for name, by_bin in zip(("fkl", "rkl"), sums):
+        for unit, weights in {"sequence": counts, "token": tokens.sum(1)}.items():
+            one = by_bin.sum(1).tolist(), weights.tolist()
+            found |= {f"{unit}_{name}": mean_of(*one), f"{unit}_{name}_interval": interval(*one)}
+        columns = [(v[t > 0].tolist(), t[t > 0].tolist()) for v, t in zip(by_bin.T, tokens.T)]
+        found[f"{name}_by_position"] = [mean_of(*column) for column in columns]
+        found[f"{name}_by_position_interval"] = [interval(*column) for column in columns]
+    return found
 
 
 def print_results(name, results):

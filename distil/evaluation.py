@@ -16,7 +16,7 @@ from distil.grading import grade, verdict_on
 from distil.jsonl import finite
 from distil.models import autocast, forward
 from distil.sampling import derive_seed, sample, sample_stream
-from streaming_kl import entropies, linear_streaming_kl, token_logps
+from streaming_kl import entropies
 
 EVAL_SAMPLING = {"temperature": 0.6, "top_p": 0.95}  # the paper's, in training and after it
 PAPER_N = {"aime24": 5, "amc23": 5, "math500": 3, "gsm8k": 3}  # responses to each problem; 4 for other data
@@ -81,9 +81,8 @@ def bootstrap_means(values, weights=None):
     """mean_of in DRAWS resamplings of the problems (float64); equally many problems are resampled alike."""
     values = torch.tensor(values, dtype=torch.float64)
     weights = torch.ones_like(values) if weights is None else torch.tensor(weights, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    picks = [torch.randint(len(values), (len(values),), generator=generator) for _ in range(DRAWS)]
-    return torch.stack([values[picked].sum() / weights[picked].sum() for picked in picks])
+    picks = torch.randint(len(values), (DRAWS, len(values)), generator=torch.Generator().manual_seed(0))
+    return values[picks].sum(1) / weights[picks].sum(1)
 
 
 def percentile_interval(means):
@@ -108,28 +107,6 @@ def predictive_entropy(model, responses, vocab_size, micro_batch_tokens, dtype=N
         means |= {i: values.mean().item() for i, values in zip(indices, per_response)}
     means = dict(ranks.gather(list(means.items())))
     return [means[i] for i in range(len(responses))]
-
-
-@torch.no_grad()
-def token_details(model, teacher, responses, vocab_size, k):
-    """What student and teacher say at each token of some Responses: for each {name: a value per token}.
-
-    teacher: a live teacher.Teacher; k: how many of both models' likeliest tokens."""
-    hidden, head = forward(model, responses, vocab_size)
-    signal = teacher.signal(responses)
-    out, top = linear_streaming_kl(hidden, head, signal.hidden, signal.head, fkl_weight=1.0, top_k=k)
-    tokens = torch.tensor([token for r in responses for token in r.response_ids], device=hidden.device)
-    names = ("fkl", "rkl", "student_entropy", "teacher_entropy")
-    columns = {name: getattr(out, name) for name in names}
-    columns["student_logp"] = token_logps(hidden, head, tokens)
-    columns["teacher_logp"] = token_logps(signal.hidden, signal.head, tokens)
-    columns |= {"student_top_ids": top.student_ids, "student_top_logps": top.student_logps}
-    columns |= {"teacher_top_ids": top.teacher_ids, "teacher_top_logps": top.teacher_logps}
-    for name, values in columns.items():
-        columns[name] = values.double().round(decimals=5) if values.is_floating_point() else values
-    sizes = [len(r.response_ids) for r in responses]
-    pieces = {name: values.cpu().split(sizes) for name, values in columns.items()}
-    return [{name: piece[i].tolist() for name, piece in pieces.items()} for i in range(len(responses))]
 
 
 def evaluate(model, engine, tokenizer, problems, prompts, sampling, seed, ks, micro_batch_tokens, dtype=None):

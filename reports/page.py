@@ -24,36 +24,6 @@ STEP_CURVES |= {"student_entropy": "student's entropy (nats)", "truncated": "sha
 # How a token is written
 
 
-def token_texts(tokenizer, ids):
-    """{id: [kind, text]} for vocabulary.json. kind: text, special, or bytes, which are not whole characters.
-
-    The text of bytes is hexadecimal, or else what the vocabulary has. A token is decoded behind another one,
-    since some tokenizers drop the white space in front of the first."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    special = {*tokenizer.all_special_ids}
-    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    before = tokenizer("a", add_special_tokens=False).input_ids[-1:]
-    start = tokenizer.decode(before)
-    texts = {}
-    for i in ids:
-        entry = tokenizer.convert_ids_to_tokens(i) or ""  # None: an id without a token
-        text = tokenizer.decode([*before, i])
-        text = text[len(start) :] if text.startswith(start) else tokenizer.decode([i])
-        if i in special:
-            texts[i] = ["special", entry]
-        elif "\ufffd" not in text:
-            texts[i] = ["text", text]
-        elif entry.startswith("<0x") and len(entry) == 6:  # SentencePiece's
-            texts[i] = ["bytes", entry[3:5]]
-        elif all(character in byte_of for character in entry):
-            texts[i] = ["bytes", bytes(byte_of[character] for character in entry).hex(" ").upper()]
-        else:
-            texts[i] = ["text", entry]
-    return texts
-
-
 def pieces(written):
     """What each token, [kind, text], adds to the text: a character in parts comes with the last of them."""
     decoder, found = codecs.getincrementaldecoder("utf-8")(errors="replace"), []

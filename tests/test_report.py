@@ -19,6 +19,7 @@ from conftest import read_rows, run_line
 from distil import artifacts, evaluation
 from distil.models import Response
 from recipes.toy_world import make_model
+from reports import details
 from reports import page as report_page
 from test_evaluate import trained
 from test_prompts import byte_tokenizer
@@ -148,8 +149,7 @@ def test_a_teacher_that_cannot_be_compared_is_refused(world, evil, tmp_path, ref
     config = json.loads((tmp_path / "short/config.json").read_text()) | {"max_position_embeddings": 30}
     (tmp_path / "short/config.json").write_text(json.dumps(config))
     refused(lambda: run_line(evaluate, f"{more} 20 --teacher {tmp_path}/short"), "--teacher", "context")
-    for flag in ("--teacher x", "--token_details 5"):
-        refused(lambda: evaluate.get_args(f"{line} {flag}".split()), "--teacher and --token_details")
+    refused(lambda: evaluate.get_args(f"{line} --token_details 5".split()), "--token_details needs --teacher")
     assert not (tmp_path / "out").exists()
 
 
@@ -190,7 +190,7 @@ def test_the_pieces_of_tokens_are_the_text(make, text):
     ids = tokenizer("a" + text, add_special_tokens=False).input_ids
     if make is sentencepiece_like and tokenizer.unk_token_id in ids:
         pytest.skip("not in this small vocabulary")
-    texts = report_page.token_texts(tokenizer, sorted({*ids}))
+    texts = details.token_texts(tokenizer, sorted({*ids}))
     found = report_page.pieces([texts[i] for i in ids])
     assert len(found) == len(ids)
     assert "".join(found).removeprefix(" ") == tokenizer.decode(ids)
@@ -199,7 +199,7 @@ def test_the_pieces_of_tokens_are_the_text(make, text):
 def test_kinds_of_tokens():
     tokenizer = byte_tokenizer()
     emoji = tokenizer("😀").input_ids
-    texts = report_page.token_texts(tokenizer, [*emoji, *tokenizer(" <\n").input_ids, tokenizer.eos_token_id])
+    texts = details.token_texts(tokenizer, [*emoji, *tokenizer(" <\n").input_ids, tokenizer.eos_token_id])
     assert [texts[i] for i in emoji] == [["bytes", byte] for byte in "F0 9F 98 80".split()]
     assert report_page.pieces([texts[i] for i in emoji]) == ["", "", "", "😀"]
     assert report_page.pieces([texts[i] for i in emoji[:2]] + [["text", "x"]]) == ["", "", "\ufffdx"]
@@ -207,7 +207,7 @@ def test_kinds_of_tokens():
     tokenizer = sentencepiece_like()
     ids = tokenizer.convert_tokens_to_ids(["\u2581the", "b", "<0xF0>", "<|end|>"])
     kinds = [["text", " the"], ["text", "b"], ["bytes", "F0"], ["special", "<|end|>"]]
-    assert [*report_page.token_texts(tokenizer, ids).values()] == kinds
+    assert [*details.token_texts(tokenizer, ids).values()] == kinds
 
 
 # The data

@@ -1,0 +1,154 @@
+"""evaluate.py --teacher: KLs along responses in float64, and the KL of whole responses by enumeration."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import evaluate
+import rollout
+from conftest import read_rows, run_line
+from distil.models import Response
+from recipes.toy_world import make_model
+
+SMALL = "--engine hf --dtype float32 --max_response_tokens 3"
+PLAIN = "--temperature 1 --top_p 1"
+KLS = ("fkl", "rkl")
+
+
+@pytest.fixture(scope="module")
+def pair(world, tmp_path_factory):
+    """Two models with random, uneven distributions over 29 tokens: a plain evaluation of one by the other."""
+    folder = tmp_path_factory.mktemp("pair")
+    tokenizer = AutoTokenizer.from_pretrained(world / "student_init")
+    for seed, name in enumerate(["student", "teacher"]):
+        torch.manual_seed(seed)
+        model = make_model(tokenizer, 32, 1, 1)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.normal_(std=0.3)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    sampled = f"--data {world}/train.jsonl --limit 12 --n 16 {SMALL}"
+    run_line(rollout, f"--model {folder}/teacher {sampled} --out {folder}/rollouts")
+    teacher = f"--teacher {folder}/teacher --rollouts {folder}/rollouts"
+    run_line(evaluate, f"--model {folder}/student {sampled} {PLAIN} {teacher} --out {folder}/eval")
+    return folder
+
+
+def logps_of(folder, name):
+    """A function of a sequence of ids: its next tokens' log-probabilities (29,), float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder / name).double()
+    vocab_size = len(AutoTokenizer.from_pretrained(folder / name))
+
+    @torch.no_grad()
+    def logps(rows):
+        return model(torch.tensor(rows)).logits[:, :, :vocab_size].log_softmax(-1)
+
+    return logps
+
+
+def test_the_kls_along_responses_are_those_of_whole_softmaxes(pair):
+    student, teacher = logps_of(pair, "student"), logps_of(pair, "teacher")
+    sources = {
+        "student": read_rows(pair / "eval/samples.jsonl"),
+        "teacher": read_rows(pair / "rollouts/rollouts.jsonl"),
+    }
+    stored = iter(read_rows(pair / "eval/kl.jsonl"))
+    for prefix, rows in sources.items():
+        for row, kl in zip(rows, stored):
+            assert (kl["prefix"], kl["id"], kl["tokens"]) == (prefix, row["id"], len(row["response_ids"]))
+            ids, start = [row["prompt_ids"] + row["response_ids"]], len(row["prompt_ids"]) - 1
+            log_q, log_p = (logps(ids)[0, start:-1] for logps in (student, teacher))
+            fkl, rkl = (log_p.exp() * (log_p - log_q)).sum(1), (log_q.exp() * (log_q - log_p)).sum(1)
+            for name, truth in {"fkl": fkl, "rkl": rkl}.items():
+                torch.testing.assert_close(torch.tensor(kl[name]).double(), truth, rtol=1e-4, atol=1e-5)
+    assert not list(stored)
+
+
+def enumerated(prompt, sampler, other, stop, tokens):
+    """(KL(sampler || other) of whole responses of at most `tokens`, the same from its next tokens' KLs)."""
+    whole = chained = 0.0
+    alive = [([], 0.0, 0.0)]  # responses that go on: (ids, their log-probabilities under both)
+    for last in (False,) * (tokens - 1) + (True,):
+        rows = [prompt + ids for ids, _, _ in alive]
+        longer = []
+        for (ids, a, b), next_a, next_b in zip(alive, sampler(rows)[:, -1], other(rows)[:, -1]):
+            chained += math.exp(a) * (next_a.exp() * (next_a - next_b)).sum().item()
+            both = zip((a + next_a).tolist(), (b + next_b).tolist())
+            longer += [(ids + [token], *logps) for token, logps in enumerate(both)]
+        ended = [one for one in longer if last or one[0][-1] == stop]
+        whole += sum(math.exp(a) * (a - b) for _, a, b in ended)
+        alive = [one for one in longer if one[0][-1] != stop]
+    return whole, chained
+
+
+@pytest.mark.parametrize("prefix, name", [("student", "rkl"), ("teacher", "fkl")])
+def test_their_mean_estimates_the_kl_of_whole_responses(prefix, name, pair):
+    """Enumerated: every response of up to 3 tokens."""
+    kl = json.loads((pair / "eval/results.json").read_text())["kl"][prefix]
+    stop = AutoTokenizer.from_pretrained(pair / "student").eos_token_id
+    models = [
+        logps_of(pair, one) for one in (["student", "teacher"] if name == "rkl" else ["teacher", "student"])
+    ]
+    prompts = {row["id"]: row["prompt_ids"] for row in read_rows(pair / "rollouts/rollouts.jsonl")}
+    exact = [enumerated(prompt, *models, stop, 3) for prompt in prompts.values()]
+    for whole, chained in exact:
+        assert whole == pytest.approx(chained, abs=1e-6) and whole > 0.1
+    truth = sum(whole for whole, _ in exact) / len(exact)
+    low, high = kl[f"sequence_{name}_interval"]
+    assert kl["plain_samples"] and kl["responses"] == 12 * 16 and low < truth < high
+    sums = {}
+    for row in read_rows(pair / "eval/kl.jsonl"):
+        if row["prefix"] == prefix:
+            sums.setdefault(row["id"], []).append(sum(row[name]))
+    sums = torch.tensor(list(sums.values()), dtype=torch.float64)  # (problems, samples)
+    assert kl[f"sequence_{name}"] == pytest.approx(sums.mean().item())
+    noise = (sums.var(1).mean() / sums.numel()).sqrt().item()  # of the 16 samples to each problem alone
+    assert abs(kl[f"sequence_{name}"] - truth) < 4 * noise
+
+
+def test_means_over_tokens_and_positions(pair):
+    """In bins of two positions, from the rows themselves."""
+    rows = [row for row in read_rows(pair / "eval/kl.jsonl") if row["prefix"] == "student"]
+    responses = [Response([1], [2] * row["tokens"], False, row["id"]) for row in rows]
+    binned = [
+        [[sum(row[name][i : i + 2]) for i in (0, 2)][: -(-row["tokens"] // 2)] for name in KLS]
+        for row in rows
+    ]
+    found = evaluate.kl_summary(responses, binned, 2)
+    results = json.loads((pair / "eval/results.json").read_text())["kl"]["student"]
+    for name in KLS:
+        every = [value for row in rows for value in row[name]]
+        late = [row[name][2] for row in rows if row["tokens"] > 2]
+        early = [value for row in rows for value in row[name][:2]]
+        assert found[f"token_{name}"] == pytest.approx(sum(every) / len(every))
+        assert found[f"{name}_by_position"] == pytest.approx([sum(one) / len(one) for one in (early, late)])
+        assert [len(one) for one in found[f"{name}_by_position_interval"]] == [2, 2]
+        assert found[f"sequence_{name}"] == results[f"sequence_{name}"]
+
+
+def test_what_is_no_plain_sample_is_said(pair, world, tmp_path, capsys):
+    """Top-p, or rollouts of another model: sums, but of no KL of whole responses."""
+    line = f"--model {pair}/student --data {world}/test.jsonl --n 1 {SMALL} --teacher {pair}/teacher"
+    others = tmp_path / "rollouts"
+    run_line(rollout, f"--model {pair}/student --data {world}/test.jsonl {SMALL} --out {others}")
+    capsys.readouterr()
+    run_line(evaluate, f"{line} --top_p 0.9 --rollouts {others} --out {tmp_path}/eval")
+    printed = capsys.readouterr().out
+    for prefix in ("student", "teacher"):
+        assert not json.loads((tmp_path / "eval/results.json").read_text())["kl"][prefix]["plain_samples"]
+        assert f"the {prefix}'s responses are not plain samples" in printed
+
+
+def test_refusals(pair, world, tmp_path, refused):
+    line = f"--model {pair}/student --data {world}/test.jsonl --n 1 {SMALL} --out {tmp_path}/eval"
+    refused(lambda: evaluate.get_args(f"{line} --rollouts x".split()), "--rollouts needs --teacher")
+    many = line.replace("--data", "--benchmarks") + f" --teacher {pair}/teacher --rollouts {pair}/rollouts"
+    refused(lambda: evaluate.get_args(many.split()), "--rollouts", "--data")
+    line += f" --teacher {pair}/teacher"
+    other = f"{line} --rollouts {pair}/rollouts --prompt_suffix !"
+    refused(lambda: run_line(evaluate, other), f"--rollouts {pair}/rollouts", "prompts")
+    refused(lambda: run_line(evaluate, f"{line} --rollouts {pair}/eval"), "--rollouts", "made by 'evaluate'")
+    assert not (tmp_path / "eval").exists()

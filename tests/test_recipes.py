@@ -2,10 +2,12 @@
 
 bash gives the recipes' commands; recipes/plan.py, which shows and runs them, is called in this process."""
 
+import argparse
 import importlib
 import io
 import json
 import os
+import random
 import shlex
 import subprocess
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from recipes import plan
+from recipes import plan, toy_claim
 from runs.flops import tflops
 from test_repo import parses
 
@@ -432,3 +434,23 @@ def test_the_commands_of_the_demo_parse_and_it_ends_with_the_report(tmp_path):
     last = ["--report", f"{tmp_path}/report.html", *(f"{tmp_path}/{run}" for run in runs)]
     assert sorted(shown[-1][1:]) == sorted(last) and shown[-1][1:5] == last[:4]
     assert done.stdout.splitlines()[-1].startswith("python evaluate.py --report")
+
+
+@pytest.mark.parametrize("worst, code", [(0.9, 0), (0.45, 1)])
+def test_the_claim_of_the_demo_is_checked(worst, code, monkeypatch, capsys):
+    """Of four cells one is no better than the base student, or all are."""
+    chances = dict.fromkeys(toy_claim.CELLS, 0.9) | {"base": 0.45, "student_forward": worst}
+    random.seed(1)
+
+    def samples(path):
+        chance = chances[path.split("/")[-2]]
+        facts = {"finish_reason": "stop", "same_as": None, "tokens": 1, "entropy": 0.0}
+        return [{"id": i // 4, "correct": random.random() < chance, **facts} for i in range(1024)]
+
+    monkeypatch.setattr(toy_claim, "read_results", lambda path, flag: {"n": 4})
+    monkeypatch.setattr(toy_claim, "read_samples", samples)
+    with pytest.raises(SystemExit) as end:
+        toy_claim.main(argparse.Namespace(out="out"))
+    assert end.value.code == code
+    printed = capsys.readouterr().out
+    assert printed.count(" holds") == 4 - code and printed.count("DOES NOT HOLD") == code

@@ -19,7 +19,6 @@ from unittest import mock
 
 import torch
 
-import train
 from benchmarks import kernel_accuracy, kernel_speed, peers
 from distil import models, prompts, sampling, vllm_engine
 from streaming_kl import linear_streaming_kl, token_logps
@@ -195,7 +194,7 @@ def vllm():
         slow = "takes a minute to load on a CPU; tests/test_vllm.py checks it"
         raise Skipped(f"vLLM {slow if HAS_VLLM else 'is not installed'}")
     model = models.load_model("student", "student", DTYPE)
-    engine = vllm_engine.load_vllm("student", DTYPE, 1, 0.3)
+    engine = vllm_engine.load_vllm("student", SIZES.tokens, DTYPE, 1, 0.3)
     facts = {"as loaded": mismatch(engine, model)}
     with torch.no_grad():
         for weight in model.parameters():
@@ -248,10 +247,7 @@ def student_prefix():
 
 def second_step(words):
     """Seconds of the second step, for the first compiles; the peak of memory, and train.py's plan of it."""
-    words, planned = f"{words} --steps 2 --out run", "no plan"
-    if hasattr(train.get_args(words.split()), "plan"):
-        planned = re.search(r"memory: .*", run_stage("train", f"{words} --plan"))[0]
-    run_stage("train", words)
+    planned = re.search(r"memory: .*", run_stage("train", f"{words} --steps 2 --out run"))[0]
     _, row = read_rows("run/metrics.jsonl")
     shutil.rmtree("run")
     facts = {name: f"{row[name]:.3g}" for name in row if "second" in name}

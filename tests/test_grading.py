@@ -303,8 +303,8 @@ HOSTILE = [
 def test_a_flood_of_hostile_answers_ends():
     """Each of these could take minutes; a flood of them is given less and less time."""
     started = time.monotonic()
-    responses = [HOSTILE[i % len(HOSTILE)](i) for i in range(1000)]
-    grades = grade(responses, [r"\frac{x}{2}"] * 1000)
+    responses = [HOSTILE[i % len(HOSTILE)](i) for i in range(500)]
+    grades = grade(responses, [r"\frac{x}{2}"] * 500)
     assert time.monotonic() - started < 500
     assert not any(found.correct for found in grades)
     assert is_correct(r"\boxed{\sqrt{8}}", r"2\sqrt{2}")

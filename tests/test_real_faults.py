@@ -168,7 +168,7 @@ def spaces_of(out):
     return spaces[:-1]
 
 
-@pytest.mark.parametrize("stage, every", [(train, 2), (grpo, 3)], ids=["train", "grpo"])
+@pytest.mark.parametrize("stage, every", [(train, 4), (grpo, 6)], ids=["train", "grpo"])
 def test_a_disk_that_is_full_in_training(stage, every, start, on_small_disk):  # noqa: F811
     """While it begins, in its logs, in weights, tokenizers and optimizer states of checkpoints, in final/."""
 

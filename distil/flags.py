@@ -77,13 +77,6 @@ def url(text):
     raise argparse.ArgumentTypeError(f"must be an address such as http://host:8000, not {text!r}")
 
 
-def prompt(text):
-    """The text of a system prompt; empty: none."""
-    if text and not text.strip():
-        raise argparse.ArgumentTypeError(f"must be more than white space (empty: none), not {text!r}")
-    return text
-
-
 def path(text):
     """A path with ~ expanded; a hub id or the name of a data set stays as it is."""
     if not text.strip() or not text.isprintable():

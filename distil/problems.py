@@ -49,8 +49,7 @@ def add_problem_flags(p, required=True, template=True, prompts=True):
     p.add_argument("--limit", type=flags.non_negative_int, default=0, help="only the first N (0: all)")
     p.add_argument("--max_prompt_tokens", type=flags.positive_int, help="drop problems with longer ones")
     p.add_argument("--prompt_suffix", default="", help="text put after every problem, inside the user turn")
-    system_help = "text of a system turn before every problem"
-    p.add_argument("--system_prompt", type=flags.prompt, default="", help=system_help)
+    p.add_argument("--system_prompt", default="", help="text of a system turn before every problem")
     thinking_help = "the chat template's switch enable_thinking"
     p.add_argument("--thinking", choices=["on", "off"], default="off", help=thinking_help)
     kwargs_help = 'more variables of the chat template, as in \'{"reasoning_effort": "high"}\''

@@ -8,17 +8,13 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
-from distil import flags, ranks
+from distil import ranks
 from distil.artifacts import check_files, file_sha256, read_artifact, refuse
 from distil.models import config_of, default_device, forward, output_head, rows_of
 from distil.prompts import check_template, encode_problems
 from distil.server import connect
 
-USES = {
-    "hidden": ("full", "topk", "sampled"),
-    "topk": ("topk",),
-    "sampled": ("sampled",),
-}  # --signal: --vocab
+USES = {"hidden": ("full", "topk", "sampled"), "topk": ("topk",), "sampled": ("sampled",)}  # signal: vocab
 
 
 class Signal(NamedTuple):
@@ -44,7 +40,7 @@ class Teacher(NamedTuple):
 def add_teacher_prompt_flags(p):
     """The flags that give the teacher a prompt of its own, before the same response tokens."""
     system_help = "the teacher's own system prompt, in place of the student's"
-    p.add_argument("--teacher_system_prompt", type=flags.prompt, metavar="TEXT", help=system_help)
+    p.add_argument("--teacher_system_prompt", metavar="TEXT", help=system_help)
     context_help = "column of --data, such as a solution, that the teacher alone sees after the problem"
     p.add_argument("--teacher_context_column", metavar="COLUMN", help=context_help)
 

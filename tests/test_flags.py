@@ -17,7 +17,8 @@ NUMBERS = {  # {type: (values of its range, numbers outside of it)}
     flags.positive_fraction: (("0.1", "1"), ("0", "-0.1", "1.5")),
     flags.temperature: (("0", "0.01", "2"), ("1e-3", "1e-320", "-1")),
 }
-FREE_TEXT = {"prompt_suffix", "problem_column", "answer_column", "response_column", "teacher_context_column"}
+FREE_TEXT = {"prompt_suffix", "system_prompt", "problem_column", "answer_column", "response_column"}
+FREE_TEXT |= {"teacher_system_prompt", "teacher_context_column"}
 SENSELESS = [
     "nan",
     "-nan",
@@ -70,8 +71,6 @@ def values_of(action):
     if action.type is flags.url:
         good = ["http://127.0.0.1:8000", "https://host/v1", "http://[::1]:80/v1/", "http://a.b-c:1/"]
         return good, ["host:8000", "ftp://host", "http://", "http://a b", "http://a/b", "/v1", *SENSELESS]
-    if action.type is flags.prompt:
-        return ["", "Be brief.", " a\n"], [" ", "\n", "\t \u2003"]
     if action.type is flags.path:
         return ["x", "~/x", "a b", "org/name"], ["", "  ", "a\0b", "a\nb", "a\udcff"]
     return [], []
@@ -113,8 +112,6 @@ def test_every_value_in_a_range_is_read(stage, action):
             assert value == text.removesuffix("/").removesuffix("/v1")
         elif action.type is flags.path:
             assert value == os.path.expanduser(text)
-        elif action.type is flags.prompt:
-            assert value == text
         elif action.type is flags.json_object:
             assert value == json.loads(text)
         else:

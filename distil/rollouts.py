@@ -55,18 +55,15 @@ def stored_responses(path, max_response_tokens, context, vocab_size):
 
 
 def finish_rollouts(args, tokenizer, faults=None, prompting=PLAIN, **facts):
-    """Complete the artifact in args.out: tokenizer, counts, meta.json. faults: {reason: count}, for what was
-    dropped, left out or changed."""
+    """Complete the artifact in args.out: tokenizer, counts, meta.json. faults: {what was dropped: count}."""
     file = os.path.join(args.out, "rollouts.jsonl")
     os.replace(file + ".tmp", file)
     tokenizer.save_pretrained(os.path.join(args.out, "tokenizer"))
     files = [f"tokenizer/{name}" for name in sorted(os.listdir(os.path.join(args.out, "tokenizer")))]
-    lengths, truncated = [], 0
-    for row in read_rollouts(args.out):
-        lengths.append(len(row["response_ids"]))
-        truncated += row["finish_reason"] == "length"
-    if not lengths:
-        refuse(f"every response was dropped (--drop, --max_prompt_tokens): {dict(faults)}", code=1)
+    ends = [(len(row["response_ids"]), row["finish_reason"]) for row in read_rollouts(args.out)]
+    if not ends:
+        refuse(f"every response was dropped (--drop): {dict(faults)}", code=1)
+    lengths, truncated = [length for length, _ in ends], sum(reason == "length" for _, reason in ends)
     counts = {"responses": len(lengths), "response_tokens": sum(lengths), "longest_response": max(lengths)}
     facts["counts"] = counts | {"truncated": truncated, "faults": faults or {}}
     facts |= {**prompting._asdict(), "prompt_date": f"{PROMPT_DATE:%Y-%m-%d}"}

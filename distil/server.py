@@ -17,7 +17,7 @@ from distil.artifacts import DAMAGE, refuse
 from distil.prompts import load_tokenizer
 
 TRIES, PAUSE = 4, 2.0  # of a request; seconds before the second, doubled before each of the others
-NOBODY = (ConnectionRefusedError, socket.gaierror)  # no server at that port, no such host
+NOBODY = (ConnectionRefusedError, socket.gaierror)  # no server at that port, no such host: final at first
 FAILURES = (OSError, http.client.HTTPException, LookupError, RuntimeError, *DAMAGE)  # no usable answer
 
 
@@ -39,9 +39,7 @@ class Server:
         self.pool = ThreadPoolExecutor(requests)
 
     def ask(self, path, read, **body):
-        """read(the answer to a request). Once one has failed for good, no other is tried again.
-
-        The first, from connect(), is not tried again where there is no server."""
+        """read(the answer to a request). Once one has failed for good, no other is tried again."""
         data = json.dumps({"model": self.model, **body}).encode() if body else None
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         tries, why = 0, ""

@@ -24,29 +24,12 @@ from concurrent.futures import FIRST_COMPLETED, wait
 
 from tqdm import tqdm
 
-from distil import flags
-from distil.artifacts import (
-    add_output_flags,
-    check_out,
-    refuse,
-    run_stage,
-    start_artifact,
-    stop,
-    stop_requested,
-)
+from distil import artifacts, flags, sampling
 from distil.jsonl import GrowingFile
 from distil.models import Response, context_of, default_dtype, load_model
 from distil.problems import add_problem_flags, asked, gold_answer, load_rows
 from distil.prompts import prompt_text, render_prompt, stop_ids
 from distil.rollouts import finish_rollouts, write_rollouts
-from distil.sampling import (
-    add_sampling_flags,
-    derive_seed,
-    load_task,
-    load_template,
-    sample_stream,
-    sampling_from,
-)
 from distil.server import add_server_flags, connect
 from distil.vllm_engine import load_vllm
 
@@ -63,7 +46,7 @@ def get_args(argv=None):
     )
     p.add_argument("--response_column", default="response", help="else completion, generations, messages")
     p = parser.add_argument_group("sampling")
-    add_sampling_flags(p, more=["server"])
+    sampling.add_sampling_flags(p, more=["server"])
     add_server_flags(p, "server")
     dtypes = ["float32", "bfloat16", "float16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="dtype of the model")
@@ -78,15 +61,14 @@ def get_args(argv=None):
     )
     attempts_help = "with --drop, times a response is sampled before it is dropped"
     p.add_argument("--attempts", type=flags.positive_int, default=3, help=attempts_help)
-    add_output_flags(parser)
+    artifacts.add_output_flags(parser)
     args = parser.parse_args(argv)
     if bool(args.data) == bool(args.responses):
         parser.error("give --data to sample responses, or --responses to take stored ones")
     if args.data and args.response_column != parser.get_default("response_column"):
         parser.error("--response_column: is for --responses")
-    sampling = "engine n temperature top_p top_k sample_batch tensor_parallel gpu_memory_utilization attempts"
-    sampling += " dtype seed"
-    for name in sampling.split() if args.responses else []:
+    unused = "engine n temperature top_p top_k sample_batch tensor_parallel gpu_memory_utilization attempts"
+    for name in f"{unused} dtype seed".split() if args.responses else []:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name}: nothing is sampled with --responses")
     if (args.engine == "server") != bool(args.server):
@@ -143,8 +125,8 @@ def judge(args, tokenizer, seed, faults, request, response):
     if request.attempt == args.attempts:
         faults[request.place]["dropped"] += 1
         return None
-    again = derive_seed(derive_seed(seed, "attempt", request.attempt), (request.place, request.index), 0)
-    return request._replace(seed=again, attempt=request.attempt + 1)
+    place, seed = (request.place, request.index), sampling.derive_seed(seed, "attempt", request.attempt)
+    return request._replace(seed=sampling.derive_seed(seed, place, 0), attempt=request.attempt + 1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -154,23 +136,54 @@ ROLES = {"user": ("user", "human"), "assistant": ("assistant", "gpt")}
 TURNS = ("messages", "conversations")  # columns of whole conversations
 
 
+def text_of(content):
+    """A text, or those of a list of text parts, {"type": "text", "text"}; None: anything else, or blank."""
+    if isinstance(content, list) and all(isinstance(x, dict) and x.get("type") == "text" for x in content):
+        texts = [part.get("text") for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+    return content if isinstance(content, str) and content.strip() else None
+
+
 def said(value, role):
-    """A text itself; or what a role says first in turns, {"role", "content"} or {"from", "value"}."""
+    """The text_of a value; in turns, {"role", "content"} or {"from", "value"}, of what a role says first."""
     for turn in value if isinstance(value, list) else []:
         if isinstance(turn, dict) and turn.get("role", turn.get("from")) in ROLES[role]:
-            return turn.get("content", turn.get("value"))
-    return value
+            return text_of(turn.get("content", turn.get("value")))
+    return text_of(value)
 
 
 def exchange(row, problem_column, response_column):
-    """(problem, [responses]) of a row: text that is not empty; None and [] where there is none."""
-    problems = [row.get(name) for name in (problem_column, "question", "prompt", *TURNS)]
-    responses = [row.get(name) for name in (response_column, "completion", "generations", *TURNS)]
-    problem, response = (next((x for x in found if x), None) for found in (problems, responses))
+    """(problem, [responses]) of a row as text; None: no text there. A column of one's own stands alone."""
+    problems = ["problem", "question", "prompt", *TURNS] if problem_column == "problem" else [problem_column]
+    responses = ["response", "completion", "generations", *TURNS]
+    responses = responses if response_column == "response" else [response_column]
+    problem, response = (next((row[n] for n in names if row.get(n)), None) for names in (problems, responses))
     several = isinstance(response, list) and any(isinstance(x, str) for x in response)
-    problem, responses = said(problem, "user"), response if several else [said(response, "assistant")]
-    is_text = lambda x: isinstance(x, str) and bool(x.strip())
-    return problem if is_text(problem) else None, list(filter(is_text, responses))
+    found = list(map(text_of, response)) if several else [said(response, "assistant")]
+    return said(problem, "user"), found
+
+
+def stored_rows(args, task, counts):
+    """Yields ({"id", "answer"}, prompt ids, [responses as text]) of rows, and counts what is left out."""
+    name, _, rows = load_rows(args.responses, flag="--responses")
+    for index, (_, row) in enumerate(itertools.islice(rows, args.limit or None)):
+        problem, responses = exchange(row, args.problem_column, args.response_column)
+        if not problem or not any(responses):
+            counts["rows without problem or response"] += 1
+            continue
+        prompt_ids = render_prompt(task.tokenizer, problem, task.prompting)
+        if args.max_prompt_tokens and len(prompt_ids) > args.max_prompt_tokens:
+            counts["rows with a longer prompt"] += 1
+            continue
+        talks = [row[name] for name in ("prompt", *TURNS) if isinstance(row.get(name), list)]
+        roles = [turn.get("role", turn.get("from")) for turn in sum(talks, []) if isinstance(turn, dict)]
+        counts["system messages left out"] += "system" in roles or bool(row.get("system"))
+        counts["rows with more turns, left out"] += sum(role in ROLES["user"] for role in roles) > 1
+        counts["responses without text"] += responses.count(None)
+        answer, key = gold_answer(row.get(args.answer_column)), row.get("id", row.get("unique_id", index))
+        answer = answer if isinstance(answer, str) else ""
+        counts["rows without a text answer"] += not answer
+        yield {"id": f"{name}/{key}", "answer": answer}, prompt_ids, list(filter(None, responses))
 
 
 def encode_response(tokenizer, text, end, stops, limit, unfinished):
@@ -185,74 +198,61 @@ def encode_response(tokenizer, text, end, stops, limit, unfinished):
     return ids[:limit], unfinished or len(ids) > limit
 
 
-def stored_groups(args, prompting, tokenizer, vocab_size, context, stops, name, rows, counts):
-    """Yields ({"id", "answer"}, [Response or None]) of rows, and counts what is left out or changed."""
-    begin = prompt_text(tokenizer, "PROBLEM", prompting).rpartition("PROBLEM")[2].rstrip()
-    opened, limit = begin.endswith("<think>"), args.max_response_tokens
+def stored_groups(args, task, rows, counts):
+    """Yields ({"id", "answer"}, [Response or None]) of stored_rows, and counts what is dropped or changed."""
+    begin = prompt_text(task.tokenizer, "PROBLEM", task.prompting).rpartition("PROBLEM")[2].rstrip()
+    opened, context, limit = begin.endswith("<think>"), context_of(task.directory), args.max_response_tokens
+    stops, eos = task.sampling.stop_ids, task.tokenizer.eos_token_id
     own = [i for i in stops if i not in args.extra_stop_ids] or stops
-    for index, (_, row) in enumerate(rows):
-        problem, responses = exchange(row, args.problem_column, args.response_column)
-        if not problem or not responses:
-            counts["rows without problem or response"] += 1
-            continue
-        prompt_ids = render_prompt(tokenizer, problem, prompting)
-        if args.max_prompt_tokens and len(prompt_ids) > args.max_prompt_tokens:
-            counts["rows with a longer prompt"] += 1
-            continue
-        talks = [row[name] for name in ("prompt", *TURNS) if isinstance(row.get(name), list)]
-        roles = [turn.get("role", turn.get("from")) for turn in sum(talks, []) if isinstance(turn, dict)]
-        counts["system messages left out"] += "system" in roles or bool(row.get("system"))
-        counts["rows with more turns, left out"] += sum(role in ROLES["user"] for role in roles) > 1
+    for problem, prompt_ids, texts in rows:
         # what ends the user's turn, such as Gemma's <end_of_turn>, ends the model's too
-        end = next(i for i in (*reversed(prompt_ids), tokenizer.eos_token_id, *own) if i in own)
+        end = next(i for i in (*reversed(prompt_ids), eos, *own) if i in own)
         group = []
-        for text in responses:
+        for text in texts:
             thinks = text.lstrip().startswith("<think>")
             if thinks and opened:  # it is in the prompt
                 text = text.lstrip().removeprefix("<think>").lstrip("\n")
             unfinished = (thinks or opened) and "</think>" not in text and bool(text)
-            response_ids, cut = encode_response(tokenizer, text, end, stops, limit, unfinished)
+            response_ids, cut = encode_response(task.tokenizer, text, end, stops, limit, unfinished)
             reason = fault(text, cut, args.drop)
             if len(prompt_ids) + len(response_ids) > context:
                 reason = f"longer than the context of {context}"
-            if max(prompt_ids + response_ids) >= vocab_size:
+            if max(prompt_ids + response_ids) >= task.sampling.vocab_size:
                 reason = "a token without a row in the model"
             if {*stops}.intersection(response_ids[:-1]):  # of a tokenizer that reads unknown text as one
                 reason = "an end token inside"
-            counts[reason or "kept"] += 1
+            counts.update([reason] if reason else [])
             counts["cut"] += cut
             counts["thinking that never ends, so no end token"] += unfinished
             counts["thinks after a prompt that ends thinking"] += thinks and "</think>" in begin
             group.append(None if reason else Response(prompt_ids, response_ids, cut))
-        answer, key = gold_answer(row.get(args.answer_column)), row.get("id", row.get("unique_id", index))
-        yield {"id": f"{name}/{key}", "answer": answer if isinstance(answer, str) else ""}, group
+        yield problem, group
 
 
 def take_responses(args):
-    """--responses: rows with text become the artifact that sampling makes."""
-    wanted = asked(args)
-    directory, tokenizer, size = load_template(
-        args.model, args.template_from, wanted.prompting, weights=False
-    )
-    stops = sampling_from(args, size, stop_ids(tokenizer, directory, size)).stop_ids
-    name, _, rows = load_rows(args.responses, flag="--responses")
-    rows = itertools.islice(rows, args.limit or None)
-    where, first = next(rows, ("", {}))
-    if not all(exchange(first, args.problem_column, args.response_column)):
+    """--responses: rows with text become the artifact that sampling makes, once all have been read."""
+    prompting = asked(args, args.responses).prompting
+    about = args.model, args.template_from, prompting
+    directory, tokenizer, size = sampling.load_template(*about, weights=False)
+    config = sampling.sampling_from(args, size, stop_ids(tokenizer, directory, size))
+    task = sampling.Task(directory, tokenizer, [], [], config, 0, prompting)
+    counts = Counter()
+    usable = sum(1 for _ in tqdm(stored_rows(args, task, counts), desc="check", unit="row"))
+    if not usable:
+        where, first = next(load_rows(args.responses, flag="--responses")[2], ("it", {}))
+        why = f"no row to take {dict(counts)}; see --problem_column and --response_column"
         has = f"{where} has {', '.join(first) or 'no columns'}"
-        refuse(f"--responses: no problem and response in the first row (see --response_column): {has}")
-    start_artifact(args)
+        artifacts.refuse(f"--responses {args.responses}: {why}; {has}")
+    artifacts.start_artifact(args)
     path, counts = os.path.join(args.out, "rollouts.jsonl"), Counter()
-    rows = itertools.chain([(where, first)], rows)
-    about = wanted.prompting, tokenizer, size, context_of(directory), stops
-    groups = stored_groups(args, *about, name, rows, counts)
+    rows = tqdm(stored_rows(args, task, counts), total=usable, unit="row")
     with open(path + ".tmp", "w", encoding="utf-8") as file:
-        for problem, group in tqdm(groups, unit="row"):
-            write_rollouts(file, tokenizer, [problem], [group])
-            if stop_requested():
-                stop(args)
-    facts = {"model": os.path.realpath(directory), "stop_ids": stops}
-    finish_rollouts(args, tokenizer, counts, wanted.prompting, **facts)
+        for problem, group in stored_groups(args, task, rows, counts):
+            write_rollouts(file, tokenizer, problem, group)
+            if artifacts.stop_requested():
+                artifacts.stop(args)
+    facts = {"model": os.path.realpath(directory), "stop_ids": config.stop_ids}
+    finish_rollouts(args, tokenizer, counts, prompting, **facts)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -298,12 +298,12 @@ def sample_one(server, config, request):
 
 
 def main(args):
-    check_out(args)
+    artifacts.check_out(args)
     if args.responses:
         return take_responses(args)
-    make_sampling = functools.partial(sampling_from, args)
+    make_sampling = functools.partial(sampling.sampling_from, args)
     wanted = asked(args)
-    task = load_task(args.model, wanted, make_sampling, weights=args.engine != "server")
+    task = sampling.load_task(args.model, wanted, make_sampling, weights=args.engine != "server")
     problems, stops = task.problems, task.sampling.stop_ids
     if args.engine == "vllm":
         machine = args.dtype, args.tensor_parallel, args.gpu_memory_utilization
@@ -316,7 +316,7 @@ def main(args):
         engine = functools.partial(sample_served, served)
     else:
         engine = load_model(task.directory, "--model", args.dtype)
-    start_artifact(args)
+    artifacts.start_artifact(args)
     how = f"engine {args.engine}, {args.dtype}, stop ids {stops}"
     print(f"rollout: {len(problems)} problems x {args.n}, {how}")
 
@@ -325,26 +325,26 @@ def main(args):
         os.replace(path, path + ".tmp")
     file = GrowingFile(path + ".tmp", problems=0, faults={})
     done, fault_counts = file.done["problems"], Counter({"dropped": 0} | file.done["faults"])
-    seed, places = derive_seed(args.seed, "rollout"), range(done, len(problems))
+    seed, places = sampling.derive_seed(args.seed, "rollout"), range(done, len(problems))
     ready, faults = {}, defaultdict(Counter)  # of problems that wait for one before them, by their places
     judged = functools.partial(judge, args, task.tokenizer, seed, faults) if args.drop else None
-    stream = sample_stream(engine, task.prompts[done:], task.sampling, seed, places, judged)
+    stream = sampling.sample_stream(engine, task.prompts[done:], task.sampling, seed, places, judged)
     with tqdm(total=len(problems), initial=done, unit="problem") as bar:
         for finished in stream:
             ready |= finished
             while done in ready:  # in the order of the problems
-                write_rollouts(file, task.tokenizer, [problems[done]], [ready.pop(done)])
+                write_rollouts(file, task.tokenizer, problems[done], ready.pop(done))
                 fault_counts.update(faults.pop(done, {}))
                 done += 1
             if done > file.done["problems"]:
                 file.mark(problems=done, faults=fault_counts)
             bar.update(done - bar.n)
-            if stop_requested():
-                stop(args)
+            if artifacts.stop_requested():
+                artifacts.stop(args)
     model = os.path.realpath(task.directory)
     facts = {"model": model, "stop_ids": stops, "dropped_problems": {"data": task.dropped}}
     finish_rollouts(args, task.tokenizer, fault_counts, wanted.prompting, **facts)
 
 
 if __name__ == "__main__":
-    run_stage(main, get_args())
+    artifacts.run_stage(main, get_args())

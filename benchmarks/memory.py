@@ -189,7 +189,7 @@ def make_rollouts(out, world, responses, length):
             prompt = render_prompt(tokenizer, problem["problem"])
             response_ids = [rng.randrange(3, len(tokenizer)) for _ in range(length)]
             response = Response(prompt, response_ids, truncated=True)
-            write_rollouts(file, tokenizer, [problem], [[response]])
+            write_rollouts(file, tokenizer, problem, [response])
     finish_rollouts(args, tokenizer, model="random", stop_ids=[tokenizer.eos_token_id])
 
 

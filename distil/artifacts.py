@@ -20,6 +20,7 @@ import time
 from importlib.metadata import distributions
 
 import torch
+from tqdm import tqdm
 
 from distil import flags
 
@@ -40,7 +41,8 @@ def refuse(message, code=2):
     """Exit with one line on stderr. Exit code 2: bad input; 1: a run that failed."""
     if is_second_rank():
         time.sleep(5)  # rank 0 reports what all ranks find; torchrun then ends the others
-    print(f"error: {' '.join(map(str.strip, str(message).splitlines()))}", file=sys.stderr)
+    line = f"error: {' '.join(map(str.strip, str(message).splitlines()))}"
+    tqdm.write(line, file=sys.stderr, nolock=True)  # a line of its own, beside a progress bar too
     raise SystemExit(code)
 
 
@@ -95,7 +97,7 @@ def stop(args, number=None):
     number = number or asked
     if not is_second_rank():
         text = f"stopped by {signal.Signals(number).name}: {args.out} keeps what is finished; {HOW_TO_RESUME}"
-        print(text, file=sys.stderr)
+        tqdm.write(text, file=sys.stderr, nolock=True)
     raise SystemExit(128 + number)
 
 

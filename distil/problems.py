@@ -189,6 +189,6 @@ def gold_answer(answer):
     """The final answer as text: "27" of 27.0, and what follows #### (GSM8K); other types as they are.
 
     Commas stay: distil/grading.py knows the number 1,234 from the list 1, 2 and the pair (1,234)."""
-    if type(answer) in (int, float) and abs(answer) != math.inf:
+    if type(answer) in (int, float) and abs(answer) < math.inf:
         return str(answer).removesuffix(".0")
     return answer.rpartition("####")[2].strip() if isinstance(answer, str) else answer

@@ -53,6 +53,8 @@ def check_template(tokenizer, flag, remedy, prompting=PLAIN, system_flag="--syst
     """Refuse a tokenizer without a working chat template, or with one that ignores a part of `prompting`.
 
     remedy: the flag that names another one; system_flag: the one that gave the system prompt."""
+    if prompting.system_prompt.isspace():
+        refuse(f"{system_flag}: must be more than white space, not {prompting.system_prompt!r}")
     question, kwargs = "What is 1+1?", prompting.template_kwargs
     parts = {system_flag: {"system_prompt": ""}} if prompting.system_prompt else {}  # {flag: without it}
     parts |= {"--thinking on": {"thinking": "off"}} if prompting.thinking == "on" else {}

@@ -9,18 +9,17 @@ from distil.models import Response
 from distil.prompts import PLAIN, PROMPT_DATE, template_sha256, tokenizer_sha256
 
 
-def write_rollouts(file, tokenizer, problems, groups):
-    """Write a row for each Response in the groups, one group for each problem. None: a dropped response."""
-    for problem, group in zip(problems, groups, strict=True):
-        for index, response in enumerate(group):
-            if response is None:
-                continue
-            row = {"id": problem["id"], "sample": index}
-            row |= {"prompt_ids": response.prompt_ids, "response_ids": response.response_ids}
-            row["response"] = tokenizer.decode(response.response_ids, skip_special_tokens=True)
-            row["finish_reason"] = "length" if response.truncated else "stop"
-            row["answer"] = problem["answer"]
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def write_rollouts(file, tokenizer, problem, group):
+    """Write a row for each Response to a problem. None: a dropped response."""
+    for index, response in enumerate(group):
+        if response is None:
+            continue
+        row = {"id": problem["id"], "sample": index}
+        row |= {"prompt_ids": response.prompt_ids, "response_ids": response.response_ids}
+        row["response"] = tokenizer.decode(response.response_ids, skip_special_tokens=True)
+        row["finish_reason"] = "length" if response.truncated else "stop"
+        row["answer"] = problem["answer"]
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_rollouts(path, vocab_size=2**31):
@@ -56,17 +55,15 @@ def stored_responses(path, max_response_tokens, context, vocab_size):
 
 
 def finish_rollouts(args, tokenizer, faults=None, prompting=PLAIN, **facts):
-    """Complete the artifact in args.out: tokenizer, counts, meta.json. faults: {reason: count} of --drop."""
+    """Complete the artifact in args.out: tokenizer, counts, meta.json. faults: {what was dropped: count}."""
     file = os.path.join(args.out, "rollouts.jsonl")
     os.replace(file + ".tmp", file)
     tokenizer.save_pretrained(os.path.join(args.out, "tokenizer"))
     files = [f"tokenizer/{name}" for name in sorted(os.listdir(os.path.join(args.out, "tokenizer")))]
-    lengths, truncated = [], 0
-    for row in read_rollouts(args.out):
-        lengths.append(len(row["response_ids"]))
-        truncated += row["finish_reason"] == "length"
-    if not lengths:
-        refuse(f"every response was dropped (--drop, --max_prompt_tokens): {dict(faults)}", code=1)
+    ends = [(len(row["response_ids"]), row["finish_reason"]) for row in read_rollouts(args.out)]
+    if not ends:
+        refuse(f"every response was dropped (--drop): {dict(faults)}", code=1)
+    lengths, truncated = [length for length, _ in ends], sum(reason == "length" for _, reason in ends)
     counts = {"responses": len(lengths), "response_tokens": sum(lengths), "longest_response": max(lengths)}
     facts["counts"] = counts | {"truncated": truncated, "faults": faults or {}}
     facts |= {**prompting._asdict(), "prompt_date": f"{PROMPT_DATE:%Y-%m-%d}"}
@@ -75,5 +72,5 @@ def finish_rollouts(args, tokenizer, faults=None, prompting=PLAIN, **facts):
     finish_artifact(args, "rollout", ["rollouts.jsonl", *files], **facts)
     mean = sum(lengths) / len(lengths)
     print(f"{args.out}: {len(lengths)} responses, {mean:.1f} tokens on average, {truncated} truncated")
-    if faults and any(faults.values()):
-        print("filters: " + ", ".join(f"{count} {reason}" for reason, count in faults.items()))
+    if found := [f"{count} {reason}" for reason, count in (faults or {}).items() if count]:
+        print(f"counts: {', '.join(found)}")

@@ -25,9 +25,8 @@ def add_sampling_flags(
     p.add_argument("--temperature", type=flags.temperature, default=temperature, help="0: greedy")
     p.add_argument("--top_p", type=flags.positive_fraction, default=top_p, help="1: off")
     p.add_argument("--top_k", type=flags.non_negative_int, default=top_k, help="0: off")
-    p.add_argument(
-        "--max_response_tokens", type=flags.positive_int, default=max_response_tokens, help="then truncated"
-    )
+    limit = {"type": flags.positive_int, "default": max_response_tokens}
+    p.add_argument("--max_response_tokens", **limit, help="then truncated")
     p.add_argument(
         "--extra_stop_ids", type=flags.non_negative_int, nargs="+", default=[], help="more end tokens"
     )

@@ -5,6 +5,7 @@ A request is tried a few times; where that does not help, a ChildProcessError sa
 import http.client
 import json
 import os
+import socket
 import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from distil.artifacts import DAMAGE, refuse
 from distil.prompts import load_tokenizer
 
 TRIES, PAUSE = 4, 2.0  # of a request; seconds before the second, doubled before each of the others
+NOBODY = (ConnectionRefusedError, socket.gaierror)  # no server at that port, no such host: final at first
 FAILURES = (OSError, http.client.HTTPException, LookupError, RuntimeError, *DAMAGE)  # no usable answer
 
 
@@ -52,6 +54,9 @@ class Server:
                         break
             except FAILURES as error:
                 why = repr(error)
+                if self.model is None and isinstance(getattr(error, "reason", None), NOBODY):
+                    why = f"no server answers there ({error.reason}); is it running, and ready?"
+                    raise self.fail(why) from error
         raise self.fail(f"{path} failed {tries} times: {why}")
 
     def fail(self, why):

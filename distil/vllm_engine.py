@@ -76,17 +76,10 @@ def sample_vllm(llm, config, queue):
     import vllm
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    common = dict(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        max_tokens=config.max_response_tokens,
-        stop_token_ids=config.stop_ids,
-        ignore_eos=True,  # our stop ids alone
-        logprobs=0 if config.logprobs else None,
-        flat_logprobs=True,
-        detokenize=False,
-    )
+    common = {name: getattr(config, name) for name in ("temperature", "top_p", "top_k")}
+    common |= {"max_tokens": config.max_response_tokens, "detokenize": False}
+    common |= {"stop_token_ids": config.stop_ids, "ignore_eos": True}  # our stop ids alone
+    common |= {"logprobs": 0 if config.logprobs else None, "flat_logprobs": True}
     watchdog, waiting, steps_left = Watchdog(), {}, 0
     try:
         while queue or waiting:

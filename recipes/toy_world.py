@@ -168,7 +168,7 @@ def write_solutions(args, name, solutions, tokenizer, stops):
         for problem, text in solutions:
             prompt = render_prompt(tokenizer, problem["problem"])
             ids = tokenizer(text, add_special_tokens=False).input_ids
-            write_rollouts(file, tokenizer, [problem], [[Response(prompt, ids, False)]])
+            write_rollouts(file, tokenizer, problem, [Response(prompt, ids, False)])
     finish_rollouts(rollouts, tokenizer, model="recipes/toy_world.py", stop_ids=stops)
 
 

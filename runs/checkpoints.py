@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import shutil
 
 from safetensors.torch import load_file
 
@@ -18,6 +19,14 @@ def checkpoints(out):
 def files_in(folder):
     found = glob.glob("**", root_dir=folder, recursive=True, include_hidden=True)
     return sorted(name for name in found if os.path.isfile(os.path.join(folder, name)))
+
+
+def link(source, target):
+    """A second name for a file, which nothing changes from then on; a copy where no hard link can be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def on_rank_0(pairs):

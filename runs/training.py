@@ -30,7 +30,15 @@ from distil.prompts import encode_problems, template_sha256, tokenizer_sha256
 from distil.sampling import sample, update_engine
 from distil.vllm_engine import load_vllm
 from runs import plan, track
-from runs.checkpoints import checkpoints, files_in, load_optimizer, on_rank_0, optimizer_state, rewind_log
+from runs.checkpoints import (
+    checkpoints,
+    files_in,
+    link,
+    load_optimizer,
+    on_rank_0,
+    optimizer_state,
+    rewind_log,
+)
 from runs.flops import for_file, text_of
 
 LOGS = ("metrics.jsonl", "evals.jsonl", "gates.jsonl")
@@ -55,8 +63,7 @@ def add_training_flags(parser, steps, batch_size, lr):
     dtypes = ["float32", "bfloat16"]
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="of passes; weights are float32")
     p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")
-    sleep_help = "vLLM gives its GPU memory to the passes while it does not sample"
-    p.add_argument("--engine_sleep", action="store_true", help=sleep_help)
+    p.add_argument("--engine_sleep", action="store_true", help="vLLM keeps no GPU memory between samplings")
     p = parser.add_argument_group("evaluations in training, logs, checkpoints")
     p.add_argument("--eval_data", type=flags.path, help="problems to evaluate on; as --data")
     p.add_argument("--eval_every", type=flags.non_negative_int, default=0, help="steps between them; 0: none")
@@ -74,6 +81,8 @@ def check_training_flags(parser, args, curriculum=None):
         parser.error("--eval_every and --eval_data go together")
     if args.keep_best and not args.eval_every:
         parser.error("--keep_best needs --eval_every")
+    if args.lr_schedule != "constant" and args.steps > 1 and learning_rate(args, args.steps - 1) == args.lr:
+        parser.error(f"--warmup {args.warmup}: leaves no step where --lr_schedule {args.lr_schedule} falls")
 
 
 def plan_memory(args, student, vocab_size, longest, other=None, samples=True, table=False):
@@ -126,22 +135,22 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def learning_rate(lr, schedule, warmup, steps, step):
+def learning_rate(args, step):
     """That of a step (from 0). No step has a rate of 0, in which it would train nothing.
 
     It rises to lr in W steps, the warm-up's share of all S. Then, with x = (step - W) / (S - W), it is lr,
     lr (1 - x) or lr (1 + cos(pi x)) / 2, as in transformers' get_*_schedule_with_warmup."""
-    warmup = round(warmup * steps)
-    x = max(0, step - warmup) / max(1, steps - warmup)
-    share = {"constant": 1.0, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}[schedule]
-    return lr * min(share, (step + 1) / max(1, warmup))
+    warmup = round(args.warmup * args.steps)
+    x = max(0, step - warmup) / max(1, args.steps - warmup)
+    share = {"constant": 1.0, "linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2}[args.lr_schedule]
+    return args.lr * min(share, (step + 1) / max(1, warmup))
 
 
 def optimizer_step(args, model, optimizer, step, ids):
     """Warm-up, clip, update. Returns the gradient norm before clipping and the learning rate.
 
     A gradient that is not finite ends the run; the ids of the step's problems go to failed_step.json."""
-    lr = learning_rate(args.lr, args.lr_schedule, args.warmup, args.steps, step)
+    lr = learning_rate(args, step)
     for group in optimizer.param_groups:
         group["lr"] = lr
     ranks.reshard(model)
@@ -184,9 +193,7 @@ class Run:
             artifacts.refuse("--engine_sleep: vLLM alone can sleep; use --engine vllm")
         self.checkpoint = checkpoint = ([None] + checkpoints(args.out))[-1] if args.resume else None
         if args.resume and not checkpoint and os.path.isfile(os.path.join(args.out, "meta.json")):
-            artifacts.refuse(
-                f"--resume: {args.out} is finished without a checkpoint (--save_every): use its final/"
-            )
+            artifacts.refuse(f"--resume: {args.out} is finished, without a checkpoint: use its final/")
         state = artifacts.read_checkpoint(checkpoint, "--resume") if checkpoint else {"step": 0}
         self.first_step, self.curriculum = state["step"], state.get("curriculum")
         self.best = state.get("best")  # {"metric", "value", "step"} of the best evaluation so far
@@ -233,15 +240,13 @@ class Run:
                 if name.endswith(".tmp") and name.startswith(("step_", "final", "best")):  # a killed save
                     shutil.rmtree(os.path.join(args.out, name))
             best = os.path.join(args.out, "best")
-            if self.best:  # as it was then: every checkpoint has a copy
-                shutil.copytree(os.path.join(self.checkpoint, "best"), best + ".tmp")
             shutil.rmtree(best, ignore_errors=True)
-            if self.best:
+            if self.best:  # as it was then: every checkpoint has it
+                shutil.copytree(os.path.join(self.checkpoint, "best"), best + ".tmp", copy_function=link)
                 os.replace(best + ".tmp", best)
             last = self.first_step if self.checkpoint else -1  # what came after it comes again
             rows = {name: rewind_log(os.path.join(args.out, name), last) for name in LOGS}["metrics.jsonl"]
-            schedule = args.lr, args.lr_schedule, args.warmup, args.steps
-            rates = [learning_rate(*schedule, int(row["step"]) - 1) for row in rows]
+            rates = [learning_rate(args, int(row["step"]) - 1) for row in rows]
             if rates != [row.get("lr") for row in rows]:
                 why = "other --steps, so another warm-up or fall; --lr_schedule constant --warmup 0: none"
                 self.say(f"WARNING: an uninterrupted run would have had other learning rates ({why})")
@@ -332,9 +337,9 @@ class Run:
         if resumable:
             save_file(moments, os.path.join(path + ".tmp", "optimizer.safetensors"))
         if resumable and self.best:
-            shutil.copytree(os.path.join(self.args.out, "best"), os.path.join(path + ".tmp", "best"))
-        names = files_in(path + ".tmp")
-        files = {name: artifacts.file_sha256(os.path.join(path + ".tmp", name)) for name in names}
+            best = os.path.join(self.args.out, "best")
+            shutil.copytree(best, os.path.join(path + ".tmp", "best"), copy_function=link)
+        files = {n: artifacts.file_sha256(os.path.join(path + ".tmp", n)) for n in files_in(path + ".tmp")}
         state = {"run": self.name, "cell": self.cell, "step": step, "curriculum": self.curriculum}
         state |= {**for_file(self.spent), "best": self.best, "files": files}
         artifacts.write_sealed(os.path.join(path + ".tmp", "checkpoint.json"), state)
@@ -349,9 +354,7 @@ class Run:
         self.save("final", step)
         if ranks.rank():
             return
-        files = [name for name in LOGS if os.path.isfile(os.path.join(args.out, name))]
-        for folder in ["final", "best"] if self.best else ["final"]:
-            files += [os.path.join(folder, name) for name in files_in(os.path.join(args.out, folder))]
+        files = [n for n in files_in(args.out) if n in LOGS or n.split(os.sep)[0] in ("final", "best")]
         facts = {"cell": self.cell, "stop_ids": self.model.generation_config.eos_token_id, "best": self.best}
         facts |= for_file(self.spent)
         facts["tokenizer_sha256"] = tokenizer_sha256(self.tokenizer)

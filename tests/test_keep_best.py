@@ -1,6 +1,8 @@
 """--keep_best: which weights best/ holds, also after a kill, and that evaluate.py takes it."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -84,6 +86,26 @@ def test_a_killed_run_ends_with_the_same_best(values, killed_at, line, accuracy,
     assert best_of(tmp_path / "run") == best_of(tmp_path / "whole")
     for name in ("best", "final", "step_000003", "step_000003/best"):
         assert weights(tmp_path / "run" / name) == weights(tmp_path / "whole" / name)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_checkpoints_share_the_files_of_best(links, line, accuracy, tmp_path, monkeypatch):
+    """Where the disk has hard links; otherwise each has a copy."""
+
+    def no_links(*paths):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    set_values(accuracy, 0.1, 0.3, 0.2, 0.2, 0.4, 0.1, 0.1)
+    out = tmp_path / "run"
+    run_line(train, f"{line} --out {out} --save_every 1")
+    same = lambda *names: len({(out / f"{name}/model.safetensors").stat().st_ino for name in names}) == 1
+    assert same("step_000001/best", "step_000002/best", "step_000003/best") == links
+    assert same("step_000004/best", "step_000005/best", "best") == links
+    assert not same("step_000003/best", "best") and not same("step_000001/best", "step_000001")
+    assert weights(out / "step_000003/best") == weights(out / "step_000001")
+    assert weights(out / "step_000005/best") == weights(out / "best") == weights(out / "step_000004")
 
 
 def test_a_best_later_than_the_checkpoint_is_forgotten_with_its_steps(line, accuracy, tmp_path):

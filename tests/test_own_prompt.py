@@ -74,10 +74,10 @@ def test_a_live_teacher_scores_the_same_tokens_after_its_own_prompt(world, monke
     assert len(list(micro_batches(responses * 2, 2 * (len(own) + 3)))) == 2
 
 
-def self_distillation(world, hints, out, more=""):
+def self_distillation(world, hints, out, more="", *words):
     line = f"--prefix student --kl reverse --student {world}/student_init --teacher {world}/student_init"
     line += f" --data {hints} --steps 2 --batch_size 2 --lr 1e-3 --out {out} {TINY}"
-    run_line(train, f"{line} {more}")
+    train.main(train.get_args([*line.split(), *more.split(), *words]))
     return read_rows(out / "metrics.jsonl")
 
 
@@ -122,6 +122,16 @@ LONG = "--teacher_system_prompt " + "1" * 600  # more than the context of 512
 def test_bad_own_prompts_are_refused_in_one_line(world, hints, tmp_path, refused, more, words):
     go = lambda: self_distillation(world, hints, tmp_path / "run", more)
     assert refused(go, *words).count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--system_prompt", "--teacher_system_prompt"])
+def test_a_system_prompt_of_white_space_is_refused_by_its_flag(flag, world, hints, tmp_path, refused):
+    """Empty is none; a suffix, say a newline, may be white space."""
+    go = lambda *more: self_distillation(world, hints, tmp_path / "run", "", *more)
+    message = refused(lambda: go(flag, " \n"), f"{flag}: must be more than white space, not ' \\n'")
+    assert message.count("\n") == 1 and not (tmp_path / "run").exists()
+    if flag == "--teacher_system_prompt":
+        go(flag, "", "--prompt_suffix", "\n")
 
 
 def test_score_teacher_refuses_data_that_does_not_fit_the_rollouts(world, rollouts, hints, tmp_path, refused):

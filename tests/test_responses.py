@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ import train
 from conftest import run_line
 from distil.artifacts import read_artifact
 from distil.prompts import PLAIN, render_prompt
+from distil.sampling import SamplingConfig, Task
 from recipes.toy_world import make_tokenizer
 
 TEXT, OTHER = "1+2=3\n\\boxed{3}", "1+2=\\boxed{3}"
@@ -94,8 +96,74 @@ def test_what_is_left_out_or_cut_is_counted(world, tmp_path, capsys):
         "cut": 1,
         "truncated": 1,
     }
-    assert {name: faults[name] for name in expected} == expected and faults["kept"] == 4
-    assert "1 truncated" in capsys.readouterr().out
+    assert {name: faults[name] for name in expected} == expected
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert shown == "counts: " + ", ".join(f"{n} {name}" for name, n in faults.items() if n)
+    assert "1 truncated" in shown
+
+
+def test_nothing_to_count_is_not_printed(world, tmp_path, capsys):
+    run(world, tmp_path, [{"problem": PROBLEM, "response": TEXT, "answer": "3"}])
+    assert "counts" not in capsys.readouterr().out
+
+
+def parts(*texts, kind="text"):
+    return [{"type": kind, "text": text} for text in texts]
+
+
+@pytest.mark.parametrize(
+    "row, found",
+    [
+        ({"problem": PROBLEM, "response": parts(TEXT[:4], TEXT[4:])}, TEXT),
+        ({"messages": turns(("user", parts("1+", "2")), ("assistant", parts(TEXT)))}, TEXT),
+        (
+            {"prompt": turns(("user", parts(PROBLEM))), "completion": turns(("assistant", parts(OTHER)))},
+            OTHER,
+        ),
+        ({"messages": turns(("user", PROBLEM), ("assistant", parts(TEXT) + parts("", kind="image")))}, None),
+        ({"messages": turns(("user", PROBLEM), ("assistant", [{"type": "text"}]))}, None),
+        ({"messages": turns(("user", PROBLEM), ("assistant", []))}, None),
+        ({"messages": turns(("user", parts("x", kind="image")), ("assistant", TEXT))}, None),
+        ({"problem": PROBLEM, "generations": [None, TEXT]}, TEXT),
+    ],
+)
+def test_text_parts_are_joined_and_what_is_no_text_is_counted(row, found, world, tmp_path):
+    rows = run(world, tmp_path, [row, {"problem": PROBLEM, "response": "1"}])
+    assert [row["response"] for row in rows] == [found, "1"][found is None :]
+    faults = read_artifact(str(tmp_path / "out"), "--", "rollout")["counts"]["faults"]
+    assert faults.get("rows without problem or response", 0) == (found is None)
+    assert faults["responses without text"] == ("generations" in row)
+
+
+@pytest.mark.parametrize(
+    "answer, found",
+    [
+        (3.0, "3"),
+        ("so #### 3", "3"),
+        (0, "0"),
+        (True, ""),
+        (None, ""),
+        ([3], ""),
+        (math.nan, ""),
+        ("#### ", ""),
+    ],
+)
+def test_an_answer_is_text_or_a_number_and_others_are_counted(answer, found, world, tmp_path):
+    [row] = run(world, tmp_path, [{"problem": PROBLEM, "response": TEXT, "answer": answer}])
+    faults = read_artifact(str(tmp_path / "out"), "--", "rollout")["counts"]["faults"]
+    assert row["answer"] == found and faults["rows without a text answer"] == (not found)
+
+
+def test_columns_of_ones_own_stand_alone(world, tmp_path, refused):
+    """A name that no row has is not another name for the usual columns."""
+    row = {"q": PROBLEM, "text": TEXT, "gold": "3", "messages": TALK[:1] + turns(("assistant", OTHER))}
+    own = "--problem_column q --response_column text --answer_column gold"
+    [found] = run(world, tmp_path, [row], own)
+    assert found["answer"] == "3" and found["response"] == TEXT
+    [found] = run(world, tmp_path, [row], "--overwrite")
+    assert found["response"] == OTHER
+    again = lambda: run(world, tmp_path, [row], "--overwrite --response_column txet")
+    refused(again, "--response_column", "1 has q, text, gold, messages")
 
 
 def test_a_row_keeps_its_own_id_as_problems_do(world, tmp_path):
@@ -113,7 +181,7 @@ def test_an_end_token_inside_a_response_leaves_it_out(world, tmp_path):
     rows = [{"problem": PROBLEM, "response": text} for text in ("1?2", TEXT)]
     assert [row["id"] for row in run(world, tmp_path, rows)] == ["stored/1"]
     faults = read_artifact(str(tmp_path / "out"), "--", "rollout")["counts"]["faults"]
-    assert faults["an end token inside"] == 1 and faults["kept"] == 1
+    assert faults["an end token inside"] == 1
 
 
 TURN = "<s>u{{ messages[0]['content'] }}%s<s>m"
@@ -132,10 +200,12 @@ def stored(text, template, more=""):
     )
     tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>")])
     args = rollout.get_args(f"--model m --responses r --out o {more}".split())
-    rows, counts = [("", {"problem": PROBLEM, "response": text})], collections.Counter()
     stops = sorted([*tokenizer.convert_tokens_to_ids(["<e>", "<t>"]), *args.extra_stop_ids])
-    groups = rollout.stored_groups(args, PLAIN, tokenizer, 999, 999, stops, "r", rows, counts)
-    [(_, [response])] = groups
+    task = Task("m", tokenizer, [], [], SamplingConfig(1, 1, 1, 0, 0, stops, vocab_size=999), 0, PLAIN)
+    rows, counts = [({}, render_prompt(tokenizer, PROBLEM), [text])], collections.Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "context_of", lambda directory: 999)
+        [(_, [response])] = rollout.stored_groups(args, task, rows, counts)
     if response is None:
         return None, None, counts
     return "".join(tokenizer.convert_ids_to_tokens(response.response_ids)), response.truncated, counts
@@ -201,8 +271,10 @@ def test_messages_that_are_left_out_are_counted(world, tmp_path):
 
 def test_nothing_kept_and_no_end_token_are_one_line(world, tmp_path, refused):
     row = {"problem": PROBLEM, "response": TEXT}
-    words = "every response was dropped", "--max_prompt_tokens", "rows with a longer prompt"
-    refused(lambda: run(world, tmp_path, [row], "--max_prompt_tokens 1"), *words, code=1)
+    words = "every response was dropped", "--drop", "unboxed"
+    unboxed = row | {"response": "1"}
+    refused(lambda: run(world, tmp_path, [unboxed], "--drop unboxed"), *words, code=1)
+    refused(lambda: run(world, tmp_path, [row], "--max_prompt_tokens 1 --overwrite"), "longer prompt': 1")
     shutil.copytree(world / "teacher_init", tmp_path / "endless")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         facts = json.loads((tmp_path / "endless" / name).read_text())
@@ -237,6 +309,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, refused):
             lambda: run(world, tmp_path, [row]), "--responses", "stored.jsonl line 1", "--response_column"
         )
     assert not (tmp_path / "out").exists()
+    refused(lambda: run(world, tmp_path, [], ""), "stored.jsonl: no row to take", "no columns")
     refused(lambda: run(world, tmp_path, [good], "--temperature 0.5"), "--temperature", "nothing is sampled")
     refused(lambda: run(world, tmp_path, [good], "--seed 7"), "--seed", "nothing is sampled")
     refused(lambda: run(world, tmp_path, [good], f"--data {world}/train.jsonl"), "--data", "--responses")
@@ -250,6 +323,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, refused):
     )
     line = f"--model m --data d --response_column x --out {tmp_path}/x"
     refused(lambda: run_line(rollout, line), "--response_column")
+
+
+@pytest.mark.parametrize("bad", ['{"probl', '{"problem": "1+2", "response": "\\ud800"}', "5"])
+def test_a_damaged_row_is_found_before_anything_is_written(bad, world, tmp_path, refused):
+    """Wherever it is, and its line is not the end of a progress bar's."""
+    good, source = json.dumps({"problem": PROBLEM, "response": TEXT}), tmp_path / "damaged.jsonl"
+    source.write_text("\n".join([good] * 20 + [bad]))
+    line = f"--model {world}/teacher_init --responses {source} --out {tmp_path}/out"
+    message = refused(lambda: run_line(rollout, line), f"{source} line 21: ")
+    assert not (tmp_path / "out").exists()
+    assert [line for line in message.splitlines() if line.startswith(f"error: {source}")]
+
+
+def test_a_row_that_cannot_be_used_is_counted_wherever_it_is(world, tmp_path):
+    rows = [{"text": "x"}, {"problem": PROBLEM, "response": TEXT}, {"problem": 5}]
+    assert [row["id"] for row in run(world, tmp_path, rows)] == ["stored/1"]
+    faults = read_artifact(str(tmp_path / "out"), "--", "rollout")["counts"]["faults"]
+    assert faults["rows without problem or response"] == 2
 
 
 def test_nothing_heavy_is_loaded(world, tmp_path, monkeypatch):

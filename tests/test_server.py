@@ -4,6 +4,7 @@ import http.server
 import json
 import random
 import shutil
+import socket
 import threading
 import time
 
@@ -33,6 +34,7 @@ class Fake(http.server.ThreadingHTTPServer):
         self.model = load_model(self.directory, "-", "float32")
         self.tokenizer = load_tokenizer(self.directory, "-")
         self.card = {"id": "served", "root": self.directory, "max_model_len": 64}
+        self.models = lambda: {"data": [self.card]}
         self.lock, self.url = threading.Lock(), f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
 
@@ -63,7 +65,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.reply({"/v1/models": {"data": [self.server.card]}}[self.path])
+        answer = {"/v1/models": self.server.models}[self.path]()
+        if answer != "close":
+            self.reply(answer)
 
     def do_POST(self):
         fake = self.server
@@ -301,7 +305,7 @@ def test_log_probabilities_that_are_none_end_the_run(world, rollouts, fake, tmp_
 
 @pytest.mark.parametrize("stage", ["score_teacher", "rollout", "train"])
 def test_a_server_that_does_not_fit_is_one_line_before_anything_is_written(
-    world, rollouts, fake, tmp_path, refused, stage
+    world, rollouts, fake, tmp_path, refused, stage, monkeypatch
 ):
     out, flag = tmp_path / "out", "--teacher_server" if stage == "train" else "--server"
     call = {
@@ -329,7 +333,29 @@ def test_a_server_that_does_not_fit_is_one_line_before_anything_is_written(
     assert not fake.asked
     fake.shutdown()
     fake.server_close()
-    is_refused("/v1/models failed 4 times: ", "refused")
+    monkeypatch.setattr(server, "PAUSE", 99)
+    is_refused("no server answers there (", "refused); is it running")
+
+
+def test_a_host_that_does_not_exist_is_one_line_at_once(world, monkeypatch, refused):
+    def unknown(*given):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(server, "PAUSE", 99)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    about = "http://host.invalid:8000", "--server", "served", str(world / "teacher_init"), 29, 64, 2, 5
+    refused(lambda: server.connect(*about), "--server http://host.invalid:8000: no server answers", code=1)
+
+
+def test_a_server_that_starts_is_asked_again(world, fake):
+    """And one that ends after its first answer, which may come back."""
+    card, answers = fake.card, iter([503, "close"])
+    fake.models = lambda: next(answers, {"data": [card]})
+    served = server.connect(fake.url, "--server", "served", str(world / "teacher_init"), 29, 64, 2, 5)
+    fake.shutdown()
+    fake.server_close()
+    with pytest.raises(ChildProcessError, match="/v1/models failed 4 times: .*refused"):
+        served.ask("/v1/models", dict)
 
 
 @pytest.mark.parametrize("name", ["id", "root", "link", "hub"])

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import get_scheduler
 
+import grpo
 import train
 from conftest import run_line
 from distil.batches import batch_indices
@@ -91,10 +92,31 @@ def test_schedules_are_those_of_transformers(schedule, warmup):
         rates.append(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
+    args = argparse.Namespace(lr=3e-3, lr_schedule=schedule, warmup=warmup, steps=steps)
     for step in range(steps):
         expected = rates[step + 1] if step < round(warmup * steps) else rates[step]
-        found = learning_rate(3e-3, schedule, warmup, steps, step)
+        found = learning_rate(args, step)
         assert found == pytest.approx(expected) and found > 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_schedules_at_their_ends(schedule, steps, refused):
+    """One that falls and never would is refused."""
+    for warmup in (0, 0.1, 0.5, 0.8, 0.9, 1):
+        rises = round(warmup * steps)
+        args = argparse.Namespace(lr=1.0, lr_schedule=schedule, warmup=warmup, steps=steps)
+        rates = [learning_rate(args, step) for step in range(steps)]
+        assert rates[:rises] == pytest.approx([(step + 1) / rises for step in range(rises)])
+        assert 0 < min(rates) and max(rates) == 1
+        line = f"--model m --data d --out o --steps {steps} --warmup {warmup} --lr_schedule {schedule}"
+        if schedule == "constant" or rises < steps - 1 or steps == 1:
+            grpo.get_args(line.split())
+            x = max(0, steps - rises - 1) / max(1, steps - rises)
+            last = {"linear": 1 - x, "cosine": math.cos(math.pi * x / 2) ** 2, "constant": 1}[schedule]
+            assert rates[-1] == pytest.approx(last) and (last < 1) == (schedule != "constant" and steps > 1)
+        else:
+            refused(lambda: grpo.get_args(line.split()), f"--warmup {float(warmup)}", f"{schedule} falls")
 
 
 def test_weight_decay_is_decoupled_and_of_all_weights(world, prefix_flags, tmp_path):

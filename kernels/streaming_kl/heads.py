@@ -142,6 +142,9 @@ def kept_sets(hidden, head, temperature, top_p, top_k):
     return KeptSets(torch.cat(ids), torch.cat(counts))
 
 
+LIKELIEST = 1024  # tokens in which top-p looks first: a sort of the vocabulary takes many times as long
+
+
 def _lowest_kept(logits, temperature, top_p, top_k):
     """(n, 1) The smallest logit that a sampler keeps. Tokens that tie with it are kept too.
 
@@ -150,17 +153,18 @@ def _lowest_kept(logits, temperature, top_p, top_k):
     """
     if temperature == 0:  # greedy
         return logits.amax(-1, keepdim=True)
-    if top_k:
-        values = logits.topk(min(top_k, logits.shape[1])).values
-    elif top_p < 1:
-        values = logits.sort(-1, descending=True).values
-    else:
+    if not top_k and top_p == 1:
         return logits.new_full((len(logits), 1), -torch.inf)
-    if top_p < 1:
-        mass = (values / temperature).softmax(-1)
-        before = mass.cumsum(-1).sub_(mass)  # of the likelier tokens: 0 for the first
-        values.masked_fill_(before >= top_p, torch.inf)
-    return values.amin(-1, keepdim=True)
+    values = logits.topk(min(top_k or LIKELIEST, logits.shape[1])).values
+    if top_p == 1:
+        return values.amin(-1, keepdim=True)
+    total = ((values if top_k else logits) / temperature).logsumexp(-1, keepdim=True)
+    mass = (values / temperature - total).exp_()
+    before = mass.cumsum(-1).sub_(mass)  # of the likelier tokens: 0 for the first
+    lowest = values.masked_fill(before >= top_p, torch.inf).amin(-1, keepdim=True)
+    if not top_k and (wide := mass.sum(-1) < top_p).any():
+        lowest[wide] = _lowest_kept(logits[wide], temperature, top_p, top_k=logits.shape[1])  # of all of them
+    return lowest
 
 
 def _cut(rows, logits, tokens, lowest, kept):

@@ -53,7 +53,7 @@ from distil.sampling import add_sampling_flags, is_plain, load_task, sampling_fr
 from distil.teacher import live_teacher
 from distil.vllm_engine import load_vllm
 from reports import details, figure, page, tables
-from reports.reading import evaluations_in
+from reports.reading import EVAL_CURVES, evaluations_in
 from streaming_kl import linear_streaming_kl
 
 KL_BINS = 64  # of positions, at most, in which the KLs along responses are shown
@@ -66,11 +66,13 @@ def get_args(argv=None):
     p.add_argument("--table", type=flags.path, nargs="+", metavar="DIR", help=table_help)
     compare_help = "print how the second differs from the first: evaluations, or runs on the same data sets"
     p.add_argument("--compare", type=flags.path, nargs=2, metavar="DIR", help=compare_help)
-    p.add_argument("--figure", type=flags.path, metavar="PNG", help="draw evaluations of --runs in training")
-    p.add_argument("--runs", type=flags.path, nargs="+", metavar="RUN", help="those with --eval_every")
+    p.add_argument("--figure", type=flags.path, metavar="PNG", help="draw curves of --runs")
+    p.add_argument("--runs", type=flags.path, nargs="+", metavar="RUN", help="of train.py and grpo.py")
+    y_help = "columns of evals.jsonl and metrics.jsonl that --figure draws (default: avg entropy length)"
+    p.add_argument("--y", nargs="+", metavar="NAME", help=y_help)
+    p.add_argument("--x", choices=["step", "tflops"], default="step", help="what --figure draws them against")
     report_help = "write an HTML page, the first path, about evaluations and runs, the others"
     p.add_argument("--report", type=flags.path, nargs="+", metavar="PATH", help=report_help)
-    p.add_argument("--x", choices=["step", "tflops"], default="step", help="what --figure draws them against")
     p = parser.add_argument_group("what goes in")
     p.add_argument("--model", type=flags.path, help="directory or hub id of the model to evaluate")
     add_problem_flags(p, required=False)
@@ -94,8 +96,8 @@ def get_args(argv=None):
     p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")
     artifacts.add_output_flags(parser, required=False)
     args = parser.parse_args(argv)
-    if args.figure and not args.runs:
-        parser.error("--figure needs --runs")
+    if bool(args.figure) != bool(args.runs) or args.y and not args.figure:
+        parser.error("--figure and --runs go together; --y is for --figure")
     if args.report and len(args.report) < 2:
         parser.error(f"--report {args.report[0]}: needs a page, then directories of evaluations or runs")
     if not (args.table or args.compare or args.figure or args.report):
@@ -312,10 +314,9 @@ def main(args):
     if args.table:
         print(tables.table([one for path in args.table for one in evaluations_in(path, "--table")]))
     if args.compare:
-        pairs = tables.pairs_of(args.compare).items()
-        print("\n\n".join(f"{data}\n\n{tables.compare(pair)}" for data, pair in pairs).strip())
+        print(tables.compare(args.compare))
     if args.figure:
-        figure.figure(args.figure, args.runs, args.x)
+        figure.figure(args.figure, args.runs, args.y or EVAL_CURVES, args.x)
     if args.report:
         page.write_report(args.report[0], args.report[1:])
     if args.table or args.compare or args.figure or args.report:

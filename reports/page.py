@@ -3,11 +3,13 @@
 It is reports/page.html with the data in it as JSON. All numbers come from stored artifacts."""
 
 import codecs
+import collections
 import json
 import math
 import os
+import shlex
 
-from distil.artifacts import DAMAGE, read_artifact, refuse, write_file
+from distil.artifacts import DAMAGE, now_utc, read_artifact, read_sealed, refuse, write_file
 from distil.evaluation import data_names
 from distil.flops import text_of
 from distil.jsonl import read_jsonl
@@ -15,7 +17,7 @@ from reports.reading import EVAL_CURVES, evaluations_in, read_log, read_results,
 
 RESPONSES = 200  # of an evaluation that the page holds at most
 PAGE_BYTES = 8_000_000  # of all responses on the page; evaluations have equal shares
-POINTS = 200  # of a curve
+POINTS = 1000  # of a curve
 SHOWN_FROM = 1e-3  # probability of a likely token that is shown beside the likeliest
 STEP_CURVES = {"fkl": "forward KL (nats)", "rkl": "reverse KL (nats)", "reward": "reward", "loss": "loss"}
 STEP_CURVES |= {"student_entropy": "student's entropy (nats)", "truncated": "share of cut-off responses"}
@@ -72,7 +74,9 @@ def pieces(written):
 
 
 def write_report(path, directories):
-    """Write the page about some evaluations and runs; a run's directory stands for its evaluations too."""
+    """Write the page about some evaluations and runs; a run's directory stands for its evaluations too.
+
+    Refused, with nothing written, if one of them is damaged or unfinished."""
     if os.path.isdir(path) or not path.lower().endswith((".html", ".htm")):
         refuse(f"--report {path}: must be a file that ends in .html")
     evaluations, runs = [], []
@@ -81,12 +85,15 @@ def write_report(path, directories):
         runs += [one] * is_run
         evaluations += evaluations_in(one, "--report", needed=not is_run)
     evaluations = list(dict.fromkeys(evaluations))
+    unfinished = [one for one in runs + evaluations if not os.path.isfile(os.path.join(one, "meta.json"))]
+    if unfinished:
+        advice = "unfinished (no meta.json); finish it with --resume, or leave it out"
+        refuse(f"--report {' '.join(unfinished)}: {advice}")
     share = PAGE_BYTES / max(1, len(evaluations))
-    data = {"evaluations": [evaluation_data(one, share) for one in evaluations]}
-    names = data_names(dict.fromkeys(one["data"] for one in data["evaluations"]))
-    for one in data["evaluations"]:
-        one["data"] = one["cells"]["data"][0] = names[one["data"]]
-    data |= {"runs": list(map(run_data, runs)), "curves": {"evals": EVAL_CURVES, "steps": STEP_CURVES}}
+    data = {"evaluations": [read(evaluation_data, one, share) for one in evaluations]}
+    data |= {"runs": [read(run_data, one) for one in runs], "written": now_utc()}
+    data |= {"curves": {"evals": EVAL_CURVES, "steps": STEP_CURVES}}
+    give_names(data["evaluations"], data["runs"])
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no </script>
     with open(os.path.join(os.path.dirname(__file__), "page.html"), encoding="utf-8") as file:
         page = file.read().replace("@DATA@", text)
@@ -96,30 +103,73 @@ def write_report(path, directories):
     print(f"report: {path} ({len(page.encode()) / 1e6:.1f} MB, {shown} of {stored} responses)")
 
 
+def read(read_one, path, *limits):
+    """read_one(path, *limits). Refused if its files, though unchanged, lack what the page needs."""
+    try:
+        return read_one(path, *limits)
+    except (*DAMAGE, IndexError) as error:
+        advice = "make it again, or leave it out"
+        refuse(f"--report {path}: its files are not what this version writes ({error!r}); {advice}")
+
+
+def give_names(evaluations, runs):
+    """Shorten the names of data sets; add the path to names that several runs, or evaluations, share."""
+    names = data_names(dict.fromkeys(one["data"] for one in evaluations))
+    for one in evaluations:
+        one["data"] = one["cells"]["data"][0] = names[one["data"]]
+    for group in (evaluations, runs):
+        counts = collections.Counter((one["name"], one.get("data")) for one in group)
+        for one in group:
+            if counts[one["name"], one.get("data")] > 1:
+                one["name"] += f" ({one['made']['directory']})"
+    for one in evaluations:
+        one["cells"]["run"][0] = one["name"]
+
+
+def made(path, meta):
+    """{what: text}: where an artifact is and how it was made, from its meta.json."""
+    versions = [f"Python {meta['python']}", *(" ".join(one) for one in meta["versions"].items())]
+    words = []
+    for name, value in meta["args"].items():
+        if value not in (None, False, "", [], {}):
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(one if isinstance(one, str) else json.dumps(one) for one in values)]
+    return {
+        "directory": path,
+        "stage": meta["stage"],
+        "started": meta["started"],
+        "finished": meta["finished"],
+        "commit": (meta["commit"] or "unknown") + " with uncommitted changes" * meta["dirty"],
+        "device": meta["device"],
+        "versions": ", ".join(versions),
+        "command": shlex.join(meta["argv"]),
+        "all flags": shlex.join(words),
+    }
+
+
 def evaluation_data(path, share):
     """What the page says of an evaluation; its responses take at most `share` bytes."""
     results = read_results(path, "--report")
     rows = read_samples(path)
-    try:
-        details, texts = read_details(path, {(row["id"], row["sample"]) for row in rows[:RESPONSES]})
-        found = {"path": path, "run": results["run"], "data": results["data"], "cells": table_cells(results)}
-        responses, numbers, size = [], {}, 0  # numbers: {token id: its place in the vocabulary}
-        for row in rows[:RESPONSES]:
-            response, known = response_data(row), len(numbers)
-            if detail := details.get((row["id"], row["sample"])):
-                tokens = token_data(row["response_ids"], detail, texts, numbers)
-                added = sum(len(json.dumps(texts[i])) for i in list(numbers)[known:])
-                if size + json_size(response | {"detail": tokens}) + added <= share:
-                    response["detail"] = tokens
-                    size += added
-                else:
-                    numbers = dict(list(numbers.items())[:known])
-            size += json_size(response)
-            if size > share:
-                break
-            responses.append(response)
-    except DAMAGE as error:
-        refuse(f"--report {path}: its files are not what this version writes ({error!r}); evaluate again")
+    details, texts = read_details(path, {(row["id"], row["sample"]) for row in rows[:RESPONSES]})
+    found = {"name": results["run"], "data": results["data"], "cells": table_cells(results)}
+    found["trained"] = results["step"] is not None
+    found["made"] = made(path, read_sealed(os.path.join(path, "meta.json"), f"--report {path}"))
+    responses, numbers, size = [], {}, 0  # numbers: {token id: its place in the vocabulary}
+    for row in rows[:RESPONSES]:
+        response, known = response_data(row), len(numbers)
+        if detail := details.get((row["id"], row["sample"])):
+            tokens = token_data(row["response_ids"], detail, texts, numbers)
+            added = sum(len(json.dumps(texts[i])) for i in list(numbers)[known:])
+            if size + json_size(response | {"detail": tokens}) + added <= share:
+                response["detail"] = tokens
+                size += added
+            else:
+                numbers = dict(list(numbers.items())[:known])
+        size += json_size(response)
+        if size > share:
+            break
+        responses.append(response)
     too_long = sum("detail" not in r and (r["id"], r["sample"]) in details for r in responses)
     found |= {"shown": len(responses), "stored": len(rows), "too_long": too_long, "responses": responses}
     found["details"] = results.get("token_details")
@@ -195,18 +245,17 @@ def table_cells(results):
 
 
 def run_data(run):
-    """A run's curves: {"evals", "steps": {name: values}, of which x is step or tflops}."""
+    """A run's curves: {"evals", "steps": {name: values}}; of each log one row in "every" is drawn."""
     meta = read_artifact(run, "--report", "train", "grpo", later=("final", "step_"))
     name = os.path.basename(os.path.realpath(run))
-    found = {"name": name, "training": meta["cell"]["name"], "every": 1, "evals": None}
+    found = {"name": name, "training": meta["cell"]["name"], "made": made(run, meta)}
+    found |= {"evals": None, "every": {}}
     logs = {"steps": (read_log(run, "metrics.jsonl"), STEP_CURVES)}
     if "evals.jsonl" in meta["files"]:
         logs["evals"] = read_log(run, "evals.jsonl"), EVAL_CURVES
     for log, (rows, curves) in logs.items():
-        every = math.ceil(len(rows) / POINTS)
-        rows = rows[::-1][:: max(1, every)][::-1]  # the last is drawn
-        if log == "steps":
-            found["every"] = every
+        every = found["every"][log] = max(1, math.ceil(len(rows) / POINTS))
+        rows = rows[::-1][::every][::-1]  # the last is drawn
         names = ["step", "tflops", *curves, *(f"{curve}_interval" for curve in curves)]
         found[log] = {name: [row.get(name) for row in rows] for name in names if name in rows[0]}
     return found

@@ -17,7 +17,7 @@ TOP = 5  # likeliest tokens of both models
 
 def store_token_details(args, model, teacher, task, rows):
     """Write tokens.jsonl, of the first responses of up to --token_details tokens, and vocabulary.json."""
-    total = len(rows)
+    total, first = len(rows), rows[0]["tokens"]
     ends = itertools.accumulate(row["tokens"] for row in rows)
     rows = [row for row, end in zip(rows, ends) if end <= args.token_details]
     responses = [Response(row["prompt_ids"], row["response_ids"], False) for row in rows]
@@ -34,7 +34,8 @@ def store_token_details(args, model, teacher, task, rows):
                 artifacts.stop(args)
     texts = token_texts(task.tokenizer, sorted(ids))
     artifacts.write_json(os.path.join(args.out, "vocabulary.json"), texts)
-    print(f"--token_details {args.token_details}: {len(rows)} of {total} responses stored", flush=True)
+    hint = "" if rows else f"; the first one needs --token_details {first}"
+    print(f"--token_details {args.token_details}: {len(rows)} of {total} responses stored{hint}", flush=True)
     return {"responses": len(rows), "left_out": total - len(rows)}
 
 

@@ -6,8 +6,9 @@ import codecs
 import json
 import math
 import os
+import shlex
 
-from distil.artifacts import DAMAGE, refuse, write_file
+from distil.artifacts import DAMAGE, now_utc, read_sealed, refuse, write_file
 from distil.evaluation import data_names
 from distil.jsonl import read_jsonl
 from reports.reading import (
@@ -23,7 +24,7 @@ from reports.reading import (
 
 RESPONSES = 200  # of an evaluation that the page holds at most
 PAGE_BYTES = 8_000_000  # of all responses on the page; evaluations have equal shares
-POINTS = 200  # of a curve
+POINTS = 1000  # of a curve
 SHOWN_FROM = 1e-3  # probability of a likely token that is shown beside the likeliest
 
 
@@ -48,7 +49,9 @@ def pieces(written):
 
 
 def write_report(path, directories):
-    """Write the page about some evaluations and runs; a run's directory stands for its evaluations too."""
+    """Write the page about some evaluations and runs; a run's directory stands for its evaluations too.
+
+    Refused, with nothing written, if one of them is damaged or unfinished."""
     if os.path.isdir(path) or not path.lower().endswith((".html", ".htm")):
         refuse(f"--report {path}: must be a file that ends in .html")
     evaluations, runs = [], []
@@ -56,14 +59,18 @@ def write_report(path, directories):
         is_run = os.path.isfile(os.path.join(one, "metrics.jsonl"))
         runs += [one] * is_run
         evaluations += evaluations_in(one, "--report", needed=not is_run)
+    unfinished = [one for one in runs + evaluations if not os.path.isfile(os.path.join(one, "meta.json"))]
+    if unfinished:
+        advice = "unfinished (no meta.json); finish it with --resume, or leave it out"
+        refuse(f"--report {' '.join(unfinished)}: {advice}")
     results, run_names = read_evaluations(evaluations, "--report", runs)
     share = PAGE_BYTES / max(1, len(results))
-    data = {"evaluations": [evaluation_data(path, one, share) for path, one in results.items()]}
+    data = {"evaluations": [read(evaluation_data, one, results[one], share) for one in results]}
+    data |= {"runs": [read(run_data, one, run_names[one]) for one in runs], "written": now_utc()}
+    data |= {"curves": {"evals": EVAL_CURVES, "steps": STEP_CURVES}}
     names = data_names(dict.fromkeys(one["data"] for one in data["evaluations"]))
     for one in data["evaluations"]:
         one["data"] = one["cells"]["data"][0] = names[one["data"]]
-    data["runs"] = [run_data(run, run_names[run]) for run in runs]
-    data["curves"] = {"evals": EVAL_CURVES, "steps": STEP_CURVES}
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no </script>
     with open(os.path.join(os.path.dirname(__file__), "page.html"), encoding="utf-8") as file:
         page = file.read().replace("@DATA@", text)
@@ -73,29 +80,58 @@ def write_report(path, directories):
     print(f"report: {path} ({len(page.encode()) / 1e6:.1f} MB, {shown} of {stored} responses)")
 
 
+def read(read_one, path, *more):
+    """read_one(path, *more). Refused if its files, though unchanged, lack what the page needs."""
+    try:
+        return read_one(path, *more)
+    except (*DAMAGE, IndexError) as error:
+        advice = "make it again, or leave it out"
+        refuse(f"--report {path}: its files are not what this version writes ({error!r}); {advice}")
+
+
+def made(path, meta):
+    """{what: text}: where an artifact is and how it was made, from its meta.json."""
+    versions = [f"Python {meta['python']}", *(" ".join(one) for one in meta["versions"].items())]
+    words = []
+    for name, value in meta["args"].items():
+        if value not in (None, False, "", [], {}):
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(one if isinstance(one, str) else json.dumps(one) for one in values)]
+    return {
+        "directory": path,
+        "stage": meta["stage"],
+        "started": meta["started"],
+        "finished": meta["finished"],
+        "commit": (meta["commit"] or "unknown") + " with uncommitted changes" * meta["dirty"],
+        "device": meta["device"],
+        "versions": ", ".join(versions),
+        "command": shlex.join(meta["argv"]),
+        "all flags": shlex.join(words),
+    }
+
+
 def evaluation_data(path, results, share):
     """What the page says of an evaluation; its responses take at most `share` bytes."""
     rows = read_samples(path)
-    try:
-        details, texts = read_details(path, {(row["id"], row["sample"]) for row in rows[:RESPONSES]})
-        found = {"path": path, "run": results["run"], "data": results["data"], "cells": table_cells(results)}
-        responses, numbers, size = [], {}, 0  # numbers: {token id: its place in the vocabulary}
-        for row in rows[:RESPONSES]:
-            response, known = response_data(row), len(numbers)
-            if detail := details.get((row["id"], row["sample"])):
-                tokens = token_data(row["response_ids"], detail, texts, numbers)
-                added = sum(len(json.dumps(texts[i])) for i in list(numbers)[known:])
-                if size + json_size(response | {"detail": tokens}) + added <= share:
-                    response["detail"] = tokens
-                    size += added
-                else:
-                    numbers = dict(list(numbers.items())[:known])
-            size += json_size(response)
-            if size > share:
-                break
-            responses.append(response)
-    except DAMAGE as error:
-        refuse(f"--report {path}: its files are not what this version writes ({error!r}); evaluate again")
+    details, texts = read_details(path, {(row["id"], row["sample"]) for row in rows[:RESPONSES]})
+    found = {"name": results["run"], "data": results["data"], "cells": table_cells(results)}
+    found["trained"] = results["step"] is not None
+    found["made"] = made(path, read_sealed(os.path.join(path, "meta.json"), f"--report {path}"))
+    responses, numbers, size = [], {}, 0  # numbers: {token id: its place in the vocabulary}
+    for row in rows[:RESPONSES]:
+        response, known = response_data(row), len(numbers)
+        if detail := details.get((row["id"], row["sample"])):
+            tokens = token_data(row["response_ids"], detail, texts, numbers)
+            added = sum(len(json.dumps(texts[i])) for i in list(numbers)[known:])
+            if size + json_size(response | {"detail": tokens}) + added <= share:
+                response["detail"] = tokens
+                size += added
+            else:
+                numbers = dict(list(numbers.items())[:known])
+        size += json_size(response)
+        if size > share:
+            break
+        responses.append(response)
     too_long = sum("detail" not in r and (r["id"], r["sample"]) in details for r in responses)
     found |= {"shown": len(responses), "stored": len(rows), "too_long": too_long, "responses": responses}
     found["details"] = results.get("token_details")
@@ -171,17 +207,16 @@ def table_cells(results):
 
 
 def run_data(run, name):
-    """A run's curves: {"evals", "steps": {name: values}, of which x is step or tflops}."""
+    """A run's curves: {"evals", "steps": {name: values}}; of each log one row in "every" is drawn."""
     meta, logs = read_run(run, "--report")
-    found = {"name": name, "training": meta["cell"]["name"], "every": 1, "evals": None}
+    found = {"name": name, "training": meta["cell"]["name"], "made": made(run, meta)}
+    found |= {"evals": None, "every": {}}
     for log, key, curves in (("metrics", "steps", STEP_CURVES), ("evals", "evals", EVAL_CURVES)):
-        rows = logs.get(log)
+        rows = logs.get(log, [])
         if not rows:
             continue
-        every = math.ceil(len(rows) / POINTS)
-        rows = rows[::-1][:: max(1, every)][::-1]  # the last is drawn
-        if log == "metrics":
-            found["every"] = every
+        every = found["every"][key] = max(1, math.ceil(len(rows) / POINTS))
+        rows = rows[::-1][::every][::-1]  # the last is drawn
         names = ["step", "tflops", *curves, *(f"{curve}_interval" for curve in curves)]
         found[key] = {name: [row.get(name) for row in rows] for name in names if name in rows[0]}
     return found

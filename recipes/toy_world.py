@@ -19,9 +19,10 @@ entropy wherever a name is chosen:
 
 Flags make the world harder; the defaults are those of recipes/toy.sh. --student_width 32 makes a student
 that cannot become as good as the teacher. --slips lets hasty solutions add one too much where a total
-passes 9. --restate repeats a total (+b7=7=7), each time more likely, so that lengths have entropy and a
-long tail. --student_end endoftext makes the student a base model beside a chat teacher: its solutions end
-with another token, except for --chat_share of them, and only that token stops its samples.
+passes 9. --orders two makes solutions take the terms as given or backwards. --restate repeats a total
+(+b7=7=7), each time more likely, so that lengths have entropy and a long tail. --student_end endoftext
+makes the student a base model beside a chat teacher: its solutions end with another token, except for
+--chat_share of them, and only that token stops its samples.
 """
 
 import argparse
@@ -60,6 +61,7 @@ def get_args(argv=None):
     p.add_argument(
         "--restate", type=float, default=0.0, help="chance to repeat a total; twice that for again"
     )
+    p.add_argument("--orders", choices=["any", "two"], default="any", help="two: as given, and backwards")
     p.add_argument("--student_width", type=int, default=64, help="hidden size of the student")
     p.add_argument(
         "--student_end",
@@ -110,11 +112,13 @@ def make_model(tokenizer, hidden, layers, heads):
     return model
 
 
-def solve(problem, rng, haste=0.0, slips=0.0, restate=0.0, end="<|im_end|>"):
-    """One solution, in a random order. Chances: haste, to end too early after a line; slips, to add one too
-    much where the total passes 9; restate, to repeat a total (each time adds as much again, up to 0.95)."""
+def solve(problem, rng, haste=0.0, slips=0.0, restate=0.0, end="<|im_end|>", orders="any"):
+    """One solution, in a random order; with orders="two" as given or backwards. Chances: haste, to end too
+    early after a line; slips, to add one too much where the total passes 9; restate, to repeat a total (each
+    time adds as much again, up to 0.95)."""
     terms, total, lines = problem.split(), 0, []
-    for term in rng.sample(terms, len(terms)):
+    order = rng.sample(terms, len(terms)) if orders == "any" else terms[:: rng.choice([1, -1])]
+    for term in order:
         name, digit = term.split("=")
         total += int(digit)
         if slips and total > 9 and rng.random() < slips:
@@ -183,12 +187,13 @@ def main(args):
     files += write_model(args, "student_init", student, (args.student_width, 2, 2))
 
     problems = load_problems(os.path.join(args.out, "train.jsonl"))
+    common = {"restate": args.restate, "orders": args.orders}
     hasty = {"haste": args.haste, "slips": args.slips}
     for name, chances, owner in (("gold", {}, tokenizer), ("hasty", hasty, student)):
         solutions = []
         for problem in problems:
             end = (tokenizer if endings.random() < args.chat_share else owner).eos_token
-            text = solve(problem["problem"], rng, restate=args.restate, end=end, **chances)
+            text = solve(problem["problem"], rng, end=end, **common, **chances)
             solutions.append((problem, text))
         write_solutions(args, name, solutions, tokenizer, [owner.eos_token_id])
     finish_artifact(args, "toy_world", files)

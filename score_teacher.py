@@ -24,6 +24,8 @@ import functools
 import json
 import math
 import os
+import pathlib
+import shutil
 
 import torch
 from safetensors.torch import save_file
@@ -229,6 +231,16 @@ def check_models(args):
 # ---------------------------------------------------------------------------------------------------------
 
 
+def check_space(out, size):
+    """Refuse `size` bytes that the disk cannot hold. Files already in `out` count as free space."""
+    out = pathlib.Path(out).absolute()
+    free = shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.is_dir())).free
+    free += sum(file.stat().st_size for file in out.glob("*") if file.is_file())
+    if size > free:
+        needs = f"needs {size / 1e9:.3g} GB and the disk has {free / 1e9:.3g}"
+        artifacts.refuse(f"--out {out}: {needs}; use another, or store less (--max_tokens)")
+
+
 def main(args):
     if args.preflight:
         return check_models(args)
@@ -270,7 +282,7 @@ def main(args):
         f"{len(lengths)} responses, {sum(lengths)} tokens, {token_bytes} bytes a token, {total / 1e9:.3g} GB"
     )
     print(f"score_teacher: {about}")
-    artifacts.check_space(args.out, total)
+    check_space(args.out, total)
     if args.server:
         about = args.teacher, directory, size, longest + 1, args.server_requests, args.server_timeout
         served = connect(args.server, "--server", *about)

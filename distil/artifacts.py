@@ -182,16 +182,6 @@ def check_same(args, before):
     return changes
 
 
-def check_space(out, size):
-    """Refuse `size` bytes that the disk cannot hold. Files already in `out` count as free space."""
-    out = pathlib.Path(out).absolute()
-    free = shutil.disk_usage(next(folder for folder in (out, *out.parents) if folder.is_dir())).free
-    free += sum(file.stat().st_size for file in out.glob("*") if file.is_file())
-    if size > free:
-        needs = f"needs {size / 1e9:.3g} GB and the disk has {free / 1e9:.3g}"
-        refuse(f"--out {out}: {needs}; use another, or store less (--max_tokens)")
-
-
 def take_lock(out, kind=fcntl.LOCK_EX):
     """Lock OUT/meta.lock until it is closed or the process ends. Refused while another process holds it."""
     for wait in (0.05, 0.1, 0.2, 0):  # another process may only be checking

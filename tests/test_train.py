@@ -367,7 +367,7 @@ def test_a_run_killed_while_it_was_finishing_can_be_resumed(prefix_flags, tmp_pa
 
 KILL = """
 import os, signal, sys, train
-from runs import diagnostics, training
+from runs import training
 real_step = training.optimizer_step
 def killed(args, model, optimizer, step, ids):
     if step == 2:

@@ -9,6 +9,7 @@
     python evaluate.py --table out/a/eval out/b/evals           one Markdown table, a row per run and data set
     python evaluate.py --compare out/a out/b                    differences on the same problems
     python evaluate.py --figure out/cells.png --runs out/a out/b --x tflops     evaluations during training
+    python evaluate.py --figure out/kl.png --runs out/a/kl out/b/kl --x position      KL along responses
     python evaluate.py --report out/report.html out/a out/b     one page: table, curves, responses
 
 Avg@n    mean over problems of the share of correct responses among n
@@ -30,22 +31,13 @@ import os
 import torch
 from tqdm import tqdm
 
-from distil import artifacts, evaluation, flags
+from distil import artifacts, evaluation, flags, models
 from distil.artifacts import is_finished, read_artifact, refuse
 from distil.batches import batches_by_tokens
 from distil.evaluation import data_names, interval, mean_of
 from distil.jsonl import GrowingFile, finite, read_jsonl
 from distil.matching import check_tokenizers
-from distil.models import (
-    Response,
-    check_head,
-    context_of,
-    default_dtype,
-    forward,
-    load_model,
-    model_dir,
-    rows_of,
-)
+from distil.models import Response, forward
 from distil.problems import add_problem_flags, asked
 from distil.prompts import load_tokenizer, template_sha256, tokenizer_sha256, vocab_size_of
 from distil.rollouts import stored_responses
@@ -70,7 +62,8 @@ def get_args(argv=None):
     p.add_argument("--runs", type=flags.path, nargs="+", metavar="RUN", help="of train.py and grpo.py")
     y_help = "columns of evals.jsonl and metrics.jsonl that --figure draws (default: avg entropy length)"
     p.add_argument("--y", nargs="+", metavar="NAME", help=y_help)
-    p.add_argument("--x", choices=["step", "tflops"], default="step", help="what --figure draws them against")
+    x_help = "what --figure draws them against; position: the KLs that --teacher has measured"
+    p.add_argument("--x", choices=["step", "tflops", "position"], default="step", help=x_help)
     report_help = "write an HTML page, the first path, about evaluations and runs, the others"
     p.add_argument("--report", type=flags.path, nargs="+", metavar="PATH", help=report_help)
     p = parser.add_argument_group("what goes in")
@@ -92,7 +85,7 @@ def get_args(argv=None):
     details_help = "store what both models say at each token of the first responses, N tokens in all"
     p.add_argument("--token_details", type=flags.positive_int, metavar="N", help=details_help)
     dtypes = ["float32", "bfloat16", "float16"]
-    p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="dtype of the model")
+    p.add_argument("--dtype", choices=dtypes, default=models.default_dtype(), help="dtype of the model")
     p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")
     artifacts.add_output_flags(parser, required=False)
     args = parser.parse_args(argv)
@@ -139,7 +132,7 @@ def prepare(args):
     make_sampling = functools.partial(sampling_from, args)
     task = load_task(args.model, asked(args, *(args.benchmarks or [])), make_sampling)
     if args.teacher:
-        check_teacher(model_dir(args.teacher, "--teacher"), task)
+        check_teacher(models.model_dir(args.teacher, "--teacher"), task)
     if args.rollouts:
         teacher_responses(args, task)
     return task
@@ -149,9 +142,9 @@ def check_teacher(directory, task):
     """Refuse a teacher whose ids mean other tokens, or whose context is too short for the responses."""
     tokenizer = load_tokenizer(directory, "--teacher")
     check_tokenizers(tokenizer, "--teacher", tokenizer_sha256(task.tokenizer), "--model")
-    vocab_size_of(tokenizer, rows_of(directory), "--teacher", task.sampling.vocab_size)
+    vocab_size_of(tokenizer, models.rows_of(directory), "--teacher", task.sampling.vocab_size)
     longest = max(map(len, task.prompts)) + task.sampling.max_response_tokens
-    if longest > context_of(directory, "--teacher"):
+    if longest > models.context_of(directory, "--teacher"):
         refuse(
             f"--teacher {directory}: its context is shorter than the {longest} tokens of prompt and response"
         )
@@ -222,9 +215,9 @@ def teacher_responses(args, task):
         refuse(
             f"--rollouts {args.rollouts}: their prompts are not --model's (--template_from, --system_prompt)"
         )
-    limits = args.max_response_tokens, context_of(task.directory), task.sampling.vocab_size
+    limits = args.max_response_tokens, models.context_of(task.directory), task.sampling.vocab_size
     made = argparse.Namespace(**{"temperature": None, "responses": None, "drop": []} | meta["args"])
-    own = meta["model"] == os.path.realpath(model_dir(args.teacher, "--teacher"))
+    own = meta["model"] == os.path.realpath(models.model_dir(args.teacher, "--teacher"))
     plain = own and not made.responses and not made.drop and is_plain(made)
     return stored_responses(args.rollouts, *limits), plain
 
@@ -315,7 +308,9 @@ def main(args):
         print(tables.table([one for path in args.table for one in evaluations_in(path, "--table")]))
     if args.compare:
         print(tables.compare(args.compare))
-    if args.figure:
+    if args.figure and args.x == "position":
+        figure.figure_by_position(args.figure, args.runs, args.y or ["rkl", "fkl"])
+    elif args.figure:
         figure.figure(args.figure, args.runs, args.y or EVAL_CURVES, args.x)
     if args.report:
         page.write_report(args.report[0], args.report[1:])
@@ -330,11 +325,11 @@ def main(args):
         return
     directory, size = todo[0][1].directory, todo[0][1].sampling.vocab_size
     origin = evaluation.origin_of(directory, args.model)
-    model = load_model(directory, "--model", args.dtype)
-    check_head(model, "--model")
+    model = models.load_model(directory, "--model", args.dtype)
+    models.check_head(model, "--model")
     teacher = None
     if args.teacher:
-        teacher = live_teacher(model_dir(args.teacher, "--teacher"), args.dtype, size)
+        teacher = live_teacher(models.model_dir(args.teacher, "--teacher"), args.dtype, size)
     engine = model
     if args.engine == "vllm":
         machine = args.dtype, args.tensor_parallel, args.gpu_memory_utilization

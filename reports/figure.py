@@ -1,10 +1,20 @@
-"""The figure of some runs: columns of their logs against steps or TFLOPs, a line for each run."""
+"""Figures: columns of the logs of runs against steps or TFLOPs; KLs of evaluations against position."""
 
 import io
 import os
 
 from distil.artifacts import refuse, write_file
-from reports.reading import EVAL_CURVES, STEP_CURVES, columns_of, distinct_names, read_run, without_repeats
+from reports.reading import (
+    EVAL_CURVES,
+    STEP_CURVES,
+    columns_of,
+    distinct_names,
+    evaluations_in,
+    kls_of,
+    read_evaluations,
+    read_run,
+    without_repeats,
+)
 
 TITLES = {"evals": EVAL_CURVES, "metrics": STEP_CURVES}
 # Okabe and Ito's colours, which the colour-blind can tell apart; their yellow is too pale for white paper
@@ -19,8 +29,6 @@ def figure(path, runs, names, x):
 
     A name is that of a column, pass@4 for a nested one, and if both logs have it the one of evals.jsonl is
     drawn; evals/NAME and metrics/NAME say which. Bands are 95% intervals; null leaves a gap."""
-    if os.path.isdir(path) or not path.lower().endswith((".png", ".pdf", ".svg")):
-        refuse(f"--figure {path}: must be a file that ends in .png, .pdf or .svg")
     runs = without_repeats(runs)
     read = {run: read_run(run, "--runs") for run in runs}
     logs = {run: {log: list(map(columns_of, rows)) for log, rows in read[run][1].items()} for run in runs}
@@ -29,9 +37,45 @@ def figure(path, runs, names, x):
     labels = distinct_names(runs)
     check_curves(curves, labels, panels, x)
     styles = dict(zip(runs, line_styles([read[run][0]["cell"] for run in runs])))
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     draw(path, panels, curves, styles, labels, {"step": "step", "tflops": "TFLOPs"}[x])
-    print(f"figure: {path}")
+
+
+def figure_by_position(path, directories, names):
+    """Draw KLs along responses against the position of their tokens: a line for each evaluation with --teacher
+    and each of its prefixes, the model's own responses (solid) and the teacher's (dashed).
+
+    Where the KL on its own prefixes grows faster than on the teacher's, errors lead to prefixes on which the
+    model knows less (exposure bias). names: fkl, rkl."""
+    if unknown := {*names} - {"fkl", "rkl"}:
+        refuse(f"--y {' '.join(sorted(unknown))}: by position there are fkl and rkl")
+    paths = [one for directory in directories for one in evaluations_in(directory, "--runs")]
+    results, _ = read_evaluations(paths, "--runs")
+    curves, styles, labels = {}, {}, {}
+    for place, (one, found) in enumerate(results.items()):
+        if not kls_of(found):
+            print(f"figure: {found['run']} on {found['data']} was evaluated without --teacher: left out")
+        for prefix, kl in kls_of(found).items():
+            key, middle = (one, prefix), (kl["bin"] + 1) / 2
+            columns = [(kl[f"{name}_by_position"], kl[f"{name}_by_position_interval"]) for name in names]
+            points = [
+                [(i * kl["bin"] + middle, v, *bounds) for i, (v, bounds) in enumerate(zip(*c))]
+                for c in columns
+            ]
+            line = {"student": "-", "teacher": "--"}[prefix]
+            marker = MARKERS[place // len(COLORS) % len(MARKERS)]
+            styles[key] = {
+                "color": COLORS[place % len(COLORS)],
+                "linestyle": line,
+                "marker": marker,
+                "markersize": 3,
+            }
+            curves[key], labels[key] = points, f"{found['run']}, {prefix}'s prefixes"
+    if not curves:
+        refuse("--x position: none of --runs was evaluated with --teacher")
+    titles = {"fkl": "KL(teacher‖student) (nats)", "rkl": "KL(student‖teacher) (nats)"}
+    draw(
+        path, [("evals", titles[name]) for name in names], curves, styles, labels, "position in the response"
+    )
 
 
 def find_column(name, logs):
@@ -100,6 +144,9 @@ def line_styles(cells):
 
 def draw(path, panels, curves, styles, labels, xlabel):
     """Write the file. curves: {run: points of each panel}."""
+    if os.path.isdir(path) or not path.lower().endswith((".png", ".pdf", ".svg")):
+        refuse(f"--figure {path}: must be a file that ends in .png, .pdf or .svg")
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,3 +177,4 @@ def draw(path, panels, curves, styles, labels, xlabel):
     fig.savefig(image, dpi=150, format=path[-3:].lower())
     write_file(path, image.getvalue())
     plt.close(fig)
+    print(f"figure: {path}")

@@ -15,6 +15,7 @@ EVAL_CURVES = {
 }
 STEP_CURVES = {"fkl": "forward KL (nats)", "rkl": "reverse KL (nats)", "reward": "reward", "loss": "loss"}
 STEP_CURVES |= {"student_entropy": "student's entropy (nats)", "truncated": "share of cut-off responses"}
+KLS = {"student": "rkl", "teacher": "fkl"}  # on whose plain samples which KL is that of whole responses
 METRICS = ("avg", "pass", "maj", "length", "truncated", "entropy")  # of results.json, each with an interval
 
 
@@ -110,8 +111,27 @@ def read_results(path, flag):
 
 
 def metrics_of(results):
-    """{metric: value} of results.json: avg, pass@k and maj@k for each k, length, truncated, entropy."""
-    return columns_of({name: results[name] for name in METRICS})
+    """{metric: value} of results.json: avg, pass@k and maj@k for each k, length, truncated, entropy; with
+    --teacher also sequence_rkl, on the model's responses, and sequence_fkl, on the teacher's."""
+    found = columns_of({name: results[name] for name in METRICS})
+    kls = {f"sequence_{KLS[prefix]}": kl[f"sequence_{KLS[prefix]}"] for prefix, kl in kls_of(results).items()}
+    return found | kls
+
+
+def kls_of(results):
+    """{whose responses: summary} of the KLs in results.json; {} without --teacher."""
+    return results.get("kl", {})
+
+
+def kls_by_problem(path):
+    """{metric of metrics_of(): {id of a problem: (sum over its responses, their number)}} of kl.jsonl."""
+    found = {}
+    if os.path.isfile(os.path.join(path, "kl.jsonl")):
+        for _, row in read_jsonl(os.path.join(path, "kl.jsonl")):
+            problems = found.setdefault(f"sequence_{KLS[row['prefix']]}", {})
+            total, count = problems.get(row["id"], (0.0, 0))
+            problems[row["id"]] = total + sum(row[KLS[row["prefix"]]]), count + 1
+    return found
 
 
 def read_samples(path):

@@ -8,8 +8,18 @@ import os
 from distil.artifacts import read_artifact, refuse
 from distil.evaluation import bootstrap_means, data_names, mean_of, percentile_interval, values_by_problem
 from distil.prompts import Prompting
-from reports.reading import cost_of, evaluations_in, metrics_of, read_evaluations, read_samples
+from reports.reading import (
+    KLS,
+    cost_of,
+    evaluations_in,
+    kls_by_problem,
+    kls_of,
+    metrics_of,
+    read_evaluations,
+    read_samples,
+)
 
+SEQUENCE_KLS = [f"sequence_{kl}" for kl in KLS.values()]
 FORMS = {"length": ".1f", "truncated": ".1%"}  # of the other metrics .3f
 
 
@@ -63,10 +73,19 @@ def table(paths):
     left_out = {"Maj@1"}  # Avg@n again
     left_out |= {"data"} if len(names) == 1 else set()
     left_out |= {"n"} if common_n else set()
+    left_out |= {name for name in SEQUENCE_KLS if not any(name in row["values"] for row in rows)}
     cells = [table_row(row, ks, row["n"] if common_n else "n") for row in rows]
     header = [name for name in cells[0] if name not in left_out]
     text = markdown([header, ["---"] * len(header), *([row[name] for name in header] for row in cells)])
-    return f"{text}\n\n{note(n_of)}" if means else text
+    notes = [note(n_of)] if means else []
+    kls = [(r["run"], kl) for r in results for kl in kls_of(r).values()]
+    if kls:
+        notes.append(
+            "sequence_rkl, sequence_fkl: KL(q‖p), KL(p‖q) of whole responses in nats, p the teacher."
+        )
+    if unfit := dict.fromkeys(run for run, kl in kls if not kl["plain_samples"]):
+        notes[-1] += f" Not so for {', '.join(unfit)}: sums over other than plain samples."
+    return "\n\n".join([text, *notes])
 
 
 def check_comparable(results):
@@ -106,6 +125,7 @@ def table_row(row, ks, n):
     for kind in ("pass", "maj"):
         cells |= {f"{kind.title()}@{k}": shown.get(f"{kind}@{k}", "-") for k in ks}
     cells |= {name: shown[name] for name in ("length", "truncated", "entropy")}
+    cells |= {name: shown.get(name, "-") for name in SEQUENCE_KLS}
     cells["TFLOPs"] = cost_of(row)
     return cells
 
@@ -178,6 +198,12 @@ def measure(pair, results):
         print(f"--compare: the prompts differ: {flag} was {one!r} in {pair[0]}, {other!r} in {pair[1]}")
     ks = [int(k) for k in results[0]["pass"] if k in results[1]["pass"]]
     first, second = (values_by_problem(rows, r["n"], ks) for rows, r in zip(samples, results))
+    kls = [kls_by_problem(path) for path in pair]
+    for name in kls[0].keys() & kls[1].keys():
+        if kls[0][name].keys() == kls[1][name].keys():
+            first[name], second[name] = (list(zip(*kl[name].values())) for kl in kls)
+        else:
+            print(f"--compare: {name} is left out, since the two are on responses to other problems")
     draws = {name: bootstrap_means(*second[name]) - bootstrap_means(*first[name]) for name in first}
     return *({name: mean_of(*one[name]) for name in one} for one in (first, second)), draws
 

@@ -152,3 +152,30 @@ def test_refusals(pair, world, tmp_path, refused):
     refused(lambda: run_line(evaluate, other), f"--rollouts {pair}/rollouts", "prompts")
     refused(lambda: run_line(evaluate, f"{line} --rollouts {pair}/eval"), "--rollouts", "made by 'evaluate'")
     assert not (tmp_path / "eval").exists()
+
+
+def test_tables_comparisons_and_figures_show_them(pair, world, tmp_path, capsys):
+    line = f"--data {world}/train.jsonl --limit 12 --n 16 {SMALL} {PLAIN}"
+    run_line(evaluate, f"--model {pair}/teacher {line} --teacher {pair}/teacher --out {tmp_path}/itself")
+    run_line(evaluate, f"--model {pair}/student {line} --out {tmp_path}/without")
+    capsys.readouterr()
+    run_line(evaluate, f"--table {pair}/eval {tmp_path}/itself {tmp_path}/without")
+    head, _, *rows, _, note = capsys.readouterr().out.splitlines()
+    columns = [cell.strip() for cell in head.split("|")]
+    cells = [dict(zip(columns, (cell.strip() for cell in row.split("|")))) for row in rows]
+    kl = json.loads((pair / "eval/results.json").read_text())["kl"]
+    rkl, fkl = kl["student"]["sequence_rkl"], kl["teacher"]["sequence_fkl"]
+    assert [row["sequence_rkl"] for row in cells] == [f"{rkl:.3f}", "0.000", "-"]
+    assert [row["sequence_fkl"] for row in cells] == [f"{fkl:.3f}", "-", "-"] and "whole responses" in note
+    run_line(evaluate, f"--compare {tmp_path}/itself {pair}/eval")
+    [row] = [line for line in capsys.readouterr().out.splitlines() if "sequence_" in line]
+    low, high = kl["student"]["sequence_rkl_interval"]
+    assert f"| {rkl:+.3f} [{low:+.3f}, {high:+.3f}] |" in row  # the other's is 0 for every problem
+    figure, runs = tmp_path / "kl.svg", f"--runs {pair}/eval {tmp_path}/itself {tmp_path}/without"
+    run_line(evaluate, f"--figure {figure} {runs} --x position")
+    assert figure.stat().st_size > 5000 and "without --teacher: left out" in capsys.readouterr().out
+
+
+def test_the_figure_refuses_what_has_no_position(pair, tmp_path, refused):
+    line = f"--figure {tmp_path}/a.png --x position --runs"
+    refused(lambda: run_line(evaluate, f"{line} {pair}/eval --y avg"), "--y avg", "fkl and rkl")

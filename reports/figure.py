@@ -41,8 +41,8 @@ def figure(path, runs, names, x):
 
 
 def figure_by_position(path, directories, names):
-    """Draw KLs along responses against the position of their tokens: a line for each evaluation with --teacher
-    and each of its prefixes, the model's own responses (solid) and the teacher's (dashed).
+    """Draw KLs along responses against the position of their tokens: a line for each evaluation by --teacher
+    and whose responses they are, the model's own (solid) or the teacher's (dashed).
 
     Where the KL on its own prefixes grows faster than on the teacher's, errors lead to prefixes on which the
     model knows less (exposure bias). names: fkl, rkl."""
@@ -54,28 +54,22 @@ def figure_by_position(path, directories, names):
     for place, (one, found) in enumerate(results.items()):
         if not kls_of(found):
             print(f"figure: {found['run']} on {found['data']} was evaluated without --teacher: left out")
+        look = {"color": COLORS[place % len(COLORS)], "markersize": 3}
+        look["marker"] = MARKERS[place // len(COLORS) % len(MARKERS)]
         for prefix, kl in kls_of(found).items():
-            key, middle = (one, prefix), (kl["bin"] + 1) / 2
-            columns = [(kl[f"{name}_by_position"], kl[f"{name}_by_position_interval"]) for name in names]
-            points = [
-                [(i * kl["bin"] + middle, v, *bounds) for i, (v, bounds) in enumerate(zip(*c))]
-                for c in columns
+            key, width = (one, prefix), kl["bin"]
+            columns = [zip(kl[f"{name}_by_position"], kl[f"{name}_by_position_interval"]) for name in names]
+            curves[key] = [
+                [((i + 0.5) * width, value, *bounds) for i, (value, bounds) in enumerate(column)]
+                for column in columns
             ]
-            line = {"student": "-", "teacher": "--"}[prefix]
-            marker = MARKERS[place // len(COLORS) % len(MARKERS)]
-            styles[key] = {
-                "color": COLORS[place % len(COLORS)],
-                "linestyle": line,
-                "marker": marker,
-                "markersize": 3,
-            }
-            curves[key], labels[key] = points, f"{found['run']}, {prefix}'s prefixes"
+            styles[key] = look | {"linestyle": {"student": "-", "teacher": "--"}[prefix]}
+            labels[key] = f"{found['run']}, {prefix}'s prefixes"
     if not curves:
         refuse("--x position: none of --runs was evaluated with --teacher")
     titles = {"fkl": "KL(teacher‖student) (nats)", "rkl": "KL(student‖teacher) (nats)"}
-    draw(
-        path, [("evals", titles[name]) for name in names], curves, styles, labels, "position in the response"
-    )
+    panels = [("evals", titles[name]) for name in names]
+    draw(path, panels, curves, styles, labels, "position in the response")
 
 
 def find_column(name, logs):

@@ -391,7 +391,7 @@ def test_benchmarks_are_the_single_evaluations_with_one_model_load(world, tmp_pa
         kill_at(patch, 4)  # the second chunk of the second data set
         run_benchmarks(world, tmp_path / "killed")
     loads, real = [], models.load_model
-    monkeypatch.setattr(evaluate, "load_model", lambda *args: loads.append(args) or real(*args))
+    monkeypatch.setattr(models, "load_model", lambda *args: loads.append(args) or real(*args))
     run_benchmarks(world, tmp_path / "killed", "--resume")
     for name in ("test", "heldout"):
         assert files_of(tmp_path / "killed" / name) == files_of(tmp_path / "whole" / name)
@@ -518,7 +518,7 @@ def test_overwrite_never_deletes_the_checkpoint_under_evaluation(
     world, trained_run, tmp_path, refused, monkeypatch
 ):
     shutil.copytree(trained_run, tmp_path / "run")
-    monkeypatch.setattr(evaluate, "load_model", None)  # refused before a model is loaded
+    monkeypatch.setattr(models, "load_model", None)  # refused before a model is loaded
     more = ["--model", tmp_path / "run/final", "--overwrite"]
     refused(lambda: run(world, tmp_path / "run", *more), "--out", "--model")
     read_artifact(str(tmp_path / "run"), "--", "train")

@@ -149,7 +149,7 @@ def cheap_models(monkeypatch, world, tmp_path):
     monkeypatch.setattr(score_teacher, "score", score)
     monkeypatch.setattr(models, "output_head", lambda *args: torch.eye(29, 4))
     monkeypatch.setattr(models, "check_head", lambda *args: None)
-    monkeypatch.setattr(evaluate, "check_head", lambda *args: None)
+    monkeypatch.setattr(models, "check_head", lambda *args: None)
     monkeypatch.setattr(
         evaluation, "grade", lambda responses, answers: [Grade("1", False, False) for _ in responses]
     )

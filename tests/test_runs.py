@@ -149,7 +149,7 @@ def test_logits_that_are_not_finite_are_not_sampled_from(
     assert not (tmp_path / "out").exists()
     for check in ("check_generation", "check_head"):  # as if only later tokens gave such logits
         monkeypatch.setattr(models, check, lambda *given: None)
-    monkeypatch.setattr(evaluate, "check_head", lambda *given: None)
+    monkeypatch.setattr(models, "check_head", lambda *given: None)
     message = refused(lambda: run_line(stage, f"{line} --dtype float16"), "--engine hf", "prompt ", code=1)
     assert message.count("error:") == 1 and not (tmp_path / "out/results.json").exists()
     run_line(stage, f"{line} --overwrite")  # the same in float32
@@ -180,7 +180,7 @@ def test_entropies_that_are_not_finite_are_no_results(overflowing, world, tmp_pa
 
     monkeypatch.setattr(evaluation, "sample_stream", sampled)
     monkeypatch.setattr(models, "check_generation", lambda *given: None)
-    monkeypatch.setattr(evaluate, "check_head", lambda *given: None)
+    monkeypatch.setattr(models, "check_head", lambda *given: None)
     line = f"--model {overflowing} --data {world}/test.jsonl {TINY} --dtype float16 --out {tmp_path}/out"
     first = read_rows(world / "test.jsonl")[0].get("id", "test/")
     refused(lambda: run_line(evaluate, line), first, "sample 0", "entropy is NaN", code=1)

@@ -77,7 +77,7 @@ def find_column(name, logs):
     known = {"evals": set(), "metrics": set()}
     for found in logs.values():
         for log, rows in found.items():
-            known[log] |= {name for row in rows for name, value in row.items() if is_number(value)}
+            known[log] |= {one for row in rows for one, value in row.items() if is_number(value)}
     asked, _, column = name.rpartition("/")
     for log in [asked] if asked else known:
         nested = [one for one in known.get(log, ()) if one.startswith(f"{column}@")]
@@ -125,15 +125,14 @@ def line_styles(cells):
     looks = [(colors.get(cell["kl"], COLORS[2]), lines.get(cell["prefix"], ":"), "o") for cell in cells]
     if len({*looks}) < len(looks):
         pairs = [(color, line) for line in LINES for color in COLORS]
-        markers = [
-            (i + i // len(pairs)) % len(MARKERS) for i in range(len(cells))
-        ]  # shifted each time around
-        looks = [(*pairs[i % len(pairs)], MARKERS[marker]) for i, marker in enumerate(markers)]
+        looks = []
+        for i in range(len(cells)):
+            marker = MARKERS[(i + i // len(pairs)) % len(MARKERS)]  # each time around the pairs another one
+            looks.append((*pairs[i % len(pairs)], marker))
     if len({*looks}) < len(looks):
         refuse(f"--runs: {len(looks)} runs in one figure would not be told apart; draw fewer")
-    return [
-        dict(zip(("color", "linestyle", "marker"), look), markersize=3.5, linewidth=1.2) for look in looks
-    ]
+    names, sizes = ("color", "linestyle", "marker"), {"markersize": 3.5, "linewidth": 1.2}
+    return [dict(zip(names, look)) | sizes for look in looks]
 
 
 def draw(path, panels, curves, styles, labels, xlabel):

@@ -16,6 +16,7 @@ import torch
 
 from conftest import ROOT
 from recipes import plan, toy_claim
+from reports import figure
 from runs.flops import tflops
 from test_repo import parses
 
@@ -80,6 +81,37 @@ def has(args, **values):
 def listed(tmp_path, name):
     _, _, lines, _ = bash(tmp_path, name, "--list")
     return [line.split()[0] for line in lines if line and line[0] not in "#"]
+
+
+def figures_of(found):
+    """{file: the directories of its runs} of the figures that a recipe ends with, which all draw Pass@k."""
+    drawn = [args for _, args in found["results"] if args.figure]
+    assert drawn and all({"avg", "pass", "length"} <= {*args.y} for args in drawn)
+    return {os.path.basename(args.figure): [os.path.basename(run) for run in args.runs] for args in drawn}
+
+
+def check_figures_of_the_first_paper(found):
+    figures = figures_of(found)
+    cells = [f"{prefix}_SIZE_{kl}" for prefix in ("student", "teacher") for kl in ("forward", "reverse")]
+    for size in ("4b", "8b"):
+        for table, name in enumerate(("cells_128", "cells_4096", "", "", "grpo_128", "grpo_4096"), 1):
+            if name:
+                runs = figures.pop(f"{name}_{size}.png")
+                assert runs == [f"table{table}_{cell.replace('SIZE', size)}" for cell in cells]
+    assert figures == {
+        "figure6.png": ["table1_student_4b_reverse", "table1_teacher_4b_reverse"],
+        "figure7.png": [
+            *("table2_student_4b_forward", "table2_student_4b_reverse"),
+            *(f"figure7_student_4b_mix_{weight}" for weight in ("0.2", "0.5", "0.8")),
+        ],
+        "curriculum.png": [
+            *("table2_student_4b_reverse", "table2_student_8b_reverse"),
+            *("table3_4b_curriculum", "table3_8b_curriculum"),
+        ],
+    }
+    assert [args.x for _, args in found["results"] if args.figure].count("tflops") == 1
+    trained = [args for commands in found.values() for stage, args in commands if stage in ("train", "grpo")]
+    assert {args.eval_n for args in trained} == {3}  # with 1 Pass@k would be Avg again
 
 
 def test_every_row_of_the_first_paper_has_its_hyperparameters(recipe, tmp_path):
@@ -158,6 +190,7 @@ def test_every_row_of_the_first_paper_has_its_hyperparameters(recipe, tmp_path):
             teacher=teacher,
         )
     assert [found[f"figure7/student_4b_mix_{w}"][0][1].fkl_weight for w in (0.2, 0.5, 0.8)] == [0.2, 0.5, 0.8]
+    check_figures_of_the_first_paper(found)
     shots = {}
     for program, words in found["table4/base"]:
         assert program == "lm_eval"  # with python -m, our evaluate.py would hide the package that it imports
@@ -227,6 +260,12 @@ def test_every_row_of_the_second_paper_has_its_hyperparameters(recipe, tmp_path)
         drop=["unboxed", "truncated", "degenerate"],
     )
     has(sft, prefix="teacher", vocab="sampled", kl="forward", lr=1e-5, warmup=0.05, steps=-(-200000 // 64))
+    figures = figures_of(found)
+    for group in {row.split("/")[0] for row in listed(tmp_path, "paper_b")}:
+        runs = {row.replace("/", "_") for row in listed(tmp_path, "paper_b") if row.split("/")[0] == group}
+        both = {"template_aligned", "problems_near"} & runs  # topk/k16
+        assert {*figures.pop(f"{group}.png")} == runs - both | ({"topk_k16"} if both else set())
+    assert not figures
     assert opd["cold_start/sft"].student == sft.out + "/final"
     assert opd["cold_start/direct"].student == sft.student
 
@@ -263,7 +302,7 @@ def test_the_plan_adds_up_what_the_paper_counts(tmp_path, monkeypatch):
         spent, size = plan.cost(command, 92, made)
         if command.module in ("train", "grpo"):
             # evaluations at the start, after every 30th (20th) step, and at the end
-            responses = 11 * 30 * 16 if command.row == "topk/k16" else 35 * 500
+            responses = 11 * 30 * 16 if command.row == "topk/k16" else 35 * 500 * 3
             config = plan.MODELS["Qwen3-0.6B-Base"]
             evaluations = responses * tflops(config, 92, command.tokens, forwards=1, generations=1)
             step[command.row] = (spent - evaluations) / command.args.steps
@@ -312,8 +351,9 @@ def tiny(world, tmp_path):
 
 @pytest.fixture
 def executed(monkeypatch):
-    """Stages run in this process; the names of those that ran."""
+    """Stages run in this process; the names of those that ran, of figures their files. No figure is drawn."""
     names = []
+    monkeypatch.setattr(figure, "draw", lambda path, *drawn: names.append(os.path.basename(path)))
 
     def execute(words):
         name = next(word for word in words if word.endswith(".py") or word == "-m")
@@ -331,7 +371,9 @@ def test_rows_of_the_first_paper_run_and_are_not_run_twice(recipe, tiny, execute
     picked = ["--row", "table3/4b_curriculum", "--row", "table5/teacher_4b_reverse", "--row", "table4/base"]
     printed = recipe("qwen3", *picked, *tiny["qwen3"])
     cell = ["train", "evaluate"]
-    assert executed == [*cell, "rollout", "score_teacher", *cell, "grpo", "evaluate", "evaluate"]
+    figures = ["cells_128_4b.png", "grpo_128_4b.png", "figure6.png", "curriculum.png"]
+    results = ["evaluate", *(word for name in figures for word in ("evaluate", name))]
+    assert executed == [*cell, "rollout", "score_teacher", *cell, "grpo", "evaluate", *results]
     table = printed.split("| run")[1]
     for run in ("table1_teacher_4b_reverse", "table3_4b_curriculum", "table5_teacher_4b_reverse"):
         assert f"| {run} " in table
@@ -349,18 +391,20 @@ def test_rows_of_the_first_paper_run_and_are_not_run_twice(recipe, tiny, execute
     run = tmp_path / "out/table5_teacher_4b_reverse"
     os.rename(run / "meta.json", run / "meta.partial.json")  # as a killed run leaves it
     printed = recipe("qwen3", *picked, *tiny["qwen3"])
-    assert executed == ["grpo --resume", "evaluate"]
+    assert executed == ["grpo --resume", *results]
     assert printed.count("# finished; ") == 7 and printed.count("# unfinished; ") == 1
     changed = [*picked, *tiny["qwen3"], "--steps", 3]
     refused(lambda: recipe("qwen3", *changed), "--steps 2", "wants 3", "table3/4b_curriculum")
     printed = recipe("qwen3", *picked, *tiny["qwen3"], "--dry_run")
-    assert executed == ["grpo --resume", "evaluate"] and "to do: 1 commands, 0 TFLOPs" in printed
+    assert executed == ["grpo --resume", *results] and "to do: 5 commands, 0 TFLOPs" in printed
 
 
 def test_rows_of_the_second_paper_run(recipe, tiny, executed, tmp_path):
     picked = "--row cold_start/sft --row topk/set_union --row reverse/r1_7b".split()
     recipe("paper_b", *picked, *tiny["paper_b"])
-    assert executed == ["rollout", "train", "recipes.dedup", *["train", "evaluate"] * 3, "evaluate"]
+    stages = ["rollout", "train", "recipes.dedup", *["train", "evaluate"] * 3, "evaluate"]
+    figures = ["cold_start.png", "topk.png", "reverse.png"]
+    assert executed == [*stages, *(word for name in figures for word in ("evaluate", name))]
     assert json.load(open(tmp_path / "out/sft_rollouts/meta.json"))["counts"]["faults"]["dropped"] > 0
     opd = json.load(open(tmp_path / "out/cold_start_sft/meta.json"))["args"]
     assert opd["student"] == f"{tmp_path}/out/sft/final"

@@ -68,6 +68,17 @@ def evil(tmp_path_factory):
     return folder
 
 
+def with_steps(run, copy, count):
+    """A copy of a run whose metrics.jsonl has so many rows, with losses that rise and fall."""
+    shutil.copytree(run, copy)
+    rows = [{"step": i, "tflops": i / 8, "loss": (i * 37 % 101) / 100} for i in range(1, count + 1)]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    meta = artifacts.read_sealed(str(copy / "meta.json"), "-")
+    meta["files"]["metrics.jsonl"] = artifacts.file_sha256(copy / "metrics.jsonl")
+    artifacts.write_sealed(str(copy / "meta.json"), meta)
+    return copy
+
+
 def verdict(text):
     fields = {"extracted": text or None, "correct": text == "2", "timed_out": False}
     return types.SimpleNamespace(_asdict=lambda: fields)
@@ -129,7 +140,10 @@ def test_the_limit_of_stored_tokens_is_kept_and_counted(world, tmp_path, capsys,
     results = json.loads((tmp_path / "eval/results.json").read_text())
     assert results["token_details"] == {"responses": sum(stored), "left_out": len(rows) - sum(stored)}
     assert f"--token_details 20: {sum(stored)} of {len(rows)} responses stored" in capsys.readouterr().out
+    capsys.readouterr()
     run_line(evaluate, f"{line}/none --token_details 1")  # not even the first fits
+    needed = f"0 of {len(rows)} responses stored; the first one needs --token_details {rows[0]['tokens']}"
+    assert needed in capsys.readouterr().out
     assert (tmp_path / "none/tokens.jsonl").read_text() == ""
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(artifacts, "asked", 2)
@@ -279,7 +293,29 @@ def test_a_run_stands_for_its_curves_and_evaluations(world, trained_run, tmp_pat
 def test_a_long_run_is_thinned_and_keeps_its_last_step(monkeypatch, trained_run, tmp_path):
     monkeypatch.setattr(report_page, "POINTS", 1)
     [run] = write(tmp_path / "a.html", trained_run)["runs"]
-    assert run["every"] == 2 and run["steps"]["step"] == [2] and run["evals"]["step"] == [2]
+    assert run["every"] == {"steps": 2, "evals": 3}
+    assert run["steps"]["step"] == [2] and run["evals"]["step"] == [2]
+
+
+def test_sources_are_those_of_meta_json(evil, trained_run, tmp_path):
+    data = write(tmp_path / "a.html", evil / "eval", trained_run)
+    for one, path in ((data["evaluations"][0], evil / "eval"), (data["runs"][0], trained_run)):
+        made, meta = one["made"], json.loads((path / "meta.json").read_text())
+        assert made["directory"] == str(path) and made["finished"] == meta["finished"]
+        assert made["commit"].startswith(meta["commit"] or "unknown")
+        assert made["commit"].endswith("with uncommitted changes") == meta["dirty"]
+        assert f"torch {meta['versions']['torch']}" in made["versions"]
+    flags = data["runs"][0]["made"]["all flags"]
+    assert "--kl forward " in flags and "--eval_every 1 " in flags and "--teacher" not in flags
+    assert " --k 4 " in data["evaluations"][0]["made"]["all flags"]  # a list
+
+
+def test_runs_of_one_name_get_their_paths(trained_run, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "seed1/reported")
+    runs = write(tmp_path / "a.html", trained_run, tmp_path / "seed1/reported")["runs"]
+    assert [run["name"] for run in runs] == [
+        f"reported ({path})" for path in (trained_run, tmp_path / "seed1/reported")
+    ]
 
 
 @pytest.mark.parametrize("name, limit", [("RESPONSES", 5), ("PAGE_BYTES", 20_000), ("PAGE_BYTES", 3000)])
@@ -296,12 +332,13 @@ def test_a_page_is_bounded_and_says_so(name, limit, evil, tmp_path, monkeypatch,
         assert one["too_long"] > 0 and one["too_long"] >= sum("detail" not in r for r in one["responses"])
 
 
-def test_bad_input_is_one_line_and_leaves_the_old_page(evil, world, tmp_path, refused):
+def test_bad_input_is_one_line_and_leaves_the_old_page(evil, world, trained_run, tmp_path, refused):
     page = tmp_path / "a.html"
     page.write_text("old")
 
-    def is_refused(directory, *words, to=page):
-        call = lambda: evaluate.main(evaluate.get_args(["--report", str(to), str(directory)]))
+    def is_refused(directory, *words, to=page, others=()):
+        line = ["--report", str(to), *map(str, [*others, directory])]
+        call = lambda: evaluate.main(evaluate.get_args(line))
         assert refused(call, "--report", *words).count("\n") == 1
         assert page.read_text() == "old"
 
@@ -323,8 +360,16 @@ def test_bad_input_is_one_line_and_leaves_the_old_page(evil, world, tmp_path, re
     meta = artifacts.read_sealed(str(tmp_path / "other/meta.json"), "-")
     meta["files"]["results.json"] = artifacts.file_sha256(tmp_path / "other/results.json")
     artifacts.write_sealed(str(tmp_path / "other/meta.json"), meta)
-    is_refused(tmp_path / "other", "evaluate again")
+    is_refused(tmp_path / "other", "make it again, or leave it out")
     refused(lambda: evaluate.get_args(["--report", "a.html"]), "--report a.html")
+    run = with_steps(trained_run, tmp_path / "run", 0)  # one bad run among good ones
+    is_refused(run, run, "make it again, or leave it out", others=[evil / "eval", trained_run])
+    (run / "metrics.jsonl").write_text("{}")
+    is_refused(run, run, "metrics.jsonl", "make it again", others=[evil / "eval", trained_run])
+    shutil.copytree(run, tmp_path / "second")
+    for one in (run, tmp_path / "second"):
+        (one / "meta.json").unlink()
+    is_refused(run, f"{tmp_path}/second {run}: unfinished", "leave it out", others=[tmp_path / "second"])
 
 
 # The page in Chromium
@@ -334,13 +379,15 @@ needs_browser = pytest.mark.skipif(
     BROWSER is None, reason="Chromium is not installed (.ci/run does it on Debian)"
 )
 VISIT = pathlib.Path(__file__).with_name("visit_report.js").read_text()
+END = "\n".join(VISIT.splitlines()[-2:])
 
 
 def visit(page, folder, width=1280, dark=False, script=VISIT):
     """What a script found on a page; there must be no message on its console.
 
     Chromium's windows are at least 500 wide, so the page is in a frame, whose scheme is the outer's."""
-    inner = html.escape(page.read_text() + f"<script>addEventListener('load', () => {{{script}}})</script>")
+    script = f"<script>addEventListener('load', async () => {{{script}}})</script>"
+    inner = html.escape(page.read_text() + script)
     frame = f'<iframe style="border: 0; width: {width}px; height: 800px" srcdoc="{inner}"></iframe>'
     (folder / "outer.html").write_text(
         f'<!doctype html><meta name="color-scheme" content="light dark">{frame}'
@@ -369,6 +416,8 @@ def test_filter_hover_keyboard_and_contrast(width, dark, evil, trained_run, tmp_
     assert found["text"][0] == EVIL + "<|im_end|>" and found["text"][3].endswith("<|im_end|> ✂ cut off here")
     assert "‹U+202E›abc↵\n↵\n" in found["text"][1] and "⋯⋯⋯😀 " in found["text"][1]
     assert found["hidden"] and found["inside"] and found["left"] and found["focused"] and found["moved"]
+    assert found["searched"] == 3 and set(found["marked"]) == {"g long"} and len(found["marked"]) == 3 * 17
+    assert found["everywhere"] == 12 and found["nowhere"] == "No such response."
     assert found["charts"] == 5
     assert found["escaped"] and found["tapped"] and found["away"]
     [one] = data["evaluations"]
@@ -389,18 +438,107 @@ found.note = document.getElementById("note").textContent;
 """
 
 
+CURVES = """
+const click = node => { node.focus(); node.click(); };
+const loss = () => [...document.querySelectorAll("figure")].find(node => node.textContent.startsWith("loss"));
+const last = () => [...loss().querySelectorAll("text[text-anchor=middle]")].at(-1).textContent;
+const lines = () => loss().querySelectorAll("path").length;
+const buttons = () => [...document.querySelectorAll(".legend button")];
+const found = {styles: [...Array(100).keys()].map(i => JSON.stringify(lineStyle(i))), both: last()};
+found.notes = document.getElementById("panels").textContent;
+click(document.querySelector("[data-value=share]"));
+found.share = last();
+click(document.querySelector("[data-value=step]"));
+click(buttons()[1]);
+found.short = [last(), lines(), buttons().map(node => node.ariaPressed)];
+click(buttons()[2]);
+found.shown = [last(), lines()];
+click(buttons()[2]);
+found.none = document.getElementById("panels").textContent;
+click(buttons()[2]);
+found.smoothed = smoothed(pointsOf(data.runs[1], "steps", "loss"), 7).map(point => point.y);
+const slider = document.getElementById("smooth");
+slider.value = 7;
+slider.dispatchEvent(new InputEvent("input"));
+found.slider = [slider.nextElementSibling.textContent, lines()];
+const picture = loss().querySelector("svg"), card = document.getElementById("card");
+const type = key => picture.dispatchEvent(new KeyboardEvent("keydown", {bubbles: true, key}));
+picture.focus();
+found.read = card.textContent;
+type("ArrowLeft");
+found.before = card.textContent;
+const box = picture.getBoundingClientRect();
+const at = {bubbles: true, clientX: box.left + 46 * box.width / 360, clientY: box.top + 50};
+picture.dispatchEvent(new PointerEvent("pointermove", at));
+found.pointed = card.textContent;
+type("Escape");
+found.closed = card.hidden;
+found.sources = [...document.querySelectorAll("details")].map(node => node.textContent);
+"""
+
+
+@needs_browser
+def test_curves_of_runs_of_many_and_of_few_steps(trained_run, tmp_path):
+    long = with_steps(trained_run, tmp_path / "long", 1500)
+    runs = write(tmp_path / "a.html", trained_run, long)["runs"]
+    found = visit(tmp_path / "a.html", tmp_path, script=CURVES + END)
+    assert len(set(found["styles"])) == 100
+    assert "Drawn: one row in 2 of long." in found["notes"]
+    assert found["both"] == "1500" and found["share"] == "100"
+    assert found["short"] == ["2", 1, ["true", "false", None]] and found["shown"] == ["1500", 2]
+    assert found["none"] == "All runs are hidden."
+    steps, losses = (torch.tensor(runs[1]["steps"][name], dtype=torch.double) for name in ("step", "loss"))
+    near = ((steps[:, None] - steps).abs() <= 7).double()
+    torch.testing.assert_close(torch.tensor(found["smoothed"]).double(), near @ losses / near.sum(1))
+    assert found["slider"] == ["mean of 15 steps", 4]
+    row = lambda step: f"long{(step * 37 % 101) / 100:g}step {step}"
+    assert (found["read"], found["before"], found["closed"]) == (row(1500), row(1498), True)
+    first = runs[0]["steps"]["loss"]
+    assert found["pointed"] == f"reported{first[0]:.4g}step 1{row(2)}"
+    for run, source in zip(runs, found["sources"], strict=True):
+        assert run["made"]["directory"] in source and run["made"]["commit"] in source
+
+
+def test_colours_of_runs_stand_out_from_the_page():
+    """A contrast of at least 3, as WCAG asks of graphics, in light and dark."""
+    page = (pathlib.Path(report_page.__file__).parent / "page.html").read_text()
+
+    def light(colour):
+        parts = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = torch.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return (linear @ torch.tensor([0.2126, 0.7152, 0.0722])).item() + 0.05
+
+    for back, line in zip(["#ffffff", "#14161a"], re.findall(r"--c0: .*", page), strict=True):
+        colours = re.findall(r"#\w{6}", line)
+        assert len(set(colours)) == 7
+        for colour in colours:
+            assert max(light(back) / light(colour), light(colour) / light(back)) >= 3, colour
+
+
+OTHERS = """
+const others = {opened: document.getElementById("which").value};
+choose(2);
+others.small = document.getElementById("note").textContent;
+choose(1);
+"""
+
+
 @needs_browser
 def test_pages_without_values_of_tokens_work(world, evil, trained_run, tmp_path, monkeypatch):
     """A run alone; an evaluation without a teacher; one whose values are left out, to keep the page small."""
-    script = COUNT + "\n".join(VISIT.splitlines()[-2:])
+    script = COUNT + END
     write(tmp_path / "a.html", trained_run)
     found = visit(tmp_path / "a.html", tmp_path, script=script)
     assert found == {"charts": 5, "articles": 0, "note": "", "spans": 0}
     line = f"--model {world}/student_init --data {world}/test.jsonl --n 1 {SMALL} --max_response_tokens 6"
     run_line(evaluate, f"{line} --out {tmp_path}/plain")
-    write(tmp_path / "a.html", tmp_path / "plain")
-    found = visit(tmp_path / "a.html", tmp_path, script=script)
+    run_line(evaluate, f"{line} --out {tmp_path}/none --teacher {world}/teacher_init --token_details 1")
+    write(tmp_path / "a.html", evil / "eval", tmp_path / "plain", tmp_path / "none")
+    found = visit(tmp_path / "a.html", tmp_path, script=OTHERS + COUNT + "found.others = others;" + END)
+    assert found["others"]["opened"] == "0"  # the one with values of tokens
     assert (found["articles"], found["spans"]) == (4, 0) and "--token_details" in found["note"]
+    first = read_rows(tmp_path / "none/samples.jsonl")[0]
+    assert f"The first response needs {first['tokens']}." in found["others"]["small"]
     monkeypatch.setattr(report_page, "PAGE_BYTES", 4000)
     [one] = write(tmp_path / "a.html", evil / "eval")["evaluations"]
     found = visit(tmp_path / "a.html", tmp_path, script=script)

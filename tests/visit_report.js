@@ -9,6 +9,21 @@ for (const name of ["right", "wrong", "cut", "all"]) {
   press(name);
   found[name] = pick("#list article").map(node => node.className);
 }
+const look = async words => {
+  const box = document.getElementById("search");
+  box.value = words;
+  box.dispatchEvent(new InputEvent("input"));
+  await new Promise(done => setTimeout(done, 200));
+};
+await look(" G LONG");
+found.searched = pick("#list article").length;
+found.marked = [...CSS.highlights.get("found")].map(String);
+await look("nothing");
+found.nowhere = document.getElementById("count").textContent;
+await look("}{2} <b>$x_");
+document.getElementById("more").click();
+found.everywhere = pick("#list article").length;
+await look("");
 const articles = pick("#list article");
 found.text = articles.slice(0, 4).map(node => node.querySelector(".text").textContent);
 found.problem = articles[0].querySelector(".problem").textContent;

@@ -50,8 +50,8 @@ from streaming_kl import (
     token_logps,
 )
 
-SHOWN = ("reward", "correct", "equal_groups", "loss", "entropy", "clip_fraction", "reference_kl", "mismatch")
-SHOWN += ("sampler_kl", "outside", "response_length", "truncated")
+SHOWN = ("reward", "correct", "equal_groups", "trained", "loss", "entropy", "clip_fraction", "reference_kl")
+SHOWN += ("mismatch", "sampler_kl", "outside", "response_length", "truncated")
 
 
 def correct(args, problem, response, verdict):
@@ -305,6 +305,7 @@ def main(args):
     reference = load_reference(args, other, *about) if other else None
     run.start()
 
+    warned = False
     for step in range(run.first_step, args.steps):
         started = training.clock()
         picked = batches.batch_indices(len(task.problems), args.batch_size, step, args.seed)
@@ -326,7 +327,13 @@ def main(args):
         tokens = sum(len(r.response_ids) for r in responses)
         equal_groups = (advantages == 0).all(1).float().mean().item()
         row = {"reward": rewards.mean().item(), "correct": verdicts.mean().item()}
-        row |= {"equal_groups": equal_groups, **metrics, "response_length": tokens / len(responses)}
+        trained = sum(has_gradient(args, r) for group in trained for r in group) / len(responses)
+        if not trained and not warned:
+            warned = True  # from then on `trained` in the step line says so
+            why = "in each group the rewards are equal, or the responses masked (--overlong)"
+            run.say(f"WARNING: step {step + 1} trains on nothing: {why}")
+        row |= {"equal_groups": equal_groups, "trained": trained, **metrics}
+        row |= {"response_length": tokens / len(responses)}
         row |= {"truncated": sum(r.truncated for r in responses) / len(responses)}
         row |= {"seconds": ended - started, "seconds_sample": sampled - started}
         row |= {"seconds_grade": graded - sampled, "seconds_train": ended - graded}

@@ -432,13 +432,16 @@ def test_a_run_keeps_the_cell_it_started_from(world, tmp_path, monkeypatch):
         assert row["reward"] == 0.25 and row["equal_groups"] == 0 and row["grad_norm"] > 0
 
 
-def test_untrained_checkpoints_and_equal_groups(world, tmp_path, monkeypatch):
-    """All rewards 0: counted, no gradient, weights unchanged. Such a run can be resumed too."""
+def test_untrained_checkpoints_and_equal_groups(world, tmp_path, monkeypatch, capsys):
+    """All rewards 0: counted, said once, no gradient, weights unchanged. Such a run can be resumed too."""
     monkeypatch.setattr(grpo, "rewards_of", reward_nothing)
     run(world, tmp_path / "run", "--save_every 1")
     assert read_artifact(str(tmp_path / "run"), "--", "grpo")["cell"]["prefix"] == "-"
     for row in read_rows(tmp_path / "run/metrics.jsonl"):
-        assert row["equal_groups"] == 1 and row["grad_norm"] == 0 and row["reward"] == 0
+        assert row["equal_groups"] == 1 and row["grad_norm"] == 0 and row["reward"] == row["trained"] == 0
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 1 and "WARNING: step 1 trains on nothing" in said
+    assert said.count("trained 0 ") == 2
     assert weights(tmp_path / "run/final") == weights(world / "student_init")
 
 
@@ -491,9 +494,24 @@ def test_masked_responses_carry_no_loss_but_their_rewards_count(world, tmp_path,
         run(world, tmp_path / word, f"{more} --overlong {word}")
         [row] = read_rows(tmp_path / word / "metrics.jsonl")
         assert row["truncated"] == 0.75 and row["reward"] == 0.25 and row["response_length"] == 2.75
+        assert row["trained"] == {"keep": 1, "mask": 0.25}[word]
     kept, masked = [[[r.advantage for r in group] for group in groups] for groups in steps]
     assert kept == [[0.75, -0.25, -0.25, -0.25]] * 2 and masked == [[0.75]] * 2
     assert all(group[0].sampler_logps == [-1.0, -2.0] for groups in steps for group in groups)
+
+
+@pytest.mark.parametrize("more", ["", "--kl_weight 0.1 --updates 2"])
+def test_a_step_whose_responses_are_all_masked_is_said_to_train_on_nothing(
+    more, world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(grpo, "rewards_of", reward_the_first)
+    goes_on = lambda self, prompts, *given: [[Response([1], [6, 7, 8], True)] * 4 for _ in prompts]
+    monkeypatch.setattr(training.Run, "sample", goes_on)
+    run(world, tmp_path / "run", f"--overlong mask {more}")
+    assert [row["trained"] for row in read_rows(tmp_path / "run/metrics.jsonl")] == [0, 0]
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 1 and "WARNING: step 1 trains on nothing" in said
+    assert weights(tmp_path / "run/final") == weights(world / "student_init")
 
 
 def test_a_batch_of_which_nothing_is_left_changes_nothing(model):

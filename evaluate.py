@@ -39,8 +39,7 @@ from distil.prompts import load_tokenizer, template_sha256, tokenizer_sha256, vo
 from distil.sampling import add_sampling_flags, load_task, sampling_from
 from distil.teacher import live_teacher
 from distil.vllm_engine import load_vllm
-from reports import figure, page, tables
-from reports.reading import evaluations_in
+from reports import figure, general, page, tables
 
 TOP = 5  # likeliest tokens of both models that --token_details stores
 
@@ -223,7 +222,7 @@ def print_results(name, results):
 
 def main(args):
     if args.table:
-        print(tables.table([one for path in args.table for one in evaluations_in(path, "--table")]))
+        print(general.tables_of(args.table))
     if args.compare:
         pairs = tables.pairs_of(args.compare).items()
         print("\n\n".join(f"{data}\n\n{tables.compare(pair)}" for data, pair in pairs).strip())

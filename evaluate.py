@@ -45,8 +45,8 @@ from distil.rollouts import stored_responses
 from distil.sampling import add_sampling_flags, is_plain, load_task, sampling_from
 from distil.teacher import live_teacher
 from distil.vllm_engine import load_vllm
-from reports import details, figure, page, tables
-from reports.reading import EVAL_CURVES, evaluations_in
+from reports import details, figure, general, page, tables
+from reports.reading import EVAL_CURVES
 from streaming_kl import linear_streaming_kl
 
 KL_BINS = 64  # of positions, at most, in which the KLs along responses are shown
@@ -306,7 +306,7 @@ def print_results(name, results):
 
 def main(args):
     if args.table:
-        print(tables.table([one for path in args.table for one in evaluations_in(path, "--table")]))
+        print(general.tables_of(args.table))
     if args.compare:
         print(tables.compare(args.compare))
     if args.figure and args.x == "position":

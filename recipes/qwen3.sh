@@ -27,7 +27,7 @@ BENCHMARKS="aime24 amc23 math500 gsm8k" TEST_TOKENS=8192
 # ours: the paper states no horizons, no steps and no floor in nats; the axes of its figures span 0.03 to 0.18
 # at 128 tokens, 0 to 0.4 at 4096
 HORIZONS=128,256,512,1024,2048,4096 GATE_EVERY=100 ENTROPY_FLOOR=0.05
-GRPO_PROBLEMS=4    # ours: its batch of 32 read as responses, 4 groups of 8; 32 groups would take 65 hours a run
+GRPO_PROBLEMS=4  # ours: its batch of 32 read as 4 groups of 8; --grpo_problems 32 would take 65 hours a run
 TEACHER_TOKENS=1500                                # ours, for the plan: mean response of a teacher
 # ours, for the plan: at this rate student-prefix rows of tables 1 and 2 take 22.5 hours on average, and GRPO
 # rows of tables 5 and 6 14.0; the paper says 16 and 14
@@ -171,14 +171,11 @@ evaluate() {  # MODEL OUT. Ours: no top-k
   [[ " ${EVALS[*]-} " == *" $2 "* ]] || EVALS+=("$2")
 }
 
-# MODEL OUT: general knowledge; shown, not run here: pip install "lm_eval[hf]". Start lm_eval by its own name:
-# lm_eval as a module would import this project's evaluate.py instead of Hugging Face's package evaluate.
-harness() {
-  local task
-  for task in mmlu:5 arc_challenge:25 hellaswag:10 piqa:0; do
-    run lm_eval --model hf --model_args "pretrained=$1,dtype=$DTYPE" --tasks "${task%:*}" \
-      --num_fewshot "${task#*:}" --batch_size auto --output_path "$2"
-  done
+general() {  # MODEL OUT: general knowledge, by lm-evaluation-harness
+  [[ " ${PLAN[*]-} " == *" --dry_run "* ]] || command -v lm_eval > /dev/null ||
+    fail 'table 4 needs lm-evaluation-harness: pip install "lm_eval[hf]==0.4.13", or name other rows (--row)'
+  run bash recipes/general.sh "$1" --dtype "$DTYPE" --out "$2"
+  EVALS+=("$2")
 }
 
 emit() {  # ROW: its commands, and before them those of what it needs
@@ -193,8 +190,10 @@ emit() {  # ROW: its commands, and before them those of what it needs
     table3/*_curriculum) distil "$1" student "$prefix" reverse "$LONG" --curriculum entropy \
       --horizons "$HORIZONS" --gate_every "$GATE_EVERY" --entropy_floor "$ENTROPY_FLOOR" \
       --on_gate_fail hold ;;
-    table4/base) begin "$1"; harness "$STUDENT" "$(place "$1")" ;;
-    table4/*) emit "table1/${1#*/}"; begin "$1"; harness "$(place "table1/${1#*/}")/final" "$(place "$1")" ;;
+    table4/base) begin "$1" 0; general "$STUDENT" "$(place "$1")" ;;
+    table4/*) emit "table1/${1#*/}"
+      begin "$1" 0
+      general "$(place "table1/${1#*/}")/final" "$(place "$1")" ;;
     table5/*) grpo "$1" "table1/${1#*/}" ;;
     table6/*) grpo "$1" "table2/${1#*/}" ;;
     # the paper's lambda is 1 minus this weight

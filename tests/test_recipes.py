@@ -3,6 +3,11 @@
 bash gives the recipes' commands; recipes/plan.py, which shows and runs them, is called in this process."""
 
 import argparse
+<<<<<<< HEAD
+=======
+import contextlib
+import functools
+>>>>>>> 4fadd7aa897c86bbaaf9c6982819c5747a4abdc4
 import importlib
 import io
 import json
@@ -10,14 +15,21 @@ import os
 import random
 import shlex
 import subprocess
+from collections import Counter
 
 import pytest
 import torch
 
+import grpo
 from conftest import ROOT
+<<<<<<< HEAD
 from recipes import plan, toy_claim
 from reports import figure
 from runs.flops import tflops
+=======
+from distil.flops import tflops
+from recipes import general, plan
+>>>>>>> 4fadd7aa897c86bbaaf9c6982819c5747a4abdc4
 from test_repo import parses
 
 FAKE = (
@@ -28,8 +40,9 @@ FAKE = (
 def bash(tmp_path, name, *flags):
     """A recipe's exit code, its words for plan.py, its lines of commands, and stderr."""
     (tmp_path / "bin").mkdir(exist_ok=True)
-    (tmp_path / "bin/python").write_text(FAKE)
-    (tmp_path / "bin/python").chmod(0o755)
+    for program in ("python", "lm_eval"):  # bash only looks whether there is an lm_eval
+        (tmp_path / "bin" / program).write_text(FAKE)
+        (tmp_path / "bin" / program).chmod(0o755)
     done = subprocess.run(
         ["bash", f"{ROOT}/recipes/{name}.sh", *map(str, flags)],
         capture_output=True,
@@ -40,37 +53,49 @@ def bash(tmp_path, name, *flags):
     return done.returncode, called.split(), lines, done.stderr
 
 
-@pytest.fixture
-def recipe(tmp_path, monkeypatch, capsys):
-    """recipe(name, *flags): plan.py on the recipe's commands; returns what it printed."""
-
-    def call(name, *flags):
-        code, called, lines, error = bash(tmp_path, name, *flags)
-        assert code == 0 and called[:2] == ["-m", "recipes.plan"], error
-        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-        capsys.readouterr()
+def printed_by(tmp_path, name, *flags):
+    """What plan.py prints, and does, on the recipe's commands."""
+    code, called, lines, error = bash(tmp_path, name, *flags)
+    assert code == 0 and called[:2] == ["-m", "recipes.plan"], error
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
         plan.main(plan.get_args(called[2:]))
-        return capsys.readouterr().out
+    return printed.getvalue()
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return functools.partial(printed_by, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """dry_run(name): a recipe's whole plan, made once: ({row: [(module, args)]}, [(Command, GPU hours)])."""
+
+    @functools.cache
+    def call(name):
+        hours, show = [], plan.show
+
+        def record(command, state, spent, size, rate):
+            hours.append((command, spent / rate))
+            show(command, state, spent, size, rate)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan, "show", record)
+            return rows(printed_by(tmp_path_factory.mktemp(name), name, "--dry_run")), hours
 
     return call
 
 
 def rows(printed):
-    """{row: [(stage, args), or (program, words)]} of what plan.py printed; every command must parse."""
+    """{row: [(module, args)]} of what plan.py printed; every command must parse."""
     found, row = {}, None
     for line in printed.split("\n# to do")[0].replace(" \\\n", "").splitlines():
         words = shlex.split(line)
-        if line.startswith("# ") and "TFLOPs" not in line and line != "# shown, not run here":
+        if line.startswith("# ") and "TFLOPs" not in line:
             row = words[1].rstrip(":")
         elif words and words[0] != "#":
-            commands = found.setdefault(row, [])
-            name = next((word for word in words if word.endswith(".py")), None)
-            if name:
-                stage, flags = name.removesuffix(".py"), words[words.index(name) + 1 :]
-                parses(stage, flags)
-                commands.append((stage, importlib.import_module(stage).get_args(flags)))
-            else:
-                commands.append((words[0], words))
+            found.setdefault(row, []).append(plan.stage_of(words))
     return found
 
 
@@ -83,6 +108,7 @@ def listed(tmp_path, name):
     return [line.split()[0] for line in lines if line and line[0] not in "#"]
 
 
+<<<<<<< HEAD
 def figures_of(found):
     """{file: the directories of its runs} of the figures that a recipe ends with, which all draw Pass@k."""
     drawn = [args for _, args in found["results"] if args.figure]
@@ -116,6 +142,10 @@ def check_figures_of_the_first_paper(found):
 
 def test_every_row_of_the_first_paper_has_its_hyperparameters(recipe, tmp_path):
     found = rows(recipe("qwen3", "--dry_run"))
+=======
+def test_every_row_of_the_first_paper_has_its_hyperparameters(dry_run, tmp_path):
+    found, _ = dry_run("qwen3")
+>>>>>>> 4fadd7aa897c86bbaaf9c6982819c5747a4abdc4
     shared = {"table3/4b_fixed", "table3/8b_fixed"}  # are table2/student_4b_reverse and student_8b_reverse
     assert set(found) == {*listed(tmp_path, "qwen3"), "rollouts_4b", "rollouts_8b", "results"} - shared
     for size, teacher in {"4b": "Qwen/Qwen3-4B", "8b": "Qwen/Qwen3-8B"}.items():
@@ -180,6 +210,7 @@ def test_every_row_of_the_first_paper_has_its_hyperparameters(recipe, tmp_path):
                         data="deepscaler",
                     )
                     assert rl.batch_size * rl.n == 32
+                    assert rl.batch_size == grpo.get_args("--model m --data d --out o".split()).batch_size
         (_, curriculum), _ = found[f"table3/{size}_curriculum"]
         has(
             curriculum,
@@ -190,16 +221,28 @@ def test_every_row_of_the_first_paper_has_its_hyperparameters(recipe, tmp_path):
             teacher=teacher,
         )
     assert [found[f"figure7/student_4b_mix_{w}"][0][1].fkl_weight for w in (0.2, 0.5, 0.8)] == [0.2, 0.5, 0.8]
+<<<<<<< HEAD
     check_figures_of_the_first_paper(found)
     shots = {}
     for program, words in found["table4/base"]:
         assert program == "lm_eval"  # with python -m, our evaluate.py would hide the package that it imports
         shots[words[words.index("--tasks") + 1]] = words[words.index("--num_fewshot") + 1]
     assert shots == {"mmlu": "5", "arc_challenge": "25", "hellaswag": "10", "piqa": "0"}
+=======
+    for row, model in {"base": "Qwen/Qwen3-0.6B-Base"}.items() | {
+        (f"{cell}_4b_{kl}", f"out/qwen3/table1_{cell}_4b_{kl}/final")
+        for cell in ("teacher", "student")
+        for kl in ("forward", "reverse")
+    }:
+        [(module, general)] = found[f"table4/{row}"]
+        assert module == "recipes.general"
+        has(general, model=model, dtype="bfloat16", include_path=None)
+        assert set(general.tasks) == {"mmlu:5", "arc_challenge:25", "hellaswag:10", "piqa:0"}
+>>>>>>> 4fadd7aa897c86bbaaf9c6982819c5747a4abdc4
 
 
-def test_every_row_of_the_second_paper_has_its_hyperparameters(recipe, tmp_path):
-    found = rows(recipe("paper_b", "--dry_run"))
+def test_every_row_of_the_second_paper_has_its_hyperparameters(dry_run, tmp_path):
+    found, _ = dry_run("paper_b")
     shared = {"template/aligned", "problems/near"}  # topk/k16
     assert set(found) == {*listed(tmp_path, "paper_b"), "sft", "results"} - shared
     opd = {
@@ -317,6 +360,50 @@ def test_the_plan_adds_up_what_the_paper_counts(tmp_path, monkeypatch):
     assert step == pytest.approx(expected, rel=0.005)
 
 
+def test_the_hours_on_the_pages_are_those_of_the_plans(dry_run):
+    page = open(f"{ROOT}/docs/papers.md", encoding="utf-8").read()
+    costs = [cost for name in ("qwen3", "paper_b") for cost in dry_run(name)[1]]
+    hours = Counter()
+    for command, spent in costs:
+        hours[command.row] += spent
+
+    def span(*rows):
+        found = [spent for row, spent in hours.items() if row.startswith(rows)]
+        low, high = (f"{value:.2g}" if value < 100 else f"{value:.0f}" for value in (min(found), max(found)))
+        return low if low == high else f"{low} to {high}"
+
+    def stored(tokens):
+        """Hours of a teacher's rollouts and of the scores of their first tokens, 4B and 8B."""
+        for size in ("4b", "8b"):
+            of = [cost for cost in costs if cost[0].row == f"rollouts_{size}"]
+            yield sum(h for c, h in of if c.module == "rollout" or c.args.max_tokens == tokens)
+
+    def average(module, *rows):
+        found = [h for c, h in costs if c.module == module and c.row.startswith(rows)]
+        return sum(found) / len(found)
+
+    for words in (
+        f"takes {average('train', 'table1/student', 'table2/student'):.1f} hours on average",
+        f"`grpo.py` {average('grpo', 'table'):.1f} (paper A: about 14)",
+        "scores, 128 tokens (4B; 8B) | {:.0f}; {:.0f} |".format(*stored(128)),
+        "scores, 4096 tokens (4B; 8B) | {:.0f}; {:.0f} |".format(*stored(4096)),
+        f"| {span('table1/teacher')}; {span('table1/student')} |",
+        f"| {span('table2/teacher')}; {span('table2/student')} |",
+        f"| {span('table3/4b')}; {span('table3/8b')} |",
+        f"mixes | {span('figure7')} |",
+        f"tables 1 and 2 | {span('table5', 'table6')} |",
+        f"| {span('topk')}; {span('pattern')}; {span('reverse')} |",
+    ):
+        assert words in page
+    wider, config = [], plan.MODELS["Qwen3-0.6B-Base"]
+    for command in (command for command, _ in costs if command.module == "grpo"):
+        wide = command._replace(args=argparse.Namespace(**vars(command.args) | {"batch_size": 32}))
+        wider.append(plan.training_cost(wide, 92, {command.args.model: config})[0] / 25 / 3600)
+    page = open(f"{ROOT}/docs/grpo.md", encoding="utf-8").read()
+    assert f"GRPO with 4 problems {average('grpo', 'table'):.1f}, and with 32 problems" in page
+    assert f"(`--grpo_problems 32`) {sum(wider) / len(wider):.0f}." in page
+
+
 @pytest.mark.parametrize("name", ["Qwen3-0.6B-Base", "Qwen3-8B"])
 def test_checkpoints_are_as_large_as_their_models(name, tmp_path):
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -349,6 +436,14 @@ def tiny(world, tmp_path):
     return {"qwen3": f"{common} {qwen3}".split(), "paper_b": f"{common} {paper_b}".split()}
 
 
+def write_half(args, directory, task, shots):
+    """Instead of the harness: half of 8 problems are right."""
+    found = {"results": {task: {"acc,none": 0.5, "acc_stderr,none": 0.1}}, "lm_eval_version": "0"}
+    found["n-samples"] = {task: {"effective": 8}}
+    with open(f"{args.out}/{task}.json", "w") as file:
+        json.dump(found, file)
+
+
 @pytest.fixture
 def executed(monkeypatch):
     """Stages run in this process; the names of those that ran, of figures their files. No figure is drawn."""
@@ -356,25 +451,36 @@ def executed(monkeypatch):
     monkeypatch.setattr(figure, "draw", lambda path, *drawn: names.append(os.path.basename(path)))
 
     def execute(words):
-        name = next(word for word in words if word.endswith(".py") or word == "-m")
-        flags = words[words.index(name) + 1 :]
-        module = importlib.import_module(flags.pop(0) if name == "-m" else name[:-3])
-        names.append(module.__name__ + " --resume" * ("--resume" in flags))
-        module.main(module.get_args(flags))
+        name, args = plan.stage_of(words)
+        names.append(name + " --resume" * args.resume)
+        importlib.import_module(name).main(args)
         return 0
 
     monkeypatch.setattr(plan, "execute", execute)
     return names
 
 
-def test_rows_of_the_first_paper_run_and_are_not_run_twice(recipe, tiny, executed, tmp_path, refused):
+def test_rows_of_the_first_paper_run_and_are_not_run_twice(
+    recipe, tiny, executed, tmp_path, refused, monkeypatch
+):
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")  # has an lm_eval
+    monkeypatch.setattr(general, "run_harness", write_half)
     picked = ["--row", "table3/4b_curriculum", "--row", "table5/teacher_4b_reverse", "--row", "table4/base"]
     printed = recipe("qwen3", *picked, *tiny["qwen3"])
     cell = ["train", "evaluate"]
+<<<<<<< HEAD
     figures = ["cells_128_4b.png", "grpo_128_4b.png", "figure6.png", "curriculum.png"]
     results = ["evaluate", *(word for name in figures for word in ("evaluate", name))]
     assert executed == [*cell, "rollout", "score_teacher", *cell, "grpo", "evaluate", *results]
     table = printed.split("| run")[1]
+=======
+    assert executed == [
+        *(*cell, "rollout", "score_teacher", *cell),
+        *("grpo", "evaluate", "recipes.general", "evaluate"),
+    ]
+    _, table, knowledge = printed.split("| run")
+    assert knowledge.count("| 0.5000 ") == 5  # four tasks and their mean
+>>>>>>> 4fadd7aa897c86bbaaf9c6982819c5747a4abdc4
     for run in ("table1_teacher_4b_reverse", "table3_4b_curriculum", "table5_teacher_4b_reverse"):
         assert f"| {run} " in table
     cells = {
@@ -391,12 +497,28 @@ def test_rows_of_the_first_paper_run_and_are_not_run_twice(recipe, tiny, execute
     run = tmp_path / "out/table5_teacher_4b_reverse"
     os.rename(run / "meta.json", run / "meta.partial.json")  # as a killed run leaves it
     printed = recipe("qwen3", *picked, *tiny["qwen3"])
+<<<<<<< HEAD
     assert executed == ["grpo --resume", *results]
     assert printed.count("# finished; ") == 7 and printed.count("# unfinished; ") == 1
+=======
+    assert executed == ["grpo --resume", "evaluate"]
+    assert printed.count("# finished") == 8 and printed.count("# unfinished; ") == 1
+>>>>>>> 4fadd7aa897c86bbaaf9c6982819c5747a4abdc4
     changed = [*picked, *tiny["qwen3"], "--steps", 3]
     refused(lambda: recipe("qwen3", *changed), "--steps 2", "wants 3", "table3/4b_curriculum")
     printed = recipe("qwen3", *picked, *tiny["qwen3"], "--dry_run")
     assert executed == ["grpo --resume", *results] and "to do: 5 commands, 0 TFLOPs" in printed
+
+
+def test_table_4_needs_the_harness_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    bash(tmp_path, "qwen3", "--list")
+    (tmp_path / "bin/lm_eval").unlink()
+    words = ["bash", f"{ROOT}/recipes/qwen3.sh", "--row", "table1/student_4b_forward", "--row", "table4/base"]
+    path = f"{tmp_path}/bin:/usr/bin:/bin"
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PATH": path})
+    assert done.returncode == 2 and done.stdout == ""
+    assert general.HARNESS in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_rows_of_the_second_paper_run(recipe, tiny, executed, tmp_path):

@@ -29,8 +29,8 @@ class Difference(NamedTuple):
 
 
 def values_of(entry, metric):
-    """(values, weights), float64 (P,): the metric is sum(values) / sum(weights) over problems. Every token has
-    the same weight in an entropy, every problem in the other metrics."""
+    """(values, weights), float64 (P,): the metric is sum(values) / sum(weights) over problems. Every token
+    has the same weight in an entropy, every problem in the other metrics."""
     n = entry["n"]
     numbers = {key: entry[key].split() for key in ("tokens", "entropy")}
     numbers |= {key: [*entry[key]] for key in ("correct", "cut")}
@@ -76,8 +76,8 @@ def hierarchical_means(matrix, seed_counts):
 
 
 def difference(found, terms, metric):
-    """Difference of sum(factor * metric) over {run: factor}, on the same problems and seeds in all runs. Seeds
-    that a run lacks are left out. None if a run, or every seed, is missing."""
+    """Difference of sum(factor * metric) over {run: factor}, on the same problems and seeds in all runs.
+    Seeds that a run lacks are left out. None if a run, or every seed, is missing."""
     if any(run not in found for run in terms):
         return None
     seeded = [set(found[run]) for run in terms if None not in found[run]]

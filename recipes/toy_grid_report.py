@@ -16,7 +16,7 @@ from recipes.toy_runs import (
     PREFIXES,
     SIZE,
     choose,
-    missing,
+    count_missing,
     name_of,
     runs_of,
 )
@@ -207,10 +207,8 @@ def report(path, results):
     matched = [f"{run}_equal_flops" for run in best.values() if run.startswith("student")]
     shared = [name for name in found if None in found[name]]
     names = [*shared, *best.values(), *matched, *runs_of(SIZE, 1), *CUT]
-    lacking = missing(SIZE, results)
-    state = (
-        f"At least {len(lacking)} runs are missing: `bash recipes/toy_grid.sh` makes them." if lacking else ""
-    )
+    lacking = count_missing(SIZE, results)
+    state = f"At least {lacking} runs are missing: `bash recipes/toy_grid.sh` makes them." if lacking else ""
     problems = {len(result["correct"]) for result in results.values()}
     parts = {
         f"{len(results)} results, {max(problems)} test problems. {state}": "",

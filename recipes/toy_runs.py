@@ -250,8 +250,10 @@ def held_out(result):
 
 def choose(size, results, point):
     """(each learning rate to try and the first seed's held-out Avg, None where that is missing; the best
-    rate, None until all were tried) of a point (cell, width, spread). The first rates to try are the usual one and
-    those next to it; while the best is an end, the next one beyond it follows."""
+    rate, None until all were tried) of a point (cell, width, spread).
+
+    The first rates to try are the usual one and those next to it. While the best is an end, the next one
+    beyond it follows."""
     rates, middle = size["rates"], size["rates"].index(USUAL)
 
     def score(rate):
@@ -303,3 +305,10 @@ def missing(size, results):
         if lacking := [place for place in part if place not in results]:
             return lacking
     return []
+
+
+def count_missing(size, results):
+    """How many results the study lacks, without learning rates beyond the first that are to be tried."""
+    places = {place for part in parts(size, results) for place in part}
+    unknown = f"_None_{FIRST}"  # the first seed at the best rate is one of those that choose it
+    return sum(place not in results and not place.endswith(unknown) for place in places)

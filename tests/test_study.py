@@ -198,6 +198,7 @@ def made_up(name, seed, level, entropy=4.0, rate_bonus=0.0):
     return {
         "name": name,
         "seed": seed,
+        "gates": gates if name == "curriculum" else [],
         "n": 8,
         "maj": 0.5,
         "tflops": 1.0,
@@ -378,3 +379,49 @@ def test_the_study_page_says_what_the_committed_results_say(tmp_path, monkeypatc
     assert text == open(f"{ROOT}/results/toy_grid.md").read()
     page = [row for row in rows_of(open(f"{ROOT}/docs/study.md").read()) if {*row} & {*VERDICTS}]
     assert page and all(row in rows_of(text) for row in page)
+
+
+def test_the_text_of_the_study_has_the_numbers_of_the_committed_results():
+    results = json.load(open(f"{ROOT}/results/toy_grid.json"))["results"]
+    page = " ".join(open(f"{ROOT}/docs/study.md", encoding="utf-8").read().split())
+
+    def mean(run, metric="avg"):
+        return toy_grid_report.difference(results, {run: 1}, metric)[0]
+
+    def lead(step):
+        """Reverse minus forward KL in the curves of the long student-prefix runs."""
+        curves = {
+            kl: [e["curve"] for e in results if e["name"] == f"student_{kl}_long"]
+            for kl in ("forward", "reverse")
+        }
+        at = {kl: sum(p["avg"] for c in of for p in c if p["step"] == step) / 3 for kl, of in curves.items()}
+        return at["reverse"] - at["forward"]
+
+    gates = [gate for entry in results for gate in entry["gates"]]
+    assert all(gate["decision"] == "advance" for gate in gates)
+    low, *_, high = sorted(gate["entropy"] for gate in gates)
+    assert all(lead(step) > 0 for step in (10, 20, 30)) and all(lead(step) < 0 for step in range(40, 121, 10))
+    cut = (mean("ends_student_cut", "truncated") + mean("ends_student_forward_cut", "truncated")) / 2
+    after = [mean(run) for run in {entry["name"] for entry in results} if run.startswith("grpo_")]
+    for words in (
+        f"Avg@8 {mean('teacher'):.2f} against {mean('base'):.2f}, "
+        f"its entropy is {mean('teacher', 'entropy'):.2f}",
+        f"None of {len(gates)} gates closed: the floor was {gates[0]['entropy_floor']}",
+        f"entropies from {low:.2f} to {high:.2f}",
+        f"by up to {max(map(lead, (10, 20, 30))):.3f} in the curves",
+        f"{mean('student_reverse_short'):.3f} against {mean('student_forward_short'):.3f}",
+        f"{mean('mix_0.5'):.2f} and {mean('mix_0.8'):.2f}; forward {mean('student_forward_long'):.2f}, "
+        f"reverse {mean('student_reverse_long'):.2f}",
+        f"all eight cells to {min(after):.2f}-{max(after):.2f}",
+        f"collapsed to {mean('collapsed', 'entropy'):.3f}",
+        f"entropy rises to {mean('from_collapsed', 'entropy'):.3f}, Avg@8 from {mean('collapsed'):.2f} to "
+        f"{mean('from_collapsed'):.2f}, and {mean('from_collapsed', 'truncated'):.0%} are truncated",
+        f"long reverse KL | both tokens | {mean('student_reverse_long', 'truncated'):.0%} |",
+        f"(`--stop_ids both`, the default) | {mean('ends_both', 'truncated'):.0%} |",
+        f"(`--stop_ids student`) | {mean('ends_student', 'truncated'):.0%} |",
+        f"long forward KL | the student's token only | {mean('ends_student_forward', 'truncated'):.0%} |",
+        f"short horizon | the student's token only | {mean('ends_student_short', 'truncated'):.0%} |",
+        f"growing lengths | the student's token only | {mean('ends_student_curriculum', 'truncated'):.0%} |",
+        f"evaluated again | both tokens | {cut:.0%} |",
+    ):
+        assert words in page

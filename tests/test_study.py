@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from conftest import ROOT
 from distil import artifacts, evaluation, training
 from recipes import toy_grid, toy_grid_report, toy_map_report, toy_runs, toy_world
-from recipes.toy_verdicts import by_seed, values_of
+from recipes.toy_verdicts import by_seed, difference, values_of
 
 MINI = toy_runs.SIZE | {
     "world": "--train 24 --heldout 2 --test 4 --terms 2 3 --restate 0.3 --slips 0.3 --student_width",
@@ -198,7 +198,6 @@ def made_up(name, seed, level, entropy=4.0, rate_bonus=0.0):
     return {
         "name": name,
         "seed": seed,
-        "gates": gates if name == "curriculum" else [],
         "n": 8,
         "maj": 0.5,
         "tflops": 1.0,
@@ -382,34 +381,23 @@ def test_the_study_page_says_what_the_committed_results_say(tmp_path, monkeypatc
 
 
 def test_the_text_of_the_study_has_the_numbers_of_the_committed_results():
-    results = json.load(open(f"{ROOT}/results/toy_grid.json"))["results"]
+    found = {}
+    for result in toy_grid.read_results(f"{ROOT}/results/toy_grid.jsonl").values():
+        found.setdefault(result["name"], {})[result["seed"]] = result
     page = " ".join(open(f"{ROOT}/docs/study.md", encoding="utf-8").read().split())
 
     def mean(run, metric="avg"):
-        return toy_grid_report.difference(results, {run: 1}, metric)[0]
+        return difference(found, {run: 1}, metric).mean
 
-    def lead(step):
-        """Reverse minus forward KL in the curves of the long student-prefix runs."""
-        curves = {
-            kl: [e["curve"] for e in results if e["name"] == f"student_{kl}_long"]
-            for kl in ("forward", "reverse")
-        }
-        at = {kl: sum(p["avg"] for c in of for p in c if p["step"] == step) / 3 for kl, of in curves.items()}
-        return at["reverse"] - at["forward"]
+    def gates(run):
+        decided = [gate["decision"] for entry in found[run].values() for gate in entry["gates"]]
+        return f"{len(decided) - decided.count('advance')} of {len(decided)}"
 
-    gates = [gate for entry in results for gate in entry["gates"]]
-    assert all(gate["decision"] == "advance" for gate in gates)
-    low, *_, high = sorted(gate["entropy"] for gate in gates)
-    assert all(lead(step) > 0 for step in (10, 20, 30)) and all(lead(step) < 0 for step in range(40, 121, 10))
     cut = (mean("ends_student_cut", "truncated") + mean("ends_student_forward_cut", "truncated")) / 2
-    after = [mean(run) for run in {entry["name"] for entry in results} if run.startswith("grpo_")]
+    after = [mean(run) for run in found if run.startswith("grpo_")]
     for words in (
         f"Avg@8 {mean('teacher'):.2f} against {mean('base'):.2f}, "
         f"its entropy is {mean('teacher', 'entropy'):.2f}",
-        f"None of {len(gates)} gates closed: the floor was {gates[0]['entropy_floor']}",
-        f"entropies from {low:.2f} to {high:.2f}",
-        f"by up to {max(map(lead, (10, 20, 30))):.3f} in the curves",
-        f"{mean('student_reverse_short'):.3f} against {mean('student_forward_short'):.3f}",
         f"{mean('mix_0.5'):.2f} and {mean('mix_0.8'):.2f}; forward {mean('student_forward_long'):.2f}, "
         f"reverse {mean('student_reverse_long'):.2f}",
         f"all eight cells to {min(after):.2f}-{max(after):.2f}",
@@ -423,5 +411,6 @@ def test_the_text_of_the_study_has_the_numbers_of_the_committed_results():
         f"short horizon | the student's token only | {mean('ends_student_short', 'truncated'):.0%} |",
         f"growing lengths | the student's token only | {mean('ends_student_curriculum', 'truncated'):.0%} |",
         f"evaluated again | both tokens | {cut:.0%} |",
+        f"With a floor of 0.2 {gates('curriculum')} gates closed",
     ):
-        assert words in page
+        assert words in page, words

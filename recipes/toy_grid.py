@@ -232,7 +232,7 @@ def main(args):
     if args.report:
         from recipes.toy_grid_report import report
 
-        return report(args.report)
+        return report(args.report, read_results(args.report))
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the forks too
     study(SIZE, args.out, args.results, 1 if torch.cuda.is_available() else args.workers)

@@ -7,10 +7,12 @@ A horizon is the limit of response tokens in training: only the shortest solutio
 nearly all into the long one. The runs ends_* start from a base student whose stop token is not the
 teacher's. `collapsed` is the base student after many epochs on few responses of its own.
 
-Runs with a rate in their name, student_reverse_long_3e-5, are for the comparison of cells that have their own
-learning rate each: `choose` chooses it. All others have the usual rate. The map has such cells for students
-of several widths, and for a teacher that solves a problem in many orders or in two; its points with the
-narrowest student and many orders are those of that comparison.
+Runs with a rate in their name, student_reverse_long_3e-5, are for the comparison of cells that have their
+own learning rate each: `choose` chooses it. Each of their seeds has a base student of its own; these decide
+as much as the seed of the run. All other runs have the usual rate and share a base student.
+
+The map has such cells for students of several widths, and for a teacher that solves a problem in many orders
+or in two; its points with the narrowest student and many orders are those of that comparison.
 """
 
 import hashlib
@@ -41,10 +43,10 @@ SIZE = {
     "test": "--n 8 --k 1 4 8",
     "map_test": "--n 4 --k 1 4",
     "rates": ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3"],
-    "rate_seeds": [1, 2],  # of the cells; the map's other points choose with the first seed
-    "cell_seeds": [1, 2, 3, 4, 5],  # at the chosen rate
+    "cell_seeds": [1, 2, 3, 4, 5],  # of the comparison of cells
     "seeds": [1, 2, 3],  # of the map and of all other runs
 }
+FIRST = 1  # the seed with which learning rates are chosen, and whose base student most runs share
 FLOORS = ("0.2", "0.33", "0.38")  # of the curriculum's entropy; the teacher's own is 0.236
 CUT = ("ends_student_cut", "ends_student_forward_cut")  # evaluated again, where both stop tokens stop
 COMMON = "--engine hf --dtype float32"
@@ -74,7 +76,7 @@ def make_jobs(size):
         jobs[place] = Job(commands, name, seed, place)
 
     add_starts(size, jobs, add)
-    for seed in sorted({*size["seeds"], *size["rate_seeds"], *size["cell_seeds"]}):
+    for seed in seeds_of(size):
         for name, command in runs_of(size, seed).items():
             add(name, command, seed)
         for name in CUT:
@@ -91,7 +93,7 @@ def add_point(size, jobs, add, point, rate, seed):
     cell, width, spread = point
     name, (prefix, kl, horizon) = name_of(*point, rate), cell.split("_")
     kind = "cell" if point in OF_CELLS else "map"
-    more = {"width": width, "spread": spread, "rate": rate, "settings": size[kind]}
+    more = {"base": base_of(width, spread, seed), "spread": spread, "rate": rate, "settings": size[kind]}
     command = distil(size, seed, f"--kl {kl}", horizon, prefix, **more)
     add(name, command, seed, size["test" if kind == "cell" else "map_test"])
     if kind == "cell" and prefix == "student":
@@ -110,9 +112,9 @@ def add_starts(size, jobs, add):
     for name, command in worlds.items():
         jobs[name] = Job([f"{command} --out {{out}}/{name}"])
 
-    def learn(name, init, solutions, flags):
+    def learn(name, init, solutions, flags, seed=None):
         source = f"--student {{out}}/{init} --rollouts {{out}}/{solutions}"
-        add(name, fine_tune(size, f"--batch_size 64 --lr 3e-3 {source} {flags}"))
+        add(name, fine_tune(size, f"--batch_size 64 --lr 3e-3 {source} {flags}"), seed)
 
     sample = f"--data {{out}}/world/train.jsonl --max_response_tokens {size['long']} {COMMON}"
     for spread in SPREADS:
@@ -122,10 +124,14 @@ def add_starts(size, jobs, add):
         score = f"score_teacher --teacher {{out}}/teacher{few}/final --rollouts {{out}}/rollouts{few}"
         jobs[f"rollouts{few}"] = Job([f"{rollout} --out {{out}}/rollouts{few}"])
         jobs[f"scores{few}"] = Job([f"{score} --dtype float32 --out {{out}}/scores{few}"])
-        for width in WIDTHS:
+        for width, seed in ((width, seed) for width in WIDTHS for seed in seeds_of(size)):
             world = "world" if width == WIDTHS[0] else f"world_{width}"
-            base = base_of(width, spread)
-            learn(base, f"{world}/student_init", f"world{few}/hasty", size[f"base_{width}"])
+            own = (
+                (size[f"base_{width}"], None)
+                if seed == FIRST
+                else (f"{size[f'base_{width}']} --seed {seed}", seed)
+            )
+            learn(base_of(width, spread), f"{world}/student_init", f"world{few}/hasty", *own)
     learn("base_endoftext", "world_endoftext/student_init", "world_endoftext/hasty", size["base_32"])
     own = f"rollout --model {{out}}/base/final {size['own']} --temperature 0.6 --top_p 0.95 {sample}"
     jobs["own"] = Job([f"{own} --out {{out}}/own"])
@@ -144,8 +150,10 @@ def runs_of(size, seed):
     for weight in ("0.2", "0.5", "0.8"):
         runs[f"mix_{weight}"] = distil(size, seed, f"--kl mix --fkl_weight {weight}")
     for floor in FLOORS:
-        name = "curriculum" if floor == FLOORS[0] else f"curriculum_floor_{floor}"
-        runs[name] = distil(size, seed, f"--kl reverse {curriculum} {floor}")
+        first = floor == FLOORS[0]
+        base = "base" if first else base_of(WIDTHS[0], "many", seed)
+        name = "curriculum" if first else f"curriculum_floor_{floor}"
+        runs[name] = distil(size, seed, f"--kl reverse {curriculum} {floor}", base=base)
     runs["topk"] = distil(size, seed, "--kl reverse --vocab topk --k 4")
     runs["sampled"] = distil(size, seed, "--kl reverse --vocab sampled")
     runs["from_collapsed"] = distil(size, seed, "--kl reverse", base="collapsed")
@@ -166,23 +174,14 @@ def runs_of(size, seed):
 
 
 def distil(
-    size,
-    seed,
-    flags,
-    horizon="long",
-    prefix="student",
-    width=WIDTHS[0],
-    spread="many",
-    rate=USUAL,
-    base=None,
-    settings=None,
+    size, seed, flags, horizon="long", prefix="student", spread="many", rate=USUAL, base="base", settings=None
 ):
     few = "_few" if spread == "few" else ""
     data = f"--rollouts {{out}}/rollouts{few} --scores {{out}}/scores{few}"
     if prefix == "student":
         data = f"--teacher {{out}}/teacher{few}/final --data {{out}}/world/train.jsonl"
     return (
-        f"train --prefix {prefix} {flags} --student {{out}}/{base or base_of(width, spread)}/final {data} "
+        f"train --prefix {prefix} {flags} --student {{out}}/{base}/final {data} "
         f"--normalize token --max_response_tokens {size[horizon]} --batch_size 32 "
         f"{settings or size['usual']} --lr {rate} {watched(size, seed)}"
     )
@@ -210,8 +209,13 @@ def test(size, run, place, seed, flags="", checkpoint="final", count=None):
     )
 
 
-def base_of(width, spread):
-    return "base" + (f"_{width}" if width != WIDTHS[0] else "") + ("_few" if spread == "few" else "")
+def seeds_of(size):
+    return sorted({FIRST, *size["seeds"], *size["cell_seeds"]})
+
+
+def base_of(width, spread, seed=FIRST):
+    name = "base" + (f"_{width}" if width != WIDTHS[0] else "") + ("_few" if spread == "few" else "")
+    return name if seed == FIRST else f"{name}_{seed}"
 
 
 def name_of(cell, width=WIDTHS[0], spread="many", rate=USUAL):
@@ -245,23 +249,23 @@ def held_out(result):
 
 
 def choose(size, results, point):
-    """(learning rates to try, each one's mean held-out Avg or None, the best of those that are tried) of a
-    point (cell, width, spread). The rates begin next to the usual one, and go on while the best is an end."""
+    """(each learning rate to try and the first seed's held-out Avg, None where that is missing; the best
+    rate, None until all were tried) of a point (cell, width, spread).
+
+    The first rates to try are the usual one and those next to it. While the best is an end, the next one
+    beyond it follows."""
     rates, middle = size["rates"], size["rates"].index(USUAL)
-    seeds = size["rate_seeds"] if point in OF_CELLS else size["seeds"][:1]
 
     def score(rate):
-        places = [f"{name_of(*point, rate)}_{seed}" for seed in seeds]
-        found = [held_out(results[place]) for place in places if place in results]
-        return sum(found) / len(found) if len(found) == len(places) else None
+        first = f"{name_of(*point, rate)}_{FIRST}"
+        return held_out(results[first]) if first in results else None
 
     low, high = max(0, middle - 1), min(middle + 1, len(rates) - 1)
     while True:
         scores = {rate: score(rate) for rate in rates[low : high + 1]}
-        tried = [rate for rate in scores if scores[rate] is not None]
-        best = max(tried, key=scores.get, default=None)
-        if len(tried) < len(scores):
-            return scores, best
+        if None in scores.values():
+            return scores, None
+        best = max(scores, key=scores.get)
         if best == rates[low] and low > 0:
             low -= 1
         elif best == rates[high] and high < len(rates) - 1:
@@ -283,15 +287,15 @@ def parts(size, results):
     def at_best(points):
         return [name_of(*point, choose(size, results, point)[1]) for point in points]
 
-    yield with_seeds(at_rates(OF_CELLS), size["rate_seeds"])
+    yield with_seeds(at_rates(OF_CELLS), [FIRST])
     yield with_seeds(at_best(OF_CELLS), size["cell_seeds"])
     matched = [f"{name}_equal_flops" for name in at_best(OF_CELLS) if name.startswith("student")]
     yield with_seeds(matched, size["cell_seeds"])
     yield ["teacher", "base", "base_endoftext", "collapsed"]
-    yield with_seeds([*runs_of(size, 1), *CUT], size["seeds"])
+    yield with_seeds([*runs_of(size, FIRST), *CUT, name_of("student_reverse_long")], size["seeds"])
     yield [base_of(width, spread) for width in WIDTHS for spread in SPREADS] + ["teacher_few"]
-    yield with_seeds([name_of(*point) for point in POINTS], size["seeds"][:1])
-    yield with_seeds(at_rates(POINTS), size["seeds"][:1])
+    yield with_seeds([name_of(*point) for point in POINTS], [FIRST])
+    yield with_seeds(at_rates(POINTS), [FIRST])
     yield with_seeds(at_best(POINTS), size["seeds"])
 
 
@@ -301,3 +305,10 @@ def missing(size, results):
         if lacking := [place for place in part if place not in results]:
             return lacking
     return []
+
+
+def count_missing(size, results):
+    """How many results the study lacks, without learning rates beyond the first that are to be tried."""
+    places = {place for part in parts(size, results) for place in part}
+    unknown = f"_None_{FIRST}"  # the first seed at the best rate is one of those that choose it
+    return sum(place not in results and not place.endswith(unknown) for place in places)

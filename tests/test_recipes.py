@@ -3,11 +3,8 @@
 bash gives the recipes' commands; recipes/plan.py, which shows and runs them, is called in this process."""
 
 import argparse
-<<<<<<< HEAD
-=======
 import contextlib
 import functools
->>>>>>> 4fadd7aa897c86bbaaf9c6982819c5747a4abdc4
 import importlib
 import io
 import json
@@ -22,14 +19,9 @@ import torch
 
 import grpo
 from conftest import ROOT
-<<<<<<< HEAD
-from recipes import plan, toy_claim
+from recipes import general, plan, toy_claim
 from reports import figure
 from runs.flops import tflops
-=======
-from distil.flops import tflops
-from recipes import general, plan
->>>>>>> 4fadd7aa897c86bbaaf9c6982819c5747a4abdc4
 from test_repo import parses
 
 FAKE = (
@@ -108,7 +100,6 @@ def listed(tmp_path, name):
     return [line.split()[0] for line in lines if line and line[0] not in "#"]
 
 
-<<<<<<< HEAD
 def figures_of(found):
     """{file: the directories of its runs} of the figures that a recipe ends with, which all draw Pass@k."""
     drawn = [args for _, args in found["results"] if args.figure]
@@ -140,12 +131,8 @@ def check_figures_of_the_first_paper(found):
     assert {args.eval_n for args in trained} == {3}  # with 1 Pass@k would be Avg again
 
 
-def test_every_row_of_the_first_paper_has_its_hyperparameters(recipe, tmp_path):
-    found = rows(recipe("qwen3", "--dry_run"))
-=======
 def test_every_row_of_the_first_paper_has_its_hyperparameters(dry_run, tmp_path):
     found, _ = dry_run("qwen3")
->>>>>>> 4fadd7aa897c86bbaaf9c6982819c5747a4abdc4
     shared = {"table3/4b_fixed", "table3/8b_fixed"}  # are table2/student_4b_reverse and student_8b_reverse
     assert set(found) == {*listed(tmp_path, "qwen3"), "rollouts_4b", "rollouts_8b", "results"} - shared
     for size, teacher in {"4b": "Qwen/Qwen3-4B", "8b": "Qwen/Qwen3-8B"}.items():
@@ -221,14 +208,7 @@ def test_every_row_of_the_first_paper_has_its_hyperparameters(dry_run, tmp_path)
             teacher=teacher,
         )
     assert [found[f"figure7/student_4b_mix_{w}"][0][1].fkl_weight for w in (0.2, 0.5, 0.8)] == [0.2, 0.5, 0.8]
-<<<<<<< HEAD
     check_figures_of_the_first_paper(found)
-    shots = {}
-    for program, words in found["table4/base"]:
-        assert program == "lm_eval"  # with python -m, our evaluate.py would hide the package that it imports
-        shots[words[words.index("--tasks") + 1]] = words[words.index("--num_fewshot") + 1]
-    assert shots == {"mmlu": "5", "arc_challenge": "25", "hellaswag": "10", "piqa": "0"}
-=======
     for row, model in {"base": "Qwen/Qwen3-0.6B-Base"}.items() | {
         (f"{cell}_4b_{kl}", f"out/qwen3/table1_{cell}_4b_{kl}/final")
         for cell in ("teacher", "student")
@@ -238,7 +218,6 @@ def test_every_row_of_the_first_paper_has_its_hyperparameters(dry_run, tmp_path)
         assert module == "recipes.general"
         has(general, model=model, dtype="bfloat16", include_path=None)
         assert set(general.tasks) == {"mmlu:5", "arc_challenge:25", "hellaswag:10", "piqa:0"}
->>>>>>> 4fadd7aa897c86bbaaf9c6982819c5747a4abdc4
 
 
 def test_every_row_of_the_second_paper_has_its_hyperparameters(dry_run, tmp_path):
@@ -468,19 +447,14 @@ def test_rows_of_the_first_paper_run_and_are_not_run_twice(
     picked = ["--row", "table3/4b_curriculum", "--row", "table5/teacher_4b_reverse", "--row", "table4/base"]
     printed = recipe("qwen3", *picked, *tiny["qwen3"])
     cell = ["train", "evaluate"]
-<<<<<<< HEAD
     figures = ["cells_128_4b.png", "grpo_128_4b.png", "figure6.png", "curriculum.png"]
     results = ["evaluate", *(word for name in figures for word in ("evaluate", name))]
-    assert executed == [*cell, "rollout", "score_teacher", *cell, "grpo", "evaluate", *results]
-    table = printed.split("| run")[1]
-=======
     assert executed == [
         *(*cell, "rollout", "score_teacher", *cell),
-        *("grpo", "evaluate", "recipes.general", "evaluate"),
+        *("grpo", "evaluate", "recipes.general", *results),
     ]
     _, table, knowledge = printed.split("| run")
     assert knowledge.count("| 0.5000 ") == 5  # four tasks and their mean
->>>>>>> 4fadd7aa897c86bbaaf9c6982819c5747a4abdc4
     for run in ("table1_teacher_4b_reverse", "table3_4b_curriculum", "table5_teacher_4b_reverse"):
         assert f"| {run} " in table
     cells = {
@@ -497,13 +471,8 @@ def test_rows_of_the_first_paper_run_and_are_not_run_twice(
     run = tmp_path / "out/table5_teacher_4b_reverse"
     os.rename(run / "meta.json", run / "meta.partial.json")  # as a killed run leaves it
     printed = recipe("qwen3", *picked, *tiny["qwen3"])
-<<<<<<< HEAD
     assert executed == ["grpo --resume", *results]
-    assert printed.count("# finished; ") == 7 and printed.count("# unfinished; ") == 1
-=======
-    assert executed == ["grpo --resume", "evaluate"]
     assert printed.count("# finished") == 8 and printed.count("# unfinished; ") == 1
->>>>>>> 4fadd7aa897c86bbaaf9c6982819c5747a4abdc4
     changed = [*picked, *tiny["qwen3"], "--steps", 3]
     refused(lambda: recipe("qwen3", *changed), "--steps 2", "wants 3", "table3/4b_curriculum")
     printed = recipe("qwen3", *picked, *tiny["qwen3"], "--dry_run")

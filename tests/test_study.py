@@ -12,23 +12,32 @@ from safetensors.torch import load_file
 
 from conftest import ROOT
 from distil import artifacts, evaluation
-from recipes import toy_grid, toy_grid_report, toy_world
+from recipes import toy_grid, toy_grid_report, toy_map_report, toy_runs, toy_world
+from recipes.toy_verdicts import by_seed, difference, values_of
 from runs import training
 
-MINI = {
-    "world": "--train 24 --heldout 2 --test 4 --terms 2 3 --restate 0.3 --slips 0.3 --student_width 32",
+MINI = toy_runs.SIZE | {
+    "world": "--train 24 --heldout 2 --test 4 --terms 2 3 --restate 0.3 --slips 0.3 --student_width",
     "short": "4",
     "long": "12",
     "teacher": "--steps 1",
-    "base": "--steps 1",
+    "base_32": "--steps 1",
+    "base_56": "--steps 1",
+    "base_96": "--steps 1",
     "rollouts": "--limit 8",
     "own": "--limit 2",
     "collapsed": "--steps 1 --batch_size 2 --lr 1e-3",
-    "cell": "--steps 2 --lr 1e-3 --save_every 1 --eval_every 2 --eval_n 4",
-    "curriculum": "--horizons 4,12 --gate_every 1 --entropy_floor 0",
+    "usual": "--steps 2 --save_every 1 --eval_every 2 --eval_n 4",
+    "cell": "--steps 2 --save_every 1 --eval_every 2 --eval_n 4",
+    "map": "--steps 1 --eval_every 1 --eval_n 4",
+    "curriculum": "--horizons 4,12 --gate_every 1 --entropy_floor",
     "grpo": "--steps 1 --lr 1e-3 --n 2 --batch_size 2 --eval_every 1 --eval_n 4",
-    "test": "--n 8 --k 1 4 8",
+    "rates": ["1e-4"],
+    "cell_seeds": [1],
+    "seeds": [1],
 }
+OF_CELLS = [("student_reverse_long", 32, "many"), ("teacher_reverse_long", 32, "many")]
+POINTS = [*OF_CELLS, ("teacher_forward_short", 56, "few")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,8 +49,10 @@ def fewer_draws():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """OUT of a miniature study, interrupted in the second step of its curriculum and started again."""
+    """OUT of a miniature study, interrupted in the second step of its curriculum and started again; its
+    results are in OUT/results.jsonl."""
     out = str(tmp_path_factory.mktemp("study"))
+    results = f"{out}/results.jsonl"
     real = training.optimizer_step
 
     def interrupted(args, model, optimizer, step, ids):
@@ -52,43 +63,62 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(artifacts, "provenance", functools.cache(artifacts.provenance))
         patch.setattr(training, "optimizer_step", interrupted)
+        patch.setattr(toy_runs, "CELLS", ["student_reverse_long", "teacher_forward_short"])
+        patch.setattr(toy_runs, "POINTS", POINTS)
+        patch.setattr(toy_runs, "OF_CELLS", OF_CELLS)
         with pytest.raises(KeyboardInterrupt):
-            toy_grid.study(MINI, out, [1], 1)
+            toy_grid.study(MINI, out, results, 1)
         assert not os.path.exists(f"{out}/curriculum_1/meta.json")
-        assert not os.path.exists(f"{out}/results.json")
         before = {
             entry.name: os.stat(f"{entry.path}/meta.json").st_mtime_ns
             for entry in os.scandir(out)
             if os.path.exists(f"{entry.path}/meta.json")
         }
-        done = {"world", "teacher", "rollouts", "scores", "student_reverse_long_1", "mix_0.8_1"}
+        done = {"world", "teacher", "student_reverse_long_1e-4_1", "student_reverse_long_1", "mix_0.8_1"}
         assert done <= set(before)
+        lines = open(results).read()
+        assert done - {"world"} <= set(toy_grid.read_results(results))
         patch.setattr(training, "optimizer_step", real)
-        toy_grid.study(MINI, out, [1], 1)
+        toy_grid.study(MINI, out, results, 1)
+        assert open(results).read().startswith(lines)
+        toy_grid.study(MINI, f"{out}/elsewhere", results, 1)  # another checkout repeats nothing
+        assert not os.path.exists(f"{out}/elsewhere")
     for name, time in before.items():  # what was finished is kept
         assert os.stat(f"{out}/{name}/meta.json").st_mtime_ns == time
     return out
 
 
 def test_every_run_is_in_the_results(finished):
-    found = json.load(open(f"{finished}/results.json"))
-    names = {entry["name"] for entry in found["results"]}
-    assert {name for _, _, terms, _ in toy_grid_report.claims() for name in terms} <= names
-    assert set(toy_grid.runs_of(MINI)) | {"teacher", "base", "base_endoftext", "collapsed"} <= names
-    for entry in found["results"]:
-        if entry["name"] in toy_grid.runs_of(MINI):
-            results = json.load(open(f"{finished}/{entry['name']}_1/eval/results.json"))
+    results = toy_grid.read_results(f"{finished}/results.jsonl")
+    names = {result["name"] for result in results.values()}
+    assert {"teacher", "base", "base_endoftext", "base_56_few", "collapsed", *toy_runs.CUT} <= names
+    assert {"student_reverse_long_1e-4_equal_flops", "teacher_forward_short_width_56_few_1e-4"} <= names
+    runs = {*toy_runs.runs_of(MINI, 1)} - {
+        f"{grpo}{cell}" for grpo in ("", "grpo_") for cell in toy_runs.CELLS
+    }
+    runs |= {"grpo_student_reverse_long", "teacher_forward_short", "teacher_forward_short_width_56_few_1e-4"}
+    assert runs <= names
+    for place, entry in results.items():
+        if entry["name"] in runs:
+            found = json.load(open(f"{finished}/{place}/eval/results.json"))
             for metric in ("avg", "length", "truncated", "entropy"):
-                mean = evaluation.mean_of(*toy_grid_report.values_of([entry], metric))
-                assert mean == pytest.approx(results[metric], abs=0.02 if metric == "entropy" else 1e-9)
-            mean = evaluation.mean_of(*toy_grid_report.values_of([entry], "pass@4"))
-            assert mean == pytest.approx(results["pass"]["4"])
-            assert [row["step"] for row in entry["curve"]] == ([0, 1] if entry["stage"] == "grpo" else [0, 2])
+                [[mean]] = by_seed({"run": {1: entry}}, {"run": 1}, metric, [1], torch.ones(1, 4).double())
+                assert mean.item() == pytest.approx(found[metric], abs=0.02 if metric == "entropy" else 1e-9)
+            values, _ = values_of(entry, "pass@4")
+            assert values.mean().item() == pytest.approx(found["pass"]["4"])
+            assert entry["curve"]["step"] == [0, 1 if "width" in place or "grpo" in place else 2]
+
+
+def test_runs_start_from_the_base_student_of_their_width_and_orders(finished):
+    results = toy_grid.read_results(f"{finished}/results.jsonl")
+    start = {place: result["start"] for place, result in results.items()}
+    assert start["mix_0.8_1"] == toy_grid.weights_digest(f"{finished}/base/final")
+    few = toy_grid.weights_digest(f"{finished}/base_56_few/final")
+    assert start["teacher_forward_short_width_56_few_1e-4_1"] == few != start["mix_0.8_1"]
 
 
 def test_the_interrupted_run_went_on_where_it_was(finished, tmp_path):
-    first_commands = [job[0] for jobs in toy_grid.phases(MINI, finished, [1]) for job in jobs]
-    [words] = [words for words in first_commands if words[-1].endswith("/curriculum_1")]
+    words = toy_runs.make_jobs(MINI)["curriculum_1"].commands[0].format(out=finished).split()
     toy_grid.call([*words[:-1], str(tmp_path / "whole")])
     one = load_file(f"{finished}/curriculum_1/final/model.safetensors")
     other = load_file(tmp_path / "whole/final/model.safetensors")
@@ -96,15 +126,14 @@ def test_the_interrupted_run_went_on_where_it_was(finished, tmp_path):
     assert "--resume" in json.load(open(f"{finished}/curriculum_1/meta.json"))["argv"]
 
 
-def test_equal_flops_are_at_least_the_teacher_prefix_runs(finished):
-    def spent(path):
-        return json.load(open(f"{finished}/{path}/checkpoint.json"))["tflops"]
+def test_equal_flops_are_the_first_checkpoint_that_spent_as_much(finished):
+    def spent(name):
+        return toy_grid.rounded(json.load(open(f"{run}/{name}/checkpoint.json"))["tflops"])
 
-    first, final = spent("student_reverse_short_1/step_000001"), spent("student_reverse_short_1/final")
-    enough = first if first >= spent("teacher_reverse_short_1/final") else final
-    assert spent(toy_grid.equal_flops(finished, "reverse", "short", 1)) == enough
-    results = json.load(open(f"{finished}/student_reverse_short_1/eval_equal_flops/results.json"))
-    assert results["tflops"] == enough
+    run = f"{finished}/student_reverse_long_1e-4_1"
+    first, final = spent("step_000001"), spent("final")
+    assert toy_grid.equal_flops(run, first) == "step_000001"
+    assert toy_grid.equal_flops(run, first * 1.01) == toy_grid.equal_flops(run, final * 2) == "final"
 
 
 def test_ends_differ_where_they_should(finished):
@@ -113,146 +142,175 @@ def test_ends_differ_where_they_should(finished):
 
     assert stops("base") == stops("student_reverse_long_1") == stops("ends_both_1") == [0, 2]
     assert stops("base_endoftext") == stops("ends_student_1") == [0]
-    for run in ("ends_student_1", "ends_student_forward_1"):
-        assert stops(f"{run}/eval") == [0] and stops(f"{run}/eval_both") == [0, 2]
+    for run in ("ends_student", "ends_student_forward"):
+        assert stops(f"{run}_1/eval") == [0] and stops(f"{run}_cut_1/eval") == [0, 2]
     assert stops("ends_student_curriculum_1") == [0] and stops("from_collapsed_1") == [0, 2]
 
 
-def test_other_flags_are_refused(finished, refused):
-    changed = MINI | {"cell": MINI["cell"].replace("1e-3", "2e-3")}
-    refused(
-        lambda: toy_grid.study(changed, finished, [1], 1), "--lr", "0.001", "0.002", "remove what is there"
-    )
+def test_other_flags_are_refused(finished, refused, tmp_path):
+    changed = MINI | {"usual": MINI["usual"].replace("--eval_every 2", "--eval_every 1")}
+    results = shutil.copy(f"{finished}/results.jsonl", tmp_path)
+    refused(lambda: toy_grid.study(changed, finished, results, 1), "other flags", "remove its line")
+    job = toy_runs.make_jobs(changed)["curriculum_1"]
+    refused(lambda: toy_grid.do(job, {}, finished), "--eval_every", "remove what is there")
+    with open(results, "a") as file:
+        file.write(open(results).readline())
+    refused(lambda: toy_grid.read_results(results), "a second result of")
 
 
-def test_jobs_run_in_forks_and_a_failure_ends_the_study(tmp_path, capfd):
-    words = "toy_world --train 3 --heldout 1 --test 1 --terms 2 3 --out".split()
-    toy_grid.work([[[*words, str(tmp_path / name)]] for name in "abc"], 2)
-    assert all((tmp_path / name / "meta.json").is_file() for name in "abc")
+def test_a_result_is_known_by_all_that_made_it():
+    jobs, place = toy_runs.make_jobs(MINI), "student_reverse_long_width_56_few_1e-4_1"
+    before = toy_runs.identity(jobs, place)
+    needed = toy_grid.with_needs(jobs, [place])
+    assert set(needed) == {"world", "world_56", "world_few", "teacher_few", "base_56_few", place}
+    assert all({*toy_runs.needs(jobs, one)} <= {*needed[:index]} for index, one in enumerate(needed))
+    changes = {
+        "world": "24 25",
+        "teacher": "1 2",
+        "base_56": "1 2",
+        "map": "1 2",
+        "map_test": "4 5",
+        "long": "2 3",
+    }
+    for key, change in ({"usual": "2 3", "short": "4 5", "base_32": "1 2"} | changes).items():
+        other = toy_runs.make_jobs(MINI | {key: MINI[key].replace(*change.split())})
+        assert (toy_runs.identity(other, place) != before) == (key in changes)
+
+
+def test_jobs_run_in_forks_after_those_that_they_need(tmp_path, capfd):
+    words = "toy_world --train 3 --heldout 1 --test 1 --terms 2 3 --out {out}/"
+    jobs = {name: toy_runs.Job([words + name]) for name in "abc"}
+    late = "rollout --model {out}/a/student_init --data {out}/b/train.jsonl --limit 1 --max_response_tokens 2"
+    jobs["late"] = toy_runs.Job([f"{late} --engine hf --dtype float32 --out {{out}}/late"])
+    order = list(toy_grid.work(["late", "a", "b", "c"], jobs, {}, str(tmp_path), 2))
+    assert {*order} == {*jobs} and order.index("late") > max(order.index("a"), order.index("b"))
+    assert all((tmp_path / name / "meta.json").is_file() for name in jobs)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").touch()
+    jobs["mine"] = toy_runs.Job([words + "mine"])
     with pytest.raises(SystemExit) as end:
-        toy_grid.work([[[*words, str(tmp_path / "mine")]], [[*words, str(tmp_path / "d")]]], 2)
+        list(toy_grid.work(["mine"], jobs, {}, str(tmp_path), 2))
     assert end.value.code == 1 and "not this project's" in capfd.readouterr().err
 
 
-def made_up(name, seed, correct, tokens, entropy):
-    """An entry of 8 responses to each problem."""
-    rows = {"correct": correct, "cut": [0] * len(correct), "tokens": tokens, "entropy": entropy}
-    curve = [
-        {"step": s, "tflops": s, "avg": 0.5, "pass@4": 0.5, "length": 9, "entropy": 1, "truncated": 0}
-        for s in (0, 1)
-    ]
-    gates = [{"decision": decision, "entropy_floor": 0.3} for decision in ("advance", "hold")]
+def made_up(name, seed, level, entropy=4.0, rate_bonus=0.0):
+    """A result of 8 responses to each of 8 problems, `level` of them right."""
+    curve = {key: [1, 1] for key in ("tflops", "length", "entropy", "truncated", "pass@4")}
     return {
         "name": name,
         "seed": seed,
-        "gates": gates if name == "curriculum" else [],
         "n": 8,
         "maj": 0.5,
         "tflops": 1.0,
-        "curve": curve,
-        **{key: " ".join(map(str, row)) for key, row in rows.items()},
+        "step": 10,
+        "curve": curve | {"step": [0, 10], "avg": [0.1, level / 8 + rate_bonus]},
+        "gates": [],
+        "correct": f"{level}" * 8,
+        "cut": "0" * 8,
+        "tokens": " ".join(["40"] * 8),
+        "entropy": " ".join([f"{entropy}"] * 8),
     }
 
 
-def by_hand(results, terms, metric):
-    """Mean and bootstrap interval of sum(factor * metric), a loop at a time."""
+def complete(size):
+    """Made-up results of the whole study: of 8, reverse runs solve 6, others 2; after GRPO 7 and 4; the third
+    seed of sampled is better than its others. On held-out problems 3e-4 is best, for the widest 1e-3."""
 
-    def metric_of(name, problems):
-        top = bottom = 0.0
-        for entry in (entry for entry in results if entry["name"] == name):
-            for i in problems:
-                correct, tokens, entropy = (
-                    float(entry[key].split()[i]) for key in ("correct", "tokens", "entropy")
-                )
-                values = {"avg": correct / 8, "pass@8": correct > 0, "length": tokens / 8, "entropy": entropy}
-                top += values[metric]
-                bottom += tokens if metric == "entropy" else 1
-        return top / bottom
+    def make(place):
+        job = jobs[place]
+        level, entropy = (6, 4.0) if "reverse" in place or "curriculum" in place else (2, 8.0)
+        if place.startswith("grpo"):
+            level = 7 if "reverse" in place else 4
+        level = 8 if place == "sampled_3" else level
+        bonuses = {"3e-4": 0.01, "1e-3": 0.02 if "width_96" in place else 0}
+        bonus = sum(bonuses[rate] for rate in bonuses if rate in place)
+        return made_up(job.name, job.seed, level, entropy, bonus)
 
-    count, generator = len(results[0]["correct"].split()), torch.Generator().manual_seed(0)
-    picks = [torch.randint(count, (count,), generator=generator).tolist() for _ in range(evaluation.DRAWS)]
-
-    def total(problems):
-        return sum(factor * metric_of(name, problems) for name, factor in terms.items())
-
-    draws = sorted(total(pick) for pick in picks)  # 100: the interval leaves out 2 below and 3 above
-    return total(range(count)), [draws[2], draws[96]]
-
-
-@pytest.fixture
-def synthetic():
-    """12 problems; runs a and b with two seeds, c without: a beats b by a quarter, c is as good as b."""
-    rng, results = random.Random(1), []
-    for name, seeds, lift in (("a", (1, 2), 1), ("b", (1, 2), 0), ("c", (None,), 0)):
-        for seed in seeds:
-            correct = [rng.choice([0, 2, 4, 6]) + 2 * lift for _ in range(12)]
-            tokens, entropy = [rng.randint(8, 60) for _ in correct], [rng.uniform(1, 9) for _ in correct]
-            results.append(made_up(name, seed, correct, tokens, entropy))
+    jobs, results = toy_runs.make_jobs(size), {}
+    while places := toy_runs.missing(size, results):
+        results |= {place: make(place) for place in places}
     return results
 
 
-@pytest.mark.parametrize("metric", ["avg", "pass@8", "length", "entropy"])
-def test_differences_are_those_computed_by_hand(synthetic, metric):
-    for terms in ({"a": 1, "b": -1}, {"a": 1, "b": -0.5, "c": -0.5}):
-        mean, interval, each = toy_grid_report.difference(synthetic, terms, metric)
-        truth, ends = by_hand(synthetic, terms, metric)
-        assert mean == pytest.approx(truth) and interval == pytest.approx(ends)
-        for seed, value in zip((1, 2), each, strict=True):
-            alone = [entry for entry in synthetic if entry["seed"] in (seed, None)]
-            assert value == pytest.approx(by_hand(alone, terms, metric)[0])
+def test_rates_go_on_until_the_best_is_no_end():
+    size, point = toy_runs.SIZE, toy_runs.OF_CELLS[0]
+
+    def chosen(**avg):
+        results = {}
+        for rate, value in avg.items():
+            name = toy_runs.name_of(*point, rate.replace("_", "-").removeprefix("at"))
+            results[f"{name}_1"] = made_up(name, 1, 0, rate_bonus=value)
+        scores, best = toy_runs.choose(size, results, point)
+        return [*scores], best
+
+    middle = ["3e-5", "1e-4", "3e-4"]
+    assert chosen() == (middle, None)
+    assert chosen(at3e_5=0.1, at1e_4=0.3) == (middle, None)
+    assert chosen(at3e_5=0.1, at1e_4=0.3, at3e_4=0.2) == (middle, "1e-4")
+    assert chosen(at3e_5=0.4, at1e_4=0.3, at3e_4=0.2) == (["1e-5", *middle], None)
+    assert chosen(at3e_5=0.4, at1e_4=0.3, at3e_4=0.2, at1e_5=0.1) == (["1e-5", *middle], "3e-5")
+    assert chosen(at3e_5=0.1, at1e_4=0.2, at3e_4=0.3, at1e_3=0.4) == ([*middle, "1e-3"], "1e-3")
 
 
-def test_the_three_verdicts(synthetic):
-    def found(terms, margin=0):
-        _, (low, high), _ = toy_grid_report.difference(synthetic, terms, "avg")
-        return toy_grid_report.verdict(low, high, margin)
-
-    assert found({"a": 1, "b": -1}) == "holds"
-    assert found({"b": 1, "a": -1}) == "opposite"
-    assert found({"b": 1, "c": -1}) == "not resolved"
-    assert found({"b": 1, "c": -1}, margin=-0.9) == "holds"
-    assert found({"a": 1, "b": -1}, margin=0.9) == "opposite"
+def test_the_held_out_score_is_of_the_last_sixth():
+    result = {"step": 120, "curve": {"step": [0, 80, 100, 120], "avg": [0.9, 0.9, 0.2, 0.3]}}
+    assert toy_runs.held_out(result) == pytest.approx(0.25)
 
 
-def test_the_report_says_what_the_results_say(tmp_path, capsys):
-    """Of 8, reverse runs solve 6, others 2; after GRPO 7 and 4: the claims say so."""
-
-    def correct(name):
-        reverse = "reverse" in name
-        return (7 if reverse else 4) if name.startswith("grpo") else (6 if reverse else 2)
-
-    names = {name: None for _, _, terms, _ in toy_grid_report.claims() for name in terms} | dict.fromkeys(
-        toy_grid.runs_of(MINI)
-    )
-    results = [
-        made_up(name, seed, [correct(name)] * 8, [40] * 8, [4.0 if "reverse" in name else 8.0] * 8)
-        for name in names
-        for seed in (1, 2)
-    ]
-    path = tmp_path / "toy_grid.json"
-    origin = {"commit": "0" * 40, "device": "cpu", "versions": {"torch": "2"}, "seeds": [1, 2]}
-    path.write_text(json.dumps(origin | {"results": results}))
+def test_the_report_says_what_the_results_say(tmp_path, capsys, monkeypatch):
+    results = complete(toy_runs.SIZE)
+    assert {f"{c}_3e-4_{s}" for c in toy_runs.CELLS for s in range(1, 6)} <= set(results)
+    assert "student_reverse_long_width_96_few_1e-3_3" in results
+    path = tmp_path / "toy_grid.jsonl"
+    path.write_text("".join(json.dumps(result) + "\n" for result in results.values()))
     toy_grid.main(toy_grid.get_args(["--report", str(path)]))
-    lines = (tmp_path / "toy_grid.md").read_text().splitlines()
-    shown = {
-        cells[1].strip(): [cell.strip() for cell in cells]
-        for cells in (line.split("|") for line in lines)
-        if len(cells) > 5
-    }
+    text = (tmp_path / "toy_grid.md").read_text()
+    assert "missing" not in text and "not run" not in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    shown = {row[0]: row[1:] for row in rows}
     claim = "reverse KL scores higher, short horizon (reverse minus forward)"
-    assert shown[claim][3:6] == ["+0.500 [+0.500, +0.500]", "+0.500 +0.500", "holds"]
+    assert shown[claim][1:] == ["+0.500 [+0.500, +0.500]", " ".join(["+0.500"] * 5), "holds"]
     claim = "reverse KL has lower entropy, short horizon (forward minus reverse)"
-    assert shown[claim][3] == "+0.100 [+0.100, +0.100]"
+    assert shown[claim][1] == "+0.100 [+0.100, +0.100]"
     claim = "GRPO gains more after forward KL, long (forward minus reverse)"
-    assert shown[claim][3] == "+0.125 [+0.125, +0.125]"
+    assert shown[claim][1:3] == ["+0.125 [+0.125, +0.125]", "+0.125 +0.125 +0.125"]
     claim = "mix 0.8 loses less than 0.02 (mix 0.8 minus reverse; claim: above -0.02)"
-    assert shown[claim][3:6:2] == ["-0.500 [-0.500, -0.500]", "opposite"]
-    assert shown["student_reverse_long"][2].startswith("0.750 ")
-    assert shown["student_forward_long"][2].startswith("0.250 ")
-    assert "Gates of the curriculum that closed (entropy floor 0.3): 2 of 4." in lines  # two seeds
-    assert capsys.readouterr().out.count("figure: ") == len(list(tmp_path.glob("*.png"))) == 6
+    assert shown[claim][1:4:2] == ["-0.500 [-0.500, -0.500]", "opposite"]
+    claim = "one sampled token scores lower (full vocabulary minus sampled)"
+    assert shown[claim][2:] == ["+0.500 +0.500 -0.250", "not resolved"]
+    assert shown["student_reverse_long"][0].startswith("0.750 ")
+    rates = next(row for row in rows if row[0] == "student_reverse_long" and row[-3] == "3e-4")
+    assert rates[1:6] == ["", "0.750", "0.750", "0.760", "0.750"]
+    place = next(row for row in rows if row[:3] == ["96", "two", "long"])
+    assert place[3:7] == ["0.250 (1e-3)", "0.750 (1e-3)", "0.250 (1e-3)", "0.750 (1e-3)"]
+    assert place[9] == "holds" and place[12] == "not resolved"
+    assert place[13] == "teacher reverse or student reverse"
+    assert capsys.readouterr().out.count("figure: ") == len(list(tmp_path.glob("*.png"))) == 7
+
+
+def test_what_is_missing_is_said_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_grid_report, "draw", lambda *args: None)
+    monkeypatch.setattr(toy_grid_report, "draw_map", lambda *args: None)
+    results = {"base": made_up("base", None, 2), "mix_0.8_1": made_up("mix_0.8", 1, 4)}
+    toy_grid_report.report(f"{tmp_path}/some.jsonl", results)
+    text = (tmp_path / "some.md").read_text()
+    assert "24 runs are missing: `bash recipes/toy_grid.sh` makes them" in text
+    assert "not chosen yet" in text and "not run yet" in text
+
+
+def test_gates_that_close_are_counted():
+    gates = [
+        {"decision": d, "entropy": e, "entropy_floor": 0.33} for d, e in (("advance", 0.4), ("hold", 0.3))
+    ]
+    found = {"curriculum": {seed: {"gates": gates} for seed in (1, 2)}, "fixed": {1: {"gates": []}}}
+    row = toy_map_report.gates_table(found).splitlines()[-1]
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        "curriculum",
+        "0.33",
+        "4",
+        "2",
+        "0.300 to 0.400",
+    ]
 
 
 def test_get_args_wants_one_thing_to_do(refused):
@@ -286,62 +344,61 @@ def test_the_two_base_students_learn_from_the_same_solutions(tmp_path):
     assert 0.2 < sum(ids[-1] == 2 for ids in hasty["endoftext"]) / 200 < 0.4
 
 
-VERDICTS = ("holds", "opposite", "not resolved")
+def test_two_orders_are_as_given_and_backwards():
+    rng, problem = random.Random(1), "a=3 b=7 c=2"
+    assert {toy_world.solve(problem, rng, orders="two") for _ in range(20)} == {
+        "+a3=3\n+b7=0\n+c2=2\n\\boxed{2}<|im_end|>",
+        "+c2=2\n+b7=9\n+a3=2\n\\boxed{2}<|im_end|>",
+    }
+    assert len({toy_world.solve(problem, rng) for _ in range(100)}) == 6
 
 
-def cells_of(text, columns):
-    """The rows of Markdown tables with so many columns that end with a verdict."""
+VERDICTS = ("holds", "opposite", "not resolved", "not run yet", "one seed only", "no seeds")
+
+
+def rows_of(text):
+    """The rows of Markdown tables."""
     lines = [line.strip().strip("|") for line in text.splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
-    return [row for row in rows if len(row) == columns and row[-1] in VERDICTS]
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+def test_the_committed_results_belong_to_the_committed_runs():
+    jobs = toy_runs.make_jobs(toy_runs.SIZE)
+    for place, result in toy_grid.read_results(f"{ROOT}/results/toy_grid.jsonl").items():
+        assert place not in jobs or result["id"] == toy_runs.identity(jobs, place), place
 
 
 def test_the_study_page_says_what_the_committed_results_say(tmp_path, monkeypatch):
-    """The claims are in docs/study.md, without the column of single seeds."""
-    path = shutil.copy(f"{ROOT}/results/toy_grid.json", tmp_path)
+    """Every row of the page's tables that has a verdict is one of the report's, which is up to date."""
+    path = shutil.copy(f"{ROOT}/results/toy_grid.jsonl", tmp_path)
     monkeypatch.setattr(toy_grid_report, "draw", lambda *args: None)
+    monkeypatch.setattr(toy_grid_report, "draw_map", lambda *args: None)
     monkeypatch.setattr(evaluation, "DRAWS", 1000)
-    toy_grid_report.resampled_once.cache_clear()
-    toy_grid_report.report(path)
-    toy_grid_report.resampled_once.cache_clear()
+    toy_grid_report.report(path, toy_grid.read_results(path))
     text = (tmp_path / "toy_grid.md").read_text()
     assert text == open(f"{ROOT}/results/toy_grid.md").read()
-    page = f"{ROOT}/docs/study.md"
-    if not os.path.isfile(page):
-        page = f"{ROOT}/README.md"
-    claims = [[claim, metric, shown, verdict] for claim, metric, shown, _, verdict in cells_of(text, 5)]
-    assert cells_of(open(page, encoding="utf-8").read(), 4) == claims
+    page = [row for row in rows_of(open(f"{ROOT}/docs/study.md").read()) if {*row} & {*VERDICTS}]
+    assert page and all(row in rows_of(text) for row in page)
 
 
 def test_the_text_of_the_study_has_the_numbers_of_the_committed_results():
-    results = json.load(open(f"{ROOT}/results/toy_grid.json"))["results"]
+    found = {}
+    for result in toy_grid.read_results(f"{ROOT}/results/toy_grid.jsonl").values():
+        found.setdefault(result["name"], {})[result["seed"]] = result
     page = " ".join(open(f"{ROOT}/docs/study.md", encoding="utf-8").read().split())
 
     def mean(run, metric="avg"):
-        return toy_grid_report.difference(results, {run: 1}, metric)[0]
+        return difference(found, {run: 1}, metric).mean
 
-    def lead(step):
-        """Reverse minus forward KL in the curves of the long student-prefix runs."""
-        curves = {
-            kl: [e["curve"] for e in results if e["name"] == f"student_{kl}_long"]
-            for kl in ("forward", "reverse")
-        }
-        at = {kl: sum(p["avg"] for c in of for p in c if p["step"] == step) / 3 for kl, of in curves.items()}
-        return at["reverse"] - at["forward"]
+    def gates(run):
+        decided = [gate["decision"] for entry in found[run].values() for gate in entry["gates"]]
+        return f"{len(decided) - decided.count('advance')} of {len(decided)}"
 
-    gates = [gate for entry in results for gate in entry["gates"]]
-    assert all(gate["decision"] == "advance" for gate in gates)
-    low, *_, high = sorted(gate["entropy"] for gate in gates)
-    assert all(lead(step) > 0 for step in (10, 20, 30)) and all(lead(step) < 0 for step in range(40, 121, 10))
     cut = (mean("ends_student_cut", "truncated") + mean("ends_student_forward_cut", "truncated")) / 2
-    after = [mean(run) for run in {entry["name"] for entry in results} if run.startswith("grpo_")]
+    after = [mean(run) for run in found if run.startswith("grpo_")]
     for words in (
         f"Avg@8 {mean('teacher'):.2f} against {mean('base'):.2f}, "
         f"its entropy is {mean('teacher', 'entropy'):.2f}",
-        f"None of {len(gates)} gates closed: the floor was {gates[0]['entropy_floor']}",
-        f"entropies from {low:.2f} to {high:.2f}",
-        f"by up to {max(map(lead, (10, 20, 30))):.3f} in the curves",
-        f"{mean('student_reverse_short'):.3f} against {mean('student_forward_short'):.3f}",
         f"{mean('mix_0.5'):.2f} and {mean('mix_0.8'):.2f}; forward {mean('student_forward_long'):.2f}, "
         f"reverse {mean('student_reverse_long'):.2f}",
         f"all eight cells to {min(after):.2f}-{max(after):.2f}",
@@ -355,5 +412,6 @@ def test_the_text_of_the_study_has_the_numbers_of_the_committed_results():
         f"short horizon | the student's token only | {mean('ends_student_short', 'truncated'):.0%} |",
         f"growing lengths | the student's token only | {mean('ends_student_curriculum', 'truncated'):.0%} |",
         f"evaluated again | both tokens | {cut:.0%} |",
+        f"With a floor of 0.2 {gates('curriculum')} gates closed",
     ):
-        assert words in page
+        assert words in page, words

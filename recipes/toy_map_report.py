@@ -1,0 +1,129 @@
+"""The report's tables of learning rates, gates and the map of cells, and the map's figure."""
+
+from recipes.toy_runs import CELLS, HORIZONS, OF_CELLS, SIZE, SPREADS, WIDTHS, base_of, choose, name_of
+from recipes.toy_verdicts import difference, verdict
+from reports.tables import markdown
+
+LABELS = {cell: cell.rsplit("_", 1)[0].replace("_", " ") for cell in CELLS}  # "student reverse"
+ORDERS = {"many": "any", "few": "two"}
+
+
+def signed(found, digits=3):
+    """A Difference as text: mean [interval], and each seed's value."""
+    if found is None:
+        return "", ""
+    mean, low, high, each = found
+    shown = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return shown, " ".join(f"{value:+.{digits}f}" for value in each)
+
+
+def rates_table(results):
+    """Held-out Avg@4 of every cell at every learning rate that was tried; results: {place: result}."""
+    rates, lines = SIZE["rates"], []
+    for point in OF_CELLS:
+        scores, best = choose(SIZE, results, point)
+        shown = [f"{scores[rate]:.3f}" if scores.get(rate) is not None else "" for rate in rates]
+        tested = [results.get(f"{name_of(*point, best)}_{seed}") for seed in SIZE["cell_seeds"]]
+        values = [avg_of(entry) for entry in tested if entry]
+        mean = f"{sum(values) / len(values):.3f}" if values else ""
+        each = " ".join(f"{value:.3f}" for value in values)
+        lines.append([point[0], *shown, best or "not chosen yet", mean, each])
+    head = ["cell", *(f"held out, {rate}" for rate in rates), "rate", "test Avg@8", "each seed"]
+    return markdown([head, ["---"] * len(head), *lines])
+
+
+def avg_of(entry):
+    return sum(map(int, entry["correct"])) / len(entry["correct"]) / entry["n"]
+
+
+def gates_table(found):
+    """How often the gates of the entropy curriculum closed; found: {run: {seed: entry}}."""
+    lines = [["run", "entropy floor", "gates", "closed", "entropy at the gates"], ["---"] * 5]
+    for run, entries in found.items():
+        gates = [gate for entry in entries.values() for gate in entry["gates"]]
+        if gates:
+            closed = sum(gate["decision"] != "advance" for gate in gates)
+            entropies = [gate["entropy"] for gate in gates]
+            between = f"{min(entropies):.3f} to {max(entropies):.3f}"
+            lines.append([run, f"{gates[0]['entropy_floor']:g}", f"{len(gates)}", f"{closed}", between])
+    return markdown(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The map
+
+
+def map_rows(results, found):
+    """A row for each width, number of orders and horizon: [text of a table's cell]."""
+    for width in WIDTHS:
+        for spread in SPREADS:
+            for horizon in HORIZONS:
+                cells = [cell for cell in CELLS if cell.endswith(horizon)]
+                rates = {cell: choose(SIZE, results, (cell, width, spread))[1] for cell in cells}
+                names = {cell: name_of(cell, width, spread, rates[cell]) for cell in cells if rates[cell]}
+                row = [f"{width}", ORDERS[spread], horizon]
+                for cell in cells:
+                    this = cell in names and difference(found, {names[cell]: 1}, "avg")
+                    row.append(f"{this.mean:.3f} ({rates[cell]})" if this else "")
+                for plus, minus in (("reverse", "forward"), ("student", "teacher")):
+                    terms = {
+                        names.get(c): 1 / 2 if plus in c else -1 / 2 for c in cells if plus in c or minus in c
+                    }
+                    this = difference(found, terms, "avg")
+                    row += [*signed(this), verdict(this)]
+                yield [*row, best_of(found, names)]
+
+
+def best_of(found, names):
+    """The cell with the highest Avg, with those that are not resolved from it. names: {cell: run}."""
+    if len(names) < 4 or any(name not in found for name in names.values()):
+        return "not run yet"
+    means = {cell: difference(found, {name: 1}, "avg").mean for cell, name in names.items()}
+    best = max(means, key=means.get)
+    close = [
+        cell
+        for cell in sorted(means, key=means.get, reverse=True)
+        if cell == best or verdict(difference(found, {names[best]: 1, names[cell]: -1}, "avg")) != "holds"
+    ]
+    return " or ".join(LABELS[cell] for cell in close)
+
+
+def map_table(results, found):
+    head = ["width", "orders", "horizon", *dict.fromkeys(LABELS.values())]
+    head += ["reverse minus forward", "each seed", "reverse higher"]
+    head += ["student minus teacher", "each seed", "student higher", "best"]
+    return markdown([head, ["---"] * len(head), *map_rows(results, found)])
+
+
+def draw_map(path, results, found):
+    """A panel for each number of orders and horizon: Avg of the cells against the student's width."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(2, 2, figsize=(9, 7), sharex=True, sharey=True, layout="constrained")
+    for row, spread in zip(axes, SPREADS):
+        for axis, horizon in zip(row, HORIZONS):
+            for color, cell in enumerate(cell for cell in CELLS if cell.endswith(horizon)):
+                points = []
+                for width in WIDTHS:
+                    rate = choose(SIZE, results, (cell, width, spread))[1]
+                    entries = found.get(name_of(cell, width, spread, rate), {}).values()
+                    points += [(width, [avg_of(entry) for entry in entries])] if entries else []
+                for width, values in points:
+                    axis.plot([width] * len(values), values, ".", color=f"C{color}", alpha=0.5)
+                means = [sum(values) / len(values) for _, values in points]
+                axis.plot([width for width, _ in points], means, "o-", color=f"C{color}", label=LABELS[cell])
+            start = [
+                (w, avg_of(found[base_of(w, spread)][None])) for w in WIDTHS if base_of(w, spread) in found
+            ]
+            axis.plot(*zip(*start), ":", color="gray", label="base student")
+            axis.set(
+                title=f"{ORDERS[spread]} orders, {horizon} horizon", xlabel="student width", ylabel="Avg"
+            )
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    fig.savefig(path, dpi=90)
+    plt.close(fig)
+    print(f"figure: {path}")

@@ -38,11 +38,10 @@ locks = {}  # {real path of an artifact that this process writes: its open, lock
 
 
 def refuse(message, code=2):
-    """Exit with one line on stderr. Exit code 2: bad input; 1: a run that failed."""
+    """Exit with one line on stderr, clear of a progress bar. Exit code 2: bad input; 1: a run that failed."""
     if is_second_rank():
         time.sleep(5)  # rank 0 reports what all ranks find; torchrun then ends the others
-    line = f"error: {' '.join(map(str.strip, str(message).splitlines()))}"
-    tqdm.write(line, file=sys.stderr, nolock=True)  # a line of its own, beside a progress bar too
+    tqdm.write(f"error: {' '.join(map(str.strip, str(message).splitlines()))}", sys.stderr, nolock=True)
     raise SystemExit(code)
 
 
@@ -316,11 +315,10 @@ def read_sealed(path, flag):
 
 def provenance():
     """Commit, package versions and device of this run."""
-    here = os.path.dirname(os.path.abspath(__file__))
 
     def git(*words):
         command = [shutil.which("git") or "false", *words]
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=os.path.dirname(__file__), capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

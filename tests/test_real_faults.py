@@ -161,7 +161,8 @@ def test_a_disk_that_is_full_at_any_page(stage, world, rollouts, cheap, monkeypa
 
 def spaces_of(out):
     """Numbers of pages, two or more apart, with which the disk is full about where a file of a run begins."""
-    files = sorted((path for path in out.rglob("*") if path.is_file()), key=lambda p: p.stat().st_mtime_ns)
+    once = {path.stat().st_ino: path for path in out.rglob("*") if path.is_file()}  # some are hard links
+    files = sorted(once.values(), key=lambda path: path.stat().st_mtime_ns)
     spaces = [0]
     for end in itertools.accumulate((-(-path.stat().st_size // PAGE) for path in files), initial=2):
         if end >= spaces[-1] + 2:

@@ -29,6 +29,7 @@ def figure(path, runs, names, x):
 
     A name is that of a column, pass@4 for a nested one, and if both logs have it the one of evals.jsonl is
     drawn; evals/NAME and metrics/NAME say which. Bands are 95% intervals; null leaves a gap."""
+    check_path(path)
     runs = without_repeats(runs)
     read = {run: read_run(run, "--runs") for run in runs}
     logs = {run: {log: list(map(columns_of, rows)) for log, rows in read[run][1].items()} for run in runs}
@@ -46,6 +47,7 @@ def figure_by_position(path, directories, names):
 
     Where the KL on its own prefixes grows faster than on the teacher's, errors lead to prefixes on which the
     model knows less (exposure bias). names: fkl, rkl."""
+    check_path(path)
     if unknown := {*names} - {"fkl", "rkl"}:
         refuse(f"--y {' '.join(sorted(unknown))}: by position there are fkl and rkl")
     paths = [one for directory in directories for one in evaluations_in(directory, "--runs")]
@@ -70,6 +72,11 @@ def figure_by_position(path, directories, names):
     titles = {"fkl": "KL(teacher‖student) (nats)", "rkl": "KL(student‖teacher) (nats)"}
     panels = [("evals", titles[name]) for name in names]
     draw(path, panels, curves, styles, labels, "position in the response")
+
+
+def check_path(path):
+    if os.path.isdir(path) or not path.lower().endswith((".png", ".pdf", ".svg")):
+        refuse(f"--figure {path}: must be a file that ends in .png, .pdf or .svg")
 
 
 def find_column(name, logs):
@@ -137,8 +144,6 @@ def line_styles(cells):
 
 def draw(path, panels, curves, styles, labels, xlabel):
     """Write the file. curves: {run: points of each panel}."""
-    if os.path.isdir(path) or not path.lower().endswith((".png", ".pdf", ".svg")):
-        refuse(f"--figure {path}: must be a file that ends in .png, .pdf or .svg")
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     import matplotlib
 

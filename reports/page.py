@@ -212,9 +212,9 @@ def run_data(run, name):
     found = {"name": name, "training": meta["cell"]["name"], "made": made(run, meta)}
     found |= {"evals": None, "every": {}}
     for log, key, curves in (("metrics", "steps", STEP_CURVES), ("evals", "evals", EVAL_CURVES)):
-        rows = logs.get(log, [])
-        if not rows:
+        if log not in logs:
             continue
+        rows = logs[log]
         every = found["every"][key] = max(1, math.ceil(len(rows) / POINTS))
         rows = rows[::-1][::every][::-1]  # the last is drawn
         names = ["step", "tflops", *curves, *(f"{curve}_interval" for curve in curves)]

@@ -95,9 +95,9 @@ def read_evaluations(paths, flag, runs=()):
     return found, {run: names[run] for run in runs}
 
 
-def folder_of(path, args):
+def folder_of(path, given):
     """The directory of an evaluation, or of all those that --benchmarks made together."""
-    return os.path.join(path, os.pardir) if args.get("benchmarks") else path
+    return os.path.join(path, os.pardir) if given.get("benchmarks") else path
 
 
 def read_results(path, flag):

@@ -171,10 +171,10 @@ def test_the_report_names_runs_and_evaluations_alike(tmp_path):
         write_evaluation(run / "eval", run / "final", "d", results_of(2) | intervals())
     data = write(tmp_path / "a.html", tmp_path / "a/sft", tmp_path / "b/sft", tmp_path / "a/../a/sft")
     assert [run["name"] for run in data["runs"]] == ["a/sft", "b/sft"]
-    assert [one["run"] for one in data["evaluations"]] == ["a/sft", "b/sft"]
+    assert [one["name"] for one in data["evaluations"]] == ["a/sft", "b/sft"]
     assert [one["cells"]["run"][0] for one in data["evaluations"]] == ["a/sft", "b/sft"]
     data = write(tmp_path / "a.html", tmp_path / "a/sft")
-    assert [data["runs"][0]["name"], data["evaluations"][0]["run"]] == ["sft", "sft"]
+    assert [data["runs"][0]["name"], data["evaluations"][0]["name"]] == ["sft", "sft"]
 
 
 def intervals():

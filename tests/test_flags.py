@@ -18,7 +18,7 @@ NUMBERS = {  # {type: (values of its range, numbers outside of it)}
     flags.temperature: (("0", "0.01", "2"), ("1e-3", "1e-320", "-1")),
 }
 FREE_TEXT = {"prompt_suffix", "system_prompt", "problem_column", "answer_column", "response_column"}
-FREE_TEXT |= {"teacher_system_prompt", "teacher_context_column"}
+FREE_TEXT |= {"teacher_system_prompt", "teacher_context_column", "y"}
 SENSELESS = [
     "nan",
     "-nan",

@@ -313,9 +313,7 @@ def test_sources_are_those_of_meta_json(evil, trained_run, tmp_path):
 def test_runs_of_one_name_get_their_paths(trained_run, tmp_path):
     shutil.copytree(trained_run, tmp_path / "seed1/reported")
     runs = write(tmp_path / "a.html", trained_run, tmp_path / "seed1/reported")["runs"]
-    assert [run["name"] for run in runs] == [
-        f"reported ({path})" for path in (trained_run, tmp_path / "seed1/reported")
-    ]
+    assert [run["name"] for run in runs] == [f"{trained_run.parent.name}/reported", "seed1/reported"]
 
 
 @pytest.mark.parametrize("name, limit", [("RESPONSES", 5), ("PAGE_BYTES", 20_000), ("PAGE_BYTES", 3000)])
@@ -360,7 +358,7 @@ def test_bad_input_is_one_line_and_leaves_the_old_page(evil, world, trained_run,
     meta = artifacts.read_sealed(str(tmp_path / "other/meta.json"), "-")
     meta["files"]["results.json"] = artifacts.file_sha256(tmp_path / "other/results.json")
     artifacts.write_sealed(str(tmp_path / "other/meta.json"), meta)
-    is_refused(tmp_path / "other", "make it again, or leave it out")
+    is_refused(tmp_path / "other", "no cell", "evaluate again")
     refused(lambda: evaluate.get_args(["--report", "a.html"]), "--report a.html")
     run = with_steps(trained_run, tmp_path / "run", 0)  # one bad run among good ones
     is_refused(run, run, "make it again, or leave it out", others=[evil / "eval", trained_run])

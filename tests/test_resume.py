@@ -149,13 +149,12 @@ def cheap_models(monkeypatch, world, tmp_path):
     monkeypatch.setattr(score_teacher, "score", score)
     monkeypatch.setattr(models, "output_head", lambda *args: torch.eye(29, 4))
     monkeypatch.setattr(models, "check_head", lambda *args: None)
-    monkeypatch.setattr(models, "check_head", lambda *args: None)
     monkeypatch.setattr(
         evaluation, "grade", lambda responses, answers: [Grade("1", False, False) for _ in responses]
     )
     monkeypatch.setattr(evaluation, "predictive_entropy", lambda model, prompts, *more: [1.0] * len(prompts))
     monkeypatch.setattr(evaluation, "interval", lambda values, weights=None: [0.0, 1.0])
-    for module in (rollout, evaluate, models):
+    for module in (rollout, models):
         monkeypatch.setattr(module, "load_model", work.load)
     monkeypatch.setattr(sampling, "sample_hf", sample_hf)
     return work

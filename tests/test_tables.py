@@ -22,7 +22,8 @@ CELL = {"name": "student reverse", "prefix": "student", "kl": "reverse"}
 
 def seal(path, stage, args, files, **facts):
     hashes = {name: artifacts.file_sha256(path / name) for name in files}
-    meta = {"stage": stage, "args": args, "files": hashes, **facts}
+    meta = {"stage": stage, "args": args, "argv": [], "files": hashes, **facts, **artifacts.provenance()}
+    meta |= dict.fromkeys(("started", "finished"), artifacts.now_utc())
     artifacts.write_sealed(str(path / "meta.json"), meta)
 
 

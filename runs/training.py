@@ -193,7 +193,7 @@ class Run:
             artifacts.refuse("--engine_sleep: vLLM alone can sleep; use --engine vllm")
         self.checkpoint = checkpoint = ([None] + checkpoints(args.out))[-1] if args.resume else None
         if args.resume and not checkpoint and os.path.isfile(os.path.join(args.out, "meta.json")):
-            why = "is finished without a checkpoint (--save_every); use its final/"
+            why = "is finished without a checkpoint (--save_every): use its final/"
             artifacts.refuse(f"--resume: {args.out} {why}")
         state = artifacts.read_checkpoint(checkpoint, "--resume") if checkpoint else {"step": 0}
         self.first_step, self.curriculum = state["step"], state.get("curriculum")

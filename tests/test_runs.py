@@ -413,7 +413,7 @@ def test_a_finished_run_goes_on_to_a_larger_number_of_steps(kind, longer, tmp_pa
     said = capsys.readouterr().out
     for line in ("--resume: --steps 4 -> 7", "--resume: --log_every 1 -> 2", "--keep_checkpoints 1 -> 3"):
         assert line in said
-    assert said.count("--steps 4 -> 7") == 1 and "uninterrupted" not in said and "resumed from" in said
+    assert said.count("--steps 4 -> 7") == 1 and "learning rates" not in said and "resumed from" in said
     assert logs_of(out) == logs_of(tmp_path / "whole/run") and set(logs_of(out)) == {
         "metrics.jsonl",
         "evals.jsonl",

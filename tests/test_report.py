@@ -417,7 +417,7 @@ def test_filter_hover_keyboard_and_contrast(width, dark, evil, trained_run, tmp_
     assert found["searched"] == 3 and set(found["marked"]) == {"g long"} and len(found["marked"]) == 3 * 17
     assert found["everywhere"] == 12 and found["nowhere"] == "No such response."
     assert found["charts"] == 5
-    assert found["escaped"] and found["tapped"] and found["away"]
+    assert found["jumped"] and found["escaped"] and found["tapped"] and found["away"]
     [one] = data["evaluations"]
     assert set(found["levels"]) <= {f"k{i}" for i in range(5)} and len(set(found["levels"])) > 2
     for card, token in zip(found["cards"], one["responses"][1]["detail"], strict=True):
@@ -454,9 +454,9 @@ found.shown = [last(), lines()];
 click(buttons()[2]);
 found.none = document.getElementById("panels").textContent;
 click(buttons()[2]);
-found.smoothed = smoothed(pointsOf(data.runs[1], "steps", "loss"), 7).map(point => point.y);
+found.smoothed = smoothed(pointsOf(data.runs[1], "steps", "loss"), 8).map(point => point.y);
 const slider = document.getElementById("smooth");
-slider.value = 7;
+slider.value = 8;
 slider.dispatchEvent(new InputEvent("input"));
 found.slider = [slider.nextElementSibling.textContent, lines()];
 const picture = loss().querySelector("svg"), card = document.getElementById("card");
@@ -486,9 +486,9 @@ def test_curves_of_runs_of_many_and_of_few_steps(trained_run, tmp_path):
     assert found["short"] == ["2", 1, ["true", "false", None]] and found["shown"] == ["1500", 2]
     assert found["none"] == "All runs are hidden."
     steps, losses = (torch.tensor(runs[1]["steps"][name], dtype=torch.double) for name in ("step", "loss"))
-    near = ((steps[:, None] - steps).abs() <= 7).double()
+    near = ((steps[:, None] - steps).abs() <= 8).double()
     torch.testing.assert_close(torch.tensor(found["smoothed"]).double(), near @ losses / near.sum(1))
-    assert found["slider"] == ["mean of 15 steps", 4]
+    assert found["slider"] == ["mean of 17 steps", 4]
     row = lambda step: f"long{(step * 37 % 101) / 100:g}step {step}"
     assert (found["read"], found["before"], found["closed"]) == (row(1500), row(1498), True)
     first = runs[0]["steps"]["loss"]

@@ -2,7 +2,8 @@
 const pick = (selector, root = document) => [...root.querySelectorAll(selector)];
 const press = name => document.querySelector(`#filter [data-value=${name}]`).click();
 const point = node => node.dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
-const type = (node, key) => node.dispatchEvent(new KeyboardEvent("keydown", {bubbles: true, key}));
+const type = (node, key, shiftKey = false) =>
+  node.dispatchEvent(new KeyboardEvent("keydown", {bubbles: true, key, shiftKey}));
 const card = document.getElementById("card");
 const found = {width: innerWidth, overflow: document.documentElement.scrollWidth - innerWidth};
 for (const name of ["right", "wrong", "cut", "all"]) {
@@ -47,7 +48,10 @@ tokens[0].focus();
 found.focused = !card.hidden && document.activeElement === tokens[0];
 type(tokens[0], "ArrowRight");
 found.moved = document.activeElement === tokens[1] && card.textContent === found.cards[1];
-type(tokens[1], "Escape");
+const strong = tokens.findIndex((node, i) => i > 2 && node.matches(".k3, .k4"));
+type(tokens[strong - 2], "ArrowRight", true);
+found.jumped = strong > 0 && document.activeElement === tokens[strong];
+type(tokens[strong], "Escape");
 found.escaped = card.hidden;
 tokens[2].click();
 found.tapped = !card.hidden && card.textContent === found.cards[2];

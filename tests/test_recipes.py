@@ -20,6 +20,7 @@ import grpo
 from conftest import ROOT
 from distil.flops import tflops
 from recipes import general, plan
+from reports import figure
 from test_repo import parses
 
 FAKE = (
@@ -96,6 +97,37 @@ def has(args, **values):
 def listed(tmp_path, name):
     _, _, lines, _ = bash(tmp_path, name, "--list")
     return [line.split()[0] for line in lines if line and line[0] not in "#"]
+
+
+def figures_of(found):
+    """{file: the directories of its runs} of the figures that a recipe ends with, which all draw Pass@k."""
+    drawn = [args for _, args in found["results"] if args.figure]
+    assert drawn and all({"avg", "pass", "length"} <= {*args.y} for args in drawn)
+    return {os.path.basename(args.figure): [os.path.basename(run) for run in args.runs] for args in drawn}
+
+
+def check_figures_of_the_first_paper(found):
+    figures = figures_of(found)
+    cells = [f"{prefix}_SIZE_{kl}" for prefix in ("student", "teacher") for kl in ("forward", "reverse")]
+    for size in ("4b", "8b"):
+        for table, name in enumerate(("cells_128", "cells_4096", "", "", "grpo_128", "grpo_4096"), 1):
+            if name:
+                runs = figures.pop(f"{name}_{size}.png")
+                assert runs == [f"table{table}_{cell.replace('SIZE', size)}" for cell in cells]
+    assert figures == {
+        "figure6.png": ["table1_student_4b_reverse", "table1_teacher_4b_reverse"],
+        "figure7.png": [
+            *("table2_student_4b_forward", "table2_student_4b_reverse"),
+            *(f"figure7_student_4b_mix_{weight}" for weight in ("0.2", "0.5", "0.8")),
+        ],
+        "curriculum.png": [
+            *("table2_student_4b_reverse", "table2_student_8b_reverse"),
+            *("table3_4b_curriculum", "table3_8b_curriculum"),
+        ],
+    }
+    assert [args.x for _, args in found["results"] if args.figure].count("tflops") == 1
+    trained = [args for commands in found.values() for stage, args in commands if stage in ("train", "grpo")]
+    assert {args.eval_n for args in trained} == {3}  # with 1 Pass@k would be Avg again
 
 
 def test_every_row_of_the_first_paper_has_its_hyperparameters(dry_run, tmp_path):
@@ -175,6 +207,7 @@ def test_every_row_of_the_first_paper_has_its_hyperparameters(dry_run, tmp_path)
             teacher=teacher,
         )
     assert [found[f"figure7/student_4b_mix_{w}"][0][1].fkl_weight for w in (0.2, 0.5, 0.8)] == [0.2, 0.5, 0.8]
+    check_figures_of_the_first_paper(found)
     for row, model in {"base": "Qwen/Qwen3-0.6B-Base"}.items() | {
         (f"{cell}_4b_{kl}", f"out/qwen3/table1_{cell}_4b_{kl}/final")
         for cell in ("teacher", "student")
@@ -248,6 +281,12 @@ def test_every_row_of_the_second_paper_has_its_hyperparameters(dry_run, tmp_path
         drop=["unboxed", "truncated", "degenerate"],
     )
     has(sft, prefix="teacher", vocab="sampled", kl="forward", lr=1e-5, warmup=0.05, steps=-(-200000 // 64))
+    figures = figures_of(found)
+    for group in {row.split("/")[0] for row in listed(tmp_path, "paper_b")}:
+        runs = {row.replace("/", "_") for row in listed(tmp_path, "paper_b") if row.split("/")[0] == group}
+        both = {"template_aligned", "problems_near"} & runs  # topk/k16
+        assert {*figures.pop(f"{group}.png")} == runs - both | ({"topk_k16"} if both else set())
+    assert not figures
     assert opd["cold_start/sft"].student == sft.out + "/final"
     assert opd["cold_start/direct"].student == sft.student
 
@@ -284,7 +323,7 @@ def test_the_plan_adds_up_what_the_paper_counts(tmp_path, monkeypatch):
         spent, size = plan.cost(command, 92, made)
         if command.module in ("train", "grpo"):
             # evaluations at the start, after every 30th (20th) step, and at the end
-            responses = 11 * 30 * 16 if command.row == "topk/k16" else 35 * 500
+            responses = 11 * 30 * 16 if command.row == "topk/k16" else 35 * 500 * 3
             config = plan.MODELS["Qwen3-0.6B-Base"]
             evaluations = responses * tflops(config, 92, command.tokens, forwards=1, generations=1)
             step[command.row] = (spent - evaluations) / command.args.steps
@@ -321,9 +360,22 @@ def test_the_hours_on_the_pages_are_those_of_the_plans(dry_run):
         found = [h for c, h in costs if c.module == module and c.row.startswith(rows)]
         return sum(found) / len(found)
 
+    def hours_of(command, **changes):
+        """Hours of a training command with other flags; the student is the size of Qwen3-0.6B-Base."""
+        args = argparse.Namespace(**vars(command.args) | changes)
+        made = {getattr(args, "model", None): plan.MODELS["Qwen3-0.6B-Base"]}
+        return plan.training_cost(command._replace(args=args), 92, made)[0] / 25 / 3600
+
+    def mean_of(module, *rows, **changes):
+        commands = [c for c, _ in costs if c.module == module and c.row.startswith(rows)]
+        return sum(hours_of(command, **changes) for command in commands) / len(commands)
+
+    students = "train", "table1/student", "table2/student"
+    evaluations = [average(*of) - mean_of(*of, eval_every=0) for of in (students, ("grpo", "table"))]
     for words in (
-        f"takes {average('train', 'table1/student', 'table2/student'):.1f} hours on average",
+        f"takes {average(*students):.1f} hours on average",
         f"`grpo.py` {average('grpo', 'table'):.1f} (paper A: about 14)",
+        "of which {:.1f} and {:.1f} are evaluations in training".format(*evaluations),
         "scores, 128 tokens (4B; 8B) | {:.0f}; {:.0f} |".format(*stored(128)),
         "scores, 4096 tokens (4B; 8B) | {:.0f}; {:.0f} |".format(*stored(4096)),
         f"| {span('table1/teacher')}; {span('table1/student')} |",
@@ -334,13 +386,13 @@ def test_the_hours_on_the_pages_are_those_of_the_plans(dry_run):
         f"| {span('topk')}; {span('pattern')}; {span('reverse')} |",
     ):
         assert words in page
-    wider, config = [], plan.MODELS["Qwen3-0.6B-Base"]
-    for command in (command for command, _ in costs if command.module == "grpo"):
-        wide = command._replace(args=argparse.Namespace(**vars(command.args) | {"batch_size": 32}))
-        wider.append(plan.training_cost(wide, 92, {command.args.model: config})[0] / 25 / 3600)
+    wide = f"{mean_of('grpo', 'table', batch_size=32):.0f}"
     page = open(f"{ROOT}/docs/grpo.md", encoding="utf-8").read()
-    assert f"GRPO with 4 problems {average('grpo', 'table'):.1f}, and with 32 problems" in page
-    assert f"(`--grpo_problems 32`) {sum(wider) / len(wider):.0f}." in page
+    assert f"{average(*students):.1f} hours, GRPO with 4 problems {average('grpo', 'table'):.1f}, and" in page
+    assert f"(`--grpo_problems 32`) {wide}." in page
+    assert f"would take {wide} hours" in open(f"{ROOT}/recipes/qwen3.sh", encoding="utf-8").read()
+    page = open(f"{ROOT}/docs/claims.md", encoding="utf-8").read()
+    assert f"by arithmetic {average(*students):.1f} and {average('grpo', 'table'):.1f}" in page
 
 
 @pytest.mark.parametrize("name", ["Qwen3-0.6B-Base", "Qwen3-8B"])
@@ -385,8 +437,9 @@ def write_half(args, directory, task, shots):
 
 @pytest.fixture
 def executed(monkeypatch):
-    """Stages run in this process; the names of those that ran."""
+    """Stages run in this process; the names of those that ran, of figures their files. No figure is drawn."""
     names = []
+    monkeypatch.setattr(figure, "draw", lambda path, *drawn: names.append(os.path.basename(path)))
 
     def execute(words):
         name, args = plan.stage_of(words)
@@ -406,10 +459,10 @@ def test_rows_of_the_first_paper_run_and_are_not_run_twice(
     picked = ["--row", "table3/4b_curriculum", "--row", "table5/teacher_4b_reverse", "--row", "table4/base"]
     printed = recipe("qwen3", *picked, *tiny["qwen3"])
     cell = ["train", "evaluate"]
-    assert executed == [
-        *(*cell, "rollout", "score_teacher", *cell),
-        *("grpo", "evaluate", "recipes.general", "evaluate"),
-    ]
+    figures = ["cells_128_4b.png", "grpo_128_4b.png", "figure6.png", "curriculum.png"]
+    results = ["evaluate", *(word for name in figures for word in ("evaluate", name))]
+    stages = [*cell, "rollout", "score_teacher", *cell, "grpo", "evaluate", "recipes.general"]
+    assert executed == [*stages, *results]
     _, table, knowledge = printed.split("| run")
     assert knowledge.count("| 0.5000 ") == 5  # four tasks and their mean
     for run in ("table1_teacher_4b_reverse", "table3_4b_curriculum", "table5_teacher_4b_reverse"):
@@ -428,12 +481,12 @@ def test_rows_of_the_first_paper_run_and_are_not_run_twice(
     run = tmp_path / "out/table5_teacher_4b_reverse"
     os.rename(run / "meta.json", run / "meta.partial.json")  # as a killed run leaves it
     printed = recipe("qwen3", *picked, *tiny["qwen3"])
-    assert executed == ["grpo --resume", "evaluate"]
+    assert executed == ["grpo --resume", *results]
     assert printed.count("# finished") == 8 and printed.count("# unfinished; ") == 1
     changed = [*picked, *tiny["qwen3"], "--steps", 3]
     refused(lambda: recipe("qwen3", *changed), "--steps 2", "wants 3", "table3/4b_curriculum")
     printed = recipe("qwen3", *picked, *tiny["qwen3"], "--dry_run")
-    assert executed == ["grpo --resume", "evaluate"] and "to do: 1 commands, 0 TFLOPs" in printed
+    assert executed == ["grpo --resume", *results] and "to do: 5 commands, 0 TFLOPs" in printed
 
 
 def test_table_4_needs_the_harness_before_anything_runs(tmp_path, monkeypatch):
@@ -450,7 +503,9 @@ def test_table_4_needs_the_harness_before_anything_runs(tmp_path, monkeypatch):
 def test_rows_of_the_second_paper_run(recipe, tiny, executed, tmp_path):
     picked = "--row cold_start/sft --row topk/set_union --row reverse/r1_7b".split()
     recipe("paper_b", *picked, *tiny["paper_b"])
-    assert executed == ["rollout", "train", "recipes.dedup", *["train", "evaluate"] * 3, "evaluate"]
+    stages = ["rollout", "train", "recipes.dedup", *["train", "evaluate"] * 3, "evaluate"]
+    figures = ["cold_start.png", "topk.png", "reverse.png"]
+    assert executed == [*stages, *(word for name in figures for word in ("evaluate", name))]
     assert json.load(open(tmp_path / "out/sft_rollouts/meta.json"))["counts"]["faults"]["dropped"] > 0
     opd = json.load(open(tmp_path / "out/cold_start_sft/meta.json"))["args"]
     assert opd["student"] == f"{tmp_path}/out/sft/final"

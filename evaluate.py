@@ -6,7 +6,7 @@
     python evaluate.py --model out/run/final --data math500 --n 3 --k 1 3 --out out/run/eval
     python evaluate.py --model out/run/final --benchmarks aime24 amc23 math500 gsm8k --out out/run/evals
     python evaluate.py --table out/a/eval out/b/evals           a row per run and data set, then their means
-    python evaluate.py --compare out/a out/b                    differences on the same problems, then of means
+    python evaluate.py --compare out/a out/b                    differences on the same problems and of means
     python evaluate.py --figure out/cells.png --runs out/a out/b --x tflops     evaluations during training
     python evaluate.py --figure out/k.png --runs out/a out/b --y pass@4 overlap_ratio    columns of the logs
     python evaluate.py --report out/report.html out/a out/b     one page: table, curves, responses

@@ -27,7 +27,7 @@ BENCHMARKS="aime24 amc23 math500 gsm8k" TEST_TOKENS=8192
 # ours: the paper states no horizons, no steps and no floor in nats; the axes of its figures span 0.03 to 0.18
 # at 128 tokens, 0 to 0.4 at 4096
 HORIZONS=128,256,512,1024,2048,4096 GATE_EVERY=100 ENTROPY_FLOOR=0.05
-GRPO_PROBLEMS=4  # ours: its batch of 32 read as 4 groups of 8; --grpo_problems 32 would take 65 hours a run
+GRPO_PROBLEMS=4  # ours: its batch of 32 read as 4 groups of 8; --grpo_problems 32 would take 69 hours a run
 TEACHER_TOKENS=1500                                # ours, for the plan: mean response of a teacher
 # ours, for the plan: at this rate student-prefix rows of tables 1 and 2 take 22.5 hours on average, and GRPO
 # rows of tables 5 and 6 14.0; the paper says 16 and 14

@@ -361,9 +361,22 @@ def test_the_hours_on_the_pages_are_those_of_the_plans(dry_run):
         found = [h for c, h in costs if c.module == module and c.row.startswith(rows)]
         return sum(found) / len(found)
 
+    def hours_of(command, **changes):
+        """Hours of a training command with other flags; the student is the size of Qwen3-0.6B-Base."""
+        args = argparse.Namespace(**vars(command.args) | changes)
+        made = {getattr(args, "model", None): plan.MODELS["Qwen3-0.6B-Base"]}
+        return plan.training_cost(command._replace(args=args), 92, made)[0] / 25 / 3600
+
+    def mean_of(module, *rows, **changes):
+        commands = [c for c, _ in costs if c.module == module and c.row.startswith(rows)]
+        return sum(hours_of(command, **changes) for command in commands) / len(commands)
+
+    students = "train", "table1/student", "table2/student"
+    evaluations = [average(*of) - mean_of(*of, eval_every=0) for of in (students, ("grpo", "table"))]
     for words in (
-        f"takes {average('train', 'table1/student', 'table2/student'):.1f} hours on average",
+        f"takes {average(*students):.1f} hours on average",
         f"`grpo.py` {average('grpo', 'table'):.1f} (paper A: about 14)",
+        "of which {:.1f} and {:.1f} are evaluations in training".format(*evaluations),
         "scores, 128 tokens (4B; 8B) | {:.0f}; {:.0f} |".format(*stored(128)),
         "scores, 4096 tokens (4B; 8B) | {:.0f}; {:.0f} |".format(*stored(4096)),
         f"| {span('table1/teacher')}; {span('table1/student')} |",
@@ -374,13 +387,13 @@ def test_the_hours_on_the_pages_are_those_of_the_plans(dry_run):
         f"| {span('topk')}; {span('pattern')}; {span('reverse')} |",
     ):
         assert words in page
-    wider, config = [], plan.MODELS["Qwen3-0.6B-Base"]
-    for command in (command for command, _ in costs if command.module == "grpo"):
-        wide = command._replace(args=argparse.Namespace(**vars(command.args) | {"batch_size": 32}))
-        wider.append(plan.training_cost(wide, 92, {command.args.model: config})[0] / 25 / 3600)
+    wide = f"{mean_of('grpo', 'table', batch_size=32):.0f}"
     page = open(f"{ROOT}/docs/grpo.md", encoding="utf-8").read()
-    assert f"GRPO with 4 problems {average('grpo', 'table'):.1f}, and with 32 problems" in page
-    assert f"(`--grpo_problems 32`) {sum(wider) / len(wider):.0f}." in page
+    assert f"{average(*students):.1f} hours, GRPO with 4 problems {average('grpo', 'table'):.1f}, and" in page
+    assert f"(`--grpo_problems 32`) {wide}." in page
+    assert f"would take {wide} hours" in open(f"{ROOT}/recipes/qwen3.sh", encoding="utf-8").read()
+    page = open(f"{ROOT}/docs/claims.md", encoding="utf-8").read()
+    assert f"by arithmetic {average(*students):.1f} and {average('grpo', 'table'):.1f}" in page
 
 
 @pytest.mark.parametrize("name", ["Qwen3-0.6B-Base", "Qwen3-8B"])
@@ -449,10 +462,8 @@ def test_rows_of_the_first_paper_run_and_are_not_run_twice(
     cell = ["train", "evaluate"]
     figures = ["cells_128_4b.png", "grpo_128_4b.png", "figure6.png", "curriculum.png"]
     results = ["evaluate", *(word for name in figures for word in ("evaluate", name))]
-    assert executed == [
-        *(*cell, "rollout", "score_teacher", *cell),
-        *("grpo", "evaluate", "recipes.general", *results),
-    ]
+    stages = [*cell, "rollout", "score_teacher", *cell, "grpo", "evaluate", "recipes.general"]
+    assert executed == [*stages, *results]
     _, table, knowledge = printed.split("| run")
     assert knowledge.count("| 0.5000 ") == 5  # four tasks and their mean
     for run in ("table1_teacher_4b_reverse", "table3_4b_curriculum", "table5_teacher_4b_reverse"):

@@ -15,9 +15,8 @@ import glob
 import os
 
 from distil import flags
-from distil.artifacts import read_artifact
 from distil.evaluation import mean_of
-from reports.reading import read_log, read_results
+from reports.reading import read_results, read_run
 from reports.tables import markdown
 
 METRICS = ["loss", "overlap_ratio", "overlap_advantage", "entropy_gap", "student_entropy", "teacher_entropy"]
@@ -91,8 +90,8 @@ def main(args):
     tables = []
     for run in args.runs:
         run = os.path.normpath(run)
-        made = read_artifact(run, "runs", "train", later=("final", "best"))["args"]
-        found, rows = evaluated(os.path.dirname(run)), read_log(run, "metrics.jsonl")
+        meta, logs = read_run(run, "runs")
+        found, rows, made = evaluated(os.path.dirname(run)), logs["metrics"], meta["args"]
         scores = [found.get(model) for model in (made["student"], made["teacher"], f"{made['out']}/final")]
         first, last = rows[: args.steps], rows[-args.steps :]
         line = [os.path.basename(run), *("-" if score is None else f"{score:.3f}" for score in scores)]

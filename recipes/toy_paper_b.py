@@ -15,7 +15,6 @@ On a CPU a run takes one core, and all cores are used. Started again, it keeps w
 """
 
 import argparse
-import functools
 import os
 import signal
 import sys
@@ -23,9 +22,11 @@ import sys
 import torch
 
 from distil.evaluation import interval, mean_of
+from distil.jsonl import read_jsonl
 from recipes.paper_b import by_position, later_minus_earlier, position_table, recovery
-from recipes.toy_grid import COMMON, filled, work
-from reports.reading import read_log, read_samples
+from recipes.toy_grid import work
+from recipes.toy_runs import COMMON, Job
+from reports.reading import read_samples
 from reports.tables import markdown
 
 BINS, ENDS = 8, 10  # positions in a bin; steps at the start and at the end whose metrics are compared
@@ -94,41 +95,31 @@ def place(row, seed):
     return f"{row.replace('/', '_')}_{seed}"
 
 
-def phases(size, out, seeds):
-    """Yields lists of jobs. A job is a list of commands, in order; the jobs of one list are independent."""
-    fill = functools.partial(filled, out=out)
+def make_jobs(size, seeds):
+    """{directory below {out}: Job}, the slowest first."""
     common = f"--max_response_tokens {size['limit']} --log_every 20 {COMMON}"
-    problems = "--data {out}/world/train.jsonl"
-    yield [
-        fill([f"toy_world {size['world']} --student_width 32 --out {{out}}/world"]),
-        fill([f"toy_world {size['world']} --student_width 64 --out {{out}}/world_64"]),
-    ]
+    problems, jobs = "--data {out}/world/train.jsonl", {}
+    for name, width in {"world": 32, "world_64": 64}.items():
+        jobs[name] = Job([f"toy_world {size['world']} --student_width {width} --out {{out}}/{name}"])
 
-    def test(run):
+    def add(run, command):
         data = f"--data {{out}}/world/test.jsonl {size['test']} --sample_batch 1024"
         flags = f"--max_response_tokens {size['limit']} {COMMON} --out {{out}}/{run}/eval"
-        return f"evaluate --model {{out}}/{run}/final {data} {flags}"
+        evaluation = f"evaluate --model {{out}}/{run}/final {data} {flags}"
+        jobs[run] = Job([f"{command} --out {{out}}/{run}", evaluation])
 
-    jobs = []
+    learn = "train --prefix teacher --kl forward --vocab sampled --normalize token --batch_size 64 --lr 3e-3"
     for model, steps in size["models"].items():
-        learn = (
-            "train --prefix teacher --kl forward --vocab sampled --normalize token --batch_size 64 --lr 3e-3"
-        )
-        learn += f" --student {{out}}/{INITIAL[model]} --rollouts {{out}}/world/hasty {steps} {common}"
-        jobs.append([f"{learn} --out {{out}}/{model}", test(model)])
-        if model != "larger":
-            rl = f"grpo --model {{out}}/{model}/final {problems} {size['rl']} {common}"
-            jobs[-1] += [f"{rl} --out {{out}}/{model}_rl", test(f"{model}_rl")]
-    yield list(map(fill, jobs))
-
-    jobs = []
+        start = f"--student {{out}}/{INITIAL[model]} --rollouts {{out}}/world/hasty"
+        add(model, f"{learn} {start} {steps} {common}")
+    for model in ("large", "small"):
+        add(f"{model}_rl", f"grpo --model {{out}}/{model}/final {problems} {size['rl']} {common}")
     cell = f"train --prefix student --kl reverse --vocab topk --normalize token {problems} {size['cell']}"
     for seed in seeds:
         for row, (student, teacher, flags) in rows_of(size).items():
             pair = f"--student {{out}}/{student}/final --teacher {{out}}/{teacher}/final --seed {seed}"
-            run, more = place(row, seed), f"--position_bins {BINS} {common} {flags}"
-            jobs.append(fill([f"{cell} {pair} {more} --out {{out}}/{run}", test(run)]))
-    yield jobs
+            add(place(row, seed), f"{cell} {pair} --position_bins {BINS} {common} {flags}")
+    return jobs
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -145,7 +136,7 @@ def accuracy(run):
 
 def ends(out, row, seed):
     """Rows of metrics.jsonl of the run's first ENDS steps and of its last ones."""
-    log = read_log(f"{out}/{place(row, seed)}", "metrics.jsonl")
+    log = [row for _, row in read_jsonl(f"{out}/{place(row, seed)}/metrics.jsonl")]
     return log[:ENDS], log[-ENDS:]
 
 
@@ -210,8 +201,9 @@ def report(size, out, seeds):
 def main(args):
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the forks too
-    for jobs in phases(SIZE, args.out, args.seeds):
-        work(jobs, 1 if torch.cuda.is_available() else os.cpu_count())
+    jobs = make_jobs(SIZE, args.seeds)
+    for _ in work(jobs, jobs, {}, args.out, 1 if torch.cuda.is_available() else os.cpu_count()):
+        pass
     report(SIZE, args.out, args.seeds)
 
 

@@ -8,6 +8,7 @@ import pytest
 from distil import evaluation
 from recipes import paper_b, toy_paper_b
 from recipes.toy_grid import STAGES
+from recipes.toy_runs import needs
 
 SIZE = toy_paper_b.SIZE
 NAMES = ["tokens", *toy_paper_b.LATER]
@@ -99,8 +100,10 @@ def test_the_miniature_reports_what_its_runs_have(study, capsys, monkeypatch):
 
 
 def test_the_commands_of_the_miniature():
-    jobs = [job for jobs in toy_paper_b.phases(SIZE, "OUT", [1, 2, 3]) for job in jobs]
-    parsed = [(words[0], STAGES[words[0]].get_args(words[1:])) for job in jobs for words in job]
+    jobs = toy_paper_b.make_jobs(SIZE, [1, 2, 3])
+    commands = [command.format(out="OUT").split() for job in jobs.values() for command in job.commands]
+    parsed = [(words[0], STAGES[words[0]].get_args(words[1:])) for words in commands]
+    assert all({*needs(jobs, place)} <= {*jobs} for place in jobs)
     cells = {args.out[4:]: args for stage, args in parsed if stage == "train" and args.prefix == "student"}
     rows = toy_paper_b.rows_of(SIZE)
     assert len(cells) == 3 * len(rows) and {args.seed for args in cells.values()} == {1, 2, 3}

@@ -2,7 +2,9 @@
 
 import argparse
 import functools
+import os
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -265,4 +267,5 @@ def test_a_full_copy_of_the_model_gets_its_weights(model):
 
 def test_without_vllm_the_message_names_the_other_engine(monkeypatch, refused):
     monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not installed
-    refused(lambda: load_vllm("model", 29, "float32", 1, 0.9), "--engine vllm", "--engine hf")
+    with mock.patch.dict(os.environ):  # variables for vLLM would switch off torch.compile in other tests
+        refused(lambda: load_vllm("model", 29, "float32", 1, 0.9), "--engine vllm", "--engine hf")

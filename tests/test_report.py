@@ -307,6 +307,7 @@ def test_sources_are_those_of_meta_json(evil, trained_run, tmp_path):
         assert f"torch {meta['versions']['torch']}" in made["versions"]
     flags = data["runs"][0]["made"]["all flags"]
     assert "--kl forward " in flags and "--eval_every 1 " in flags and "--teacher" not in flags
+    assert "--weight_decay 0.0 " in flags and "--limit 0 " in flags  # not left out as unset
     assert " --k 4 " in data["evaluations"][0]["made"]["all flags"]  # a list
 
 
@@ -360,7 +361,7 @@ def test_bad_input_is_one_line_and_leaves_the_old_page(evil, world, trained_run,
     meta = artifacts.read_sealed(str(tmp_path / "other/meta.json"), "-")
     meta["files"]["results.json"] = artifacts.file_sha256(tmp_path / "other/results.json")
     artifacts.write_sealed(str(tmp_path / "other/meta.json"), meta)
-    is_refused(tmp_path / "other", "make it again, or leave it out")
+    is_refused(tmp_path / "other", "again")
     refused(lambda: evaluate.get_args(["--report", "a.html"]), "--report a.html")
     run = with_steps(trained_run, tmp_path / "run", 0)  # one bad run among good ones
     is_refused(run, run, "make it again, or leave it out", others=[evil / "eval", trained_run])

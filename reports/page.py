@@ -94,7 +94,7 @@ def made(path, meta):
     versions = [f"Python {meta['python']}", *(" ".join(one) for one in meta["versions"].items())]
     words = []
     for name, value in meta["args"].items():
-        if value not in (None, False, "", [], {}):
+        if value is not None and value is not False and value not in ("", [], {}):
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [f"--{name}", *(one if isinstance(one, str) else json.dumps(one) for one in values)]
     return {

@@ -307,6 +307,7 @@ def test_sources_are_those_of_meta_json(evil, trained_run, tmp_path):
         assert f"torch {meta['versions']['torch']}" in made["versions"]
     flags = data["runs"][0]["made"]["all flags"]
     assert "--kl forward " in flags and "--eval_every 1 " in flags and "--teacher" not in flags
+    assert "--weight_decay 0.0 " in flags and "--limit 0 " in flags  # not left out as unset
     assert " --k 4 " in data["evaluations"][0]["made"]["all flags"]  # a list
 
 

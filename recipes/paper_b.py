@@ -11,6 +11,7 @@ a run's student, of its teacher and of its own end, as far as the directory that
 by position in the response; its last row is the later half of the bins minus the earlier half."""
 
 import argparse
+import functools
 import glob
 import os
 
@@ -30,6 +31,7 @@ def get_args(argv=None):
     return p.parse_args(argv)
 
 
+@functools.cache
 def evaluated(directory):
     """{model as it was given to evaluate.py: its Avg@n, a mean over data sets} of all evaluations below."""
     found = {}

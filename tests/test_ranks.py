@@ -70,7 +70,7 @@ def command_of(case, world, prefix_flags, student):
         "teacher reverse": (train, "--kl reverse --batch_size 3 --normalize token"),
         "student forward": (train, "--kl forward --batch_size 4"),
         "student reverse": (train, f"--kl reverse --batch_size 3 --n 2 --position_bins 5 {evaluation}"),
-        "student, one response": (train, "--kl reverse --batch_size 1 --vocab sampled"),
+        "student, one response": (train, "--kl reverse --batch_size 1 --vocab sampled --position_bins 5"),
         "student, curriculum": (
             train,
             "--kl mix --fkl_weight 0.3 --batch_size 4 --curriculum entropy --horizons 4,8,12"

@@ -39,8 +39,7 @@ from streaming_kl import linear_divergence, linear_streaming_kl, sampler_kl, tok
 # logits (n, V) of student and teacher at n positions, in float32, and returns n losses in nats.
 DIVERGENCES = {}
 
-SHOWN = ("loss", "fkl", "rkl", "nll", "student_entropy", "teacher_entropy", "overlap_ratio")
-SHOWN += ("response_length", "truncated")
+SHOWN = "loss fkl rkl nll student_entropy teacher_entropy overlap_ratio response_length truncated".split()
 
 
 def get_args(argv=None):
@@ -54,10 +53,11 @@ def get_args(argv=None):
     vocab_help = "the exact KL; the KL on the --k likeliest tokens; or one sample, the response's own tokens"
     p.add_argument("--vocab", choices=["full", "topk", "sampled"], default="full", help=vocab_help)
     p.add_argument("--k", type=flags.positive_int, default=16, help="likeliest tokens, in top-k and overlap")
-    sets = ["student", "teacher", "union", "intersection"]
-    p.add_argument("--topk_set", choices=sets, default="student", help="whose likeliest tokens")
+    sets = ["student", "teacher", "union", "intersection", "difference", "symmetric_difference"]
+    p.add_argument("--topk_set", choices=sets, default="student", help="of both models' likeliest tokens")
     units = ["token", "sequence"]
     p.add_argument("--normalize", choices=units, default="sequence", help="what the loss is a mean of")
+    p.add_argument("--position_bins", type=flags.positive_int, help="log means of bins of so many positions")
     p = parser.add_argument_group("what goes in")
     p.add_argument("--student", type=flags.path, required=True, help="directory or hub id to start from")
     p.add_argument("--teacher", type=flags.path, help="directory or hub id of the teacher (student prefix)")
@@ -98,10 +98,9 @@ def check_args(parser, args):
     unbiased = [("teacher", "forward"), ("student", "reverse")]
     if args.vocab == "sampled" and (args.prefix, args.kl) not in unbiased:
         parser.error("--vocab sampled needs --prefix teacher --kl forward, or student and reverse")
-    optional = ["teacher_system_prompt", "teacher_context_column"]
-    needed = {"teacher": ["rollouts", "scores"], "student": ["teacher", "data", *optional]}
-    if args.vocab == "sampled" and args.scores is None:
-        needed["teacher"].remove("scores")  # hard labels need no teacher
+    own_prompt = ["teacher_system_prompt", "teacher_context_column"]
+    needed = {"teacher": ["rollouts", "scores"], "student": ["teacher", "data", *own_prompt]}
+    optional = own_prompt + ["scores"] * (args.vocab == "sampled")  # hard labels need no teacher
     for prefix, names in needed.items():
         for name in names:
             given = getattr(args, name) is not None
@@ -118,9 +117,8 @@ def check_args(parser, args):
         parser.error("--refresh_every must divide --save_every")
     if args.curriculum:
         if not args.horizons or args.entropy_floor is None or not args.gate_every or not args.eval_data:
-            parser.error(
-                "--curriculum entropy needs --horizons, --entropy_floor, --gate_every and --eval_data"
-            )
+            others = "--horizons, --entropy_floor, --gate_every and --eval_data"
+            parser.error(f"--curriculum entropy needs {others}")
         if args.gate_every % args.refresh_every:
             parser.error("--gate_every must be a multiple of --refresh_every")
         args.max_response_tokens = args.horizons[-1]
@@ -137,11 +135,12 @@ def objective(args, hidden, head, signal, tokens, weight):
     """The cell's loss over N response positions, sum_i weight_i loss_i, and metrics {name: (N,)}, detached.
 
     The student's hidden (N, H) predict the tokens (N,) by its head (V, H); signal: the teacher at the same
-    positions (teacher.Signal); weight (N,)."""
+    positions (teacher.Signal); weight (N,). The metric `loss` is loss_i; an entry of DIVERGENCES has none."""
     pair = hidden, head, signal.hidden, signal.head
     if args.vocab == "full" and args.kl not in DIVERGENCES:
         out, top = linear_streaming_kl(*pair, fkl_weight=args.fkl_weight, weight=weight, top_k=args.k)
-        return out.loss, diagnostics.exact_metrics(out, top)
+        token_loss = args.fkl_weight * out.fkl + (1 - args.fkl_weight) * out.rkl
+        return out.loss, diagnostics.exact_metrics(out, top) | {"loss": token_loss}
     metrics, top = diagnostics.measure(hidden.detach(), head.detach(), signal, args.k)
     if args.kl in DIVERGENCES:
         return linear_divergence(DIVERGENCES[args.kl], *pair, weight=weight), metrics
@@ -155,45 +154,45 @@ def objective(args, hidden, head, signal, tokens, weight):
 def sampled_objective(args, hidden, head, signal, tokens, weight):
     """The one-sample form of the KL at the response's own tokens y (Proposition 1 of arXiv 2605.16826)."""
     log_q = token_logps(hidden, head, tokens)  # (N,)
-    log_p = signal.logps
-    if signal.hidden is not None:
-        log_p = token_logps(signal.hidden, signal.head, tokens)
+    log_p = signal.logps if signal.hidden is None else token_logps(signal.hidden, signal.head, tokens)
     metrics = {"nll": -log_q.detach()}
     if log_p is not None:
         metrics["log_ratio"] = (log_q - log_p).detach()
     if args.kl == "forward":  # y ~ teacher:  grad KL(p||q) = -E[grad log q(y)]
-        return -(weight * log_q).sum(), metrics
-    # y ~ student:  grad KL(q||p) = E[(log q(y) - log p(y)) grad log q(y)], the log-ratio a constant
-    return (weight * metrics["log_ratio"] * log_q).sum(), metrics
+        loss = -log_q
+    else:  # y ~ student:  grad KL(q||p) = E[(log q(y) - log p(y)) grad log q(y)], the log-ratio a constant
+        loss = metrics["log_ratio"] * log_q
+    return (weight * loss).sum(), metrics | {"loss": loss.detach()}
 
 
 def topk_objective(args, hidden, head, signal, top, weight):
     """KL between p and q renormalised on a set of likely tokens (arXiv 2604.13016): --topk_set.
 
-    top: the --k likeliest of both. What the set leaves out of each distribution is its tail mass."""
+    top: the --k likeliest tokens of both, S of the student and T of the teacher. The set is S, T, S | T,
+    S & T, S - T or S ^ T; an empty one has no loss. What it leaves out of a distribution is its tail mass."""
     student_ids, teacher_ids = top.student_ids, top.teacher_ids  # (N, k) each
-    shared = (student_ids[:, :, None] == teacher_ids[:, None]).any(2)  # (N, k): student's that are teacher's
-    keep_all = torch.ones_like(shared)
+    both = torch.cat([student_ids, teacher_ids], 1)
+    same = student_ids[:, :, None] == teacher_ids[:, None]  # (N, k, k)
+    in_teacher, in_student = same.any(2), same.any(1)  # (N, k): which of S are in T, which of T in S
+    every = torch.ones_like(in_teacher)
     sets = {
-        "student": (student_ids, keep_all),
-        "teacher": (teacher_ids, keep_all),
-        "intersection": (student_ids, shared),
-        "union": (torch.cat([student_ids, teacher_ids], 1), torch.cat([~shared, keep_all], 1)),
+        "student": (student_ids, every),
+        "teacher": (teacher_ids, every),
+        "union": (both, torch.cat([every, ~in_student], 1)),
+        "intersection": (student_ids, in_teacher),
+        "difference": (student_ids, ~in_teacher),
+        "symmetric_difference": (both, ~torch.cat([in_teacher, in_student], 1)),
     }
     ids, keep = sets[args.topk_set]  # (N, m), and which of them are in the set
     log_q = token_logps(hidden, head, ids)
-    if signal.hidden is None:
-        log_p = signal.top_logps[:, : args.k]
-    else:
-        with torch.no_grad():
-            log_p = token_logps(signal.hidden, signal.head, ids)
-    # finite, not -inf: an empty intersection then gives 0, not NaN
+    log_p = top.teacher_logps if signal.hidden is None else token_logps(signal.hidden, signal.head, ids)
+    # finite, not -inf: an empty set then gives 0, not NaN
     log_q_set = log_q.masked_fill(~keep, -1e30).log_softmax(1)
     log_p_set = log_p.masked_fill(~keep, -1e30).log_softmax(1)
     fkl = (log_p_set.exp() * (log_p_set - log_q_set)).sum(1)
     rkl = (log_q_set.exp() * (log_q_set - log_p_set)).sum(1)
     loss = args.fkl_weight * fkl + (1 - args.fkl_weight) * rkl
-    metrics = {"topk_fkl": fkl.detach(), "topk_rkl": rkl.detach()}
+    metrics = {"loss": loss.detach(), "topk_fkl": fkl.detach(), "topk_rkl": rkl.detach()}
     metrics["student_tail_mass"] = 1 - (log_q.exp() * keep).sum(1).detach()
     metrics["teacher_tail_mass"] = 1 - (log_p.exp() * keep).sum(1)
     return (weight * loss).sum(), metrics
@@ -209,6 +208,9 @@ def micro_batch_loss(args, student, teacher, vocab_size, scored, responses, toke
     if args.prefix == "student" and not sampling.is_plain(args):
         sampler = args.temperature, args.top_p, args.top_k
         metrics["sampler_kl"] = sampler_kl(hidden.detach(), head.detach(), *sampler)
+    if args.position_bins:
+        metrics |= diagnostics.by_position(metrics, responses, args.position_bins, args.max_response_tokens)
+    metrics.pop("loss", None)
     return loss, metrics
 
 
@@ -220,6 +222,7 @@ def train_step(args, run, teacher, batch, step):
     sums = batches.accumulate_gradients(run.model.device, batch, weights, args.micro_batch_tokens, loss_of)
     grad_norm, lr = training.optimizer_step(args, run.model, run.optimizer, step, [r.id for r in batch])
     metrics = {"loss": sums.pop("loss"), "padding": 1 - sum(r.length for r in batch) / sums.pop("positions")}
+    metrics |= diagnostics.position_means(sums)
     metrics |= {name: total / tokens for name, total in sums.items()}
     return metrics | {"grad_norm": grad_norm, "lr": lr, "seconds_score": training.seconds_between(scored)}
 
@@ -234,15 +237,13 @@ def gate(args, run, step):
         return
     horizon = args.horizons[state["level"]]
     results = run.measure(horizon)
-    entropy = results["entropy"]
-    passed = entropy >= args.entropy_floor
+    passed = results["entropy"] >= args.entropy_floor
     run.curriculum = {"level": state["level"] + int(passed), "open": passed}
     decision = "advance" if passed else args.on_gate_fail
-    row = {"step": step, "horizon": horizon, "entropy": entropy, "entropy_floor": args.entropy_floor}
-    row |= {"length": results["length"], "avg": results["avg"], "decision": decision}
-    run.append("gates.jsonl", row)
-    floor = f"floor {args.entropy_floor}"
-    run.say(f"step {step} gate: entropy {entropy:.4f} at horizon {horizon}, {floor}: {decision}")
+    row = {"step": step, "horizon": horizon, "entropy_floor": args.entropy_floor, "decision": decision}
+    run.append("gates.jsonl", row | {name: results[name] for name in ("entropy", "length", "avg")})
+    found = f"entropy {results['entropy']:.4f} at horizon {horizon}, floor {args.entropy_floor}"
+    run.say(f"step {step} gate: {found}: {decision}")
 
 
 def gate_ended(args, run):
@@ -337,8 +338,7 @@ def main(args):
     if on_policy and not sampling.is_plain(config):
         flags = f"--temperature {args.temperature} --top_p {args.top_p} --top_k {args.top_k}"
         run.say(f"WARNING: {flags}: not plain samples of the student; sampler_kl says how far they are")
-    if args.curriculum:
-        run.curriculum = run.curriculum or {"level": 0, "open": True}
+    run.curriculum = run.curriculum or args.curriculum and {"level": 0, "open": True}
 
     step, sampled_ahead = run.first_step, []  # steps done; responses sampled for later steps
     while step < args.steps and not gate_ended(args, run):

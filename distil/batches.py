@@ -64,22 +64,22 @@ def accumulate_gradients(device, responses, weights, micro_batch_tokens, micro_b
     """The loop over micro-batches: adds the gradients of the loss over a batch of Responses.
 
     micro_batch_loss(responses, tokens (N,), weight (N,)) returns sum_i weight_i loss_i over N response
-    tokens and metrics {name: (N,)}, detached; weights: of each response's tokens. Returns {metric: sum over
-    all tokens}, the loss, and `positions`: how many went through the model, padding included."""
+    tokens and metrics {name: (..., N)}, detached; weights: of each response's tokens. Returns {metric: sum
+    over all tokens}, the loss, and `positions`: how many went through the model, padding included."""
     positions, totals = 0, {"loss": torch.zeros((), dtype=torch.float64, device=device)}
     for indices, is_real in micro_batches(responses, micro_batch_tokens):
         micro_batch = [responses[i] for i in indices]
-        token_list = [token for r in micro_batch for token in r.response_ids]
-        weight_list = [is_real * weights[i] for i in indices for _ in responses[i].response_ids]
-        tokens = torch.tensor(token_list, device=device)  # (N,)
-        weight = torch.tensor(weight_list, device=device)  # (N,)
+        tokens = [token for r in micro_batch for token in r.response_ids]
+        weight = [is_real * weights[i] for i in indices for _ in responses[i].response_ids]
+        tokens, weight = torch.tensor(tokens, device=device), torch.tensor(weight, device=device)  # (N,) each
         with torch.set_grad_enabled(backward):
             loss, metrics = micro_batch_loss(micro_batch, tokens, weight)
         if backward:
             loss.backward()
         positions += len(indices) * max(r.length for r in micro_batch)
         for name, values in (("loss", loss.detach()), *metrics.items()):  # summed where they are: no waiting
-            total = values.sum().double() * (1 if name == "loss" else is_real)
+            total = values.sum(-1).double() * (1 if name == "loss" else is_real)
             totals[name] = totals.get(name, 0.0) + total
-    sums = dict(zip(totals, torch.stack(list(totals.values())).tolist()))
-    return ranks.sum_over_ranks(sums | {"positions": positions})
+    totals["positions"] = torch.tensor(positions)
+    sums = ranks.sum_over_ranks({name: total.cpu() for name, total in totals.items()})
+    return {name: total.tolist() for name, total in sums.items()}

@@ -27,17 +27,15 @@ def exact_metrics(out, top):
 
 
 def overlap(top):
-    """How the k likeliest tokens S of the student and T of the teacher overlap, {name: (N,)}.
+    """How the k likeliest tokens S of the student and T of the teacher overlap, {name: (N,)}; top: a Top.
 
-    top: streaming_kl.Top. arXiv 2604.13016, equations 6 and 7 and appendix B.1:
+    arXiv 2604.13016, equations 6 and 7 and appendix B.1; means and sums are over the tokens of S and T:
 
-        overlap_ratio          |S and T| / k
-        overlap_mass           sum of q over S and T
-        overlap_mass_teacher   sum of p over S and T
-        overlap_advantage      mean over v in S and T of q'(v) (log p'(v) - log q'(v)), with p' and q'
-                               renormalised on S and T; 0 where that is empty
-        overlap_advantage_raw  as in that paper's released code: mean over S and T of q''(v) (log p(v) -
-                               log q(v)), with q'' renormalised on S and the log-ratio as it is"""
+        overlap_ratio          their number / k
+        overlap_mass           sum of q;  overlap_mass_teacher: sum of p
+        overlap_advantage      mean of q' (log p' - log q'), p' and q' renormalised on them; 0 without any
+        overlap_advantage_raw  as in that paper's released code: mean of q'' (log p - log q), with q''
+                               renormalised on S and the log-ratio as it is"""
     log_q, student_ids, log_p, teacher_ids = top
     same = student_ids[:, :, None] == teacher_ids[:, None]  # (N, k, k)
     shared = same.any(2)  # (N, k): the student's token is one of the teacher's too
@@ -54,3 +52,23 @@ def overlap(top):
         "overlap_advantage": advantage.sum(1) / count.clamp(min=1),
         "overlap_advantage_raw": raw.sum(1) / count.clamp(min=1),
     }
+
+
+def by_position(metrics, responses, size, longest):
+    """Metrics {name: (N,)} of the tokens of some Responses, by position: {("by_position", name): (bins, N)}.
+
+    A bin is `size` positions of a response, which has at most `longest`; outside it values are 0."""
+    bins = torch.cat([torch.arange(len(r.response_ids)) // size for r in responses])  # (N,)
+    inside = bins == torch.arange(-(-longest // size))[:, None]  # (bins, N)
+    metrics = {"tokens": torch.ones(len(bins))} | metrics
+    return {("by_position", name): values * inside.to(values.device) for name, values in metrics.items()}
+
+
+def position_means(sums):
+    """Takes by_position's metrics out of the sums over tokens: {"by_position": {name: [mean in each bin]}}.
+
+    "tokens" has their numbers. Bins without any are left out; without by_position nothing is returned."""
+    apart = {key[1]: sums.pop(key) for key in [*sums] if isinstance(key, tuple)}
+    counts = [int(count) for count in apart.pop("tokens", []) if count]
+    means = {name: [total / count for total, count in zip(row, counts)] for name, row in apart.items()}
+    return {"by_position": {"tokens": counts} | means} if counts else {}

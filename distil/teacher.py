@@ -14,11 +14,7 @@ from distil.models import config_of, default_device, forward, output_head, rows_
 from distil.prompts import check_template, encode_problems
 from distil.server import connect
 
-USES = {
-    "hidden": ("full", "topk", "sampled"),
-    "topk": ("topk",),
-    "sampled": ("sampled",),
-}  # --signal: --vocab
+USES = {"hidden": ("full", "topk", "sampled"), "topk": ("topk",), "sampled": ("sampled",)}  # by --signal
 
 
 class Signal(NamedTuple):

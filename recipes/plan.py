@@ -32,12 +32,16 @@ from evaluate import evaluations_of
 SIZES = """
 Qwen3-0.6B-Base               1024  3072 28 16 8 128 151936 tied
 Qwen3-1.7B-Base               2048  6144 28 16 8 128 151936 tied
+Qwen3-1.7B                    2048  6144 28 16 8 128 151936 tied
 Qwen3-4B                      2560  9728 36 32 8 128 151936 tied
 Qwen3-4B-Base-GRPO            2560  9728 36 32 8 128 151936 tied
+Qwen3-4B-Non-Thinking-RL-Math-Step500 2560 9728 36 32 8 128 151936 tied
 Qwen3-8B                      4096 12288 36 32 8 128 151936 separate
 DeepSeek-R1-Distill-Qwen-1.5B 1536  8960 28 12 2 128 151936 separate
 JustRL-DeepSeek-1.5B          1536  8960 28 12 2 128 151936 separate
 DeepSeek-R1-Distill-Qwen-7B   3584 18944 28 28 4 128 152064 separate
+Skywork-OR1-Math-7B           3584 18944 28 28 4 128 152064 separate
+DeepSeek-R1-Distill-Qwen-14B  5120 13824 48 40 8 128 152064 separate
 """
 NAMES = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
 vocab_size tie_word_embeddings""".split()

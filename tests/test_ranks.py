@@ -42,7 +42,10 @@ def on_ranks(work, *words, count=2):
 
 def flat(row):
     """A row's numbers, but for the padding: other micro-batches have another."""
-    return {k: v for k, v in row.items() if k != "padding" and not isinstance(v, (dict, list, str))}
+    numbers = {k: v for k, v in row.items() if k != "padding" and not isinstance(v, (dict, list, str))}
+    for name, means in row.get("by_position", {}).items():
+        numbers |= {f"{name} {i}": mean for i, mean in enumerate(means)}
+    return numbers
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def command_of(case, world, prefix_flags, student):
         "teacher forward": (train, f"--kl forward --batch_size 5 --micro_batch_tokens 60 {evaluation}"),
         "teacher reverse": (train, "--kl reverse --batch_size 3 --normalize token"),
         "student forward": (train, "--kl forward --batch_size 4"),
-        "student reverse": (train, f"--kl reverse --batch_size 3 --n 2 {evaluation}"),
+        "student reverse": (train, f"--kl reverse --batch_size 3 --n 2 --position_bins 5 {evaluation}"),
         "student, one response": (train, "--kl reverse --batch_size 1 --vocab sampled"),
         "student, curriculum": (
             train,

@@ -101,7 +101,7 @@ def listed(tmp_path, name):
 
 def figures_of(found):
     """{file: the directories of its runs} of the figures that a recipe ends with, which all draw Pass@k."""
-    drawn = [args for _, args in found["results"] if args.figure]
+    drawn = [args for stage, args in found["results"] if stage == "evaluate" and args.figure]
     assert drawn and all({"avg", "pass", "length"} <= {*args.y} for args in drawn)
     return {os.path.basename(args.figure): [os.path.basename(run) for run in args.runs] for args in drawn}
 
@@ -221,12 +221,12 @@ def test_every_row_of_the_first_paper_has_its_hyperparameters(dry_run, tmp_path)
 
 def test_every_row_of_the_second_paper_has_its_hyperparameters(dry_run, tmp_path):
     found, _ = dry_run("paper_b")
-    shared = {"template/aligned", "problems/near"}  # topk/k16
-    assert set(found) == {*listed(tmp_path, "paper_b"), "sft", "results"} - shared
+    shared = {"template/aligned", "problems/near", "size/1.5b_own", "size/1.5b_larger"}  # other rows
+    assert set(found) == {*listed(tmp_path, "paper_b"), "models", "sft", "results"} - shared
     opd = {
         row: next(args for stage, args in commands if stage == "train")
         for row, commands in found.items()
-        if row not in ("sft", "results")
+        if row not in ("models", "sft", "results")
     }
     for row, args in opd.items():
         has(
@@ -240,11 +240,12 @@ def test_every_row_of_the_second_paper_has_its_hyperparameters(dry_run, tmp_path
             top_k=0,
             lr=1e-6,
             warmup=0.0,
-            max_response_tokens=7168,
+            max_response_tokens=int(row[8:]) if row.startswith("horizon/") else 7168,
+            position_bins=512,
             normalize="token",
             eval_every=20,
             eval_n=16,
-            steps=600 if row.startswith("reverse") else 200,
+            steps={"reverse": 600, "horizon": 260}.get(row.split("/")[0], 200),
         )
         has(found[row][-1][1], n=16, temperature=0.7, top_p=0.95, max_response_tokens=31744)
         if not row.startswith("topk"):
@@ -257,7 +258,25 @@ def test_every_row_of_the_second_paper_has_its_hyperparameters(dry_run, tmp_path
         ("topk", 16, "teacher"),
         ("topk", 16, "union"),
         ("topk", 16, "intersection"),
+        ("topk", 16, "symmetric_difference"),
+        ("topk", 16, "difference"),
     ]
+    assert {3072, 5120, 7168, 15360} < {a.max_response_tokens for r, a in opd.items() if r[:8] == "horizon/"}
+    r1, r1_large = opd["topk/k16"].student, opd["reverse/r1_7b"].teacher
+    skywork, chat = "Skywork/Skywork-OR1-Math-7B", "Qwen/Qwen3-4B"
+    rl_math = "Keven16/Qwen3-4B-Non-Thinking-RL-Math-Step500"
+    for row, student, teacher in (
+        ("knowledge/r1_7b", r1, r1_large),
+        ("knowledge/skywork", r1, skywork),
+        ("knowledge/chat", "Qwen/Qwen3-1.7B", chat),
+        ("knowledge/rl_math", "Qwen/Qwen3-1.7B", rl_math),
+        ("size/7b_own", r1_large, skywork),
+        ("size/7b_larger", r1_large, "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"),
+        ("horizon/15360", r1, opd["topk/k16"].teacher),
+    ):
+        has(opd[row], student=student, teacher=teacher)
+        if row[0] != "h":  # both are evaluated, for the gap between them
+            assert {student, teacher} <= {args.model for _, args in found["models"]}
     has(
         opd["topk/k16"],
         student="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
@@ -280,12 +299,14 @@ def test_every_row_of_the_second_paper_has_its_hyperparameters(dry_run, tmp_path
         attempts=3,
         drop=["unboxed", "truncated", "degenerate"],
     )
-    has(sft, prefix="teacher", vocab="sampled", kl="forward", lr=1e-5, warmup=0.05, steps=-(-200000 // 64))
+    has(sft, prefix="teacher", vocab="sampled", kl="forward", lr=1e-5, warmup=0.05, lr_schedule="cosine")
+    assert sft.steps * sft.batch_size == 2 * 200000
     figures = figures_of(found)
+    same = {"template_aligned": "topk_k16", "problems_near": "topk_k16", "size_1.5b_own": "topk_k16"}
+    same["size_1.5b_larger"] = "knowledge_r1_7b"
     for group in {row.split("/")[0] for row in listed(tmp_path, "paper_b")}:
-        runs = {row.replace("/", "_") for row in listed(tmp_path, "paper_b") if row.split("/")[0] == group}
-        both = {"template_aligned", "problems_near"} & runs  # topk/k16
-        assert {*figures.pop(f"{group}.png")} == runs - both | ({"topk_k16"} if both else set())
+        runs = [row.replace("/", "_") for row in listed(tmp_path, "paper_b") if row.split("/")[0] == group]
+        assert {*figures.pop(f"{group}.png")} == {same.get(run, run) for run in runs}
     assert not figures
     assert opd["cold_start/sft"].student == sft.out + "/final"
     assert opd["cold_start/direct"].student == sft.student
@@ -383,7 +404,11 @@ def test_the_hours_on_the_pages_are_those_of_the_plans(dry_run):
         f"| {span('table3/4b')}; {span('table3/8b')} |",
         f"mixes | {span('figure7')} |",
         f"tables 1 and 2 | {span('table5', 'table6')} |",
-        f"| {span('topk')}; {span('pattern')}; {span('reverse')} |",
+        f"| {span('pattern', 'cold_start')}; {span('topk', 'template')}; {span('knowledge/r1')} |",
+        f"| {span('size/7b_own')}; {span('size/7b_larger')} |",
+        f"15,360 tokens | {span('horizon')} |",
+        f"| {span('reverse/r1_1.5b')}; {span('reverse/r1_7b')} |",
+        f"SFT | {span('sft')} |",
     ):
         assert words in page
     wide = f"{mean_of('grpo', 'table', batch_size=32):.0f}"
@@ -421,9 +446,9 @@ def tiny(world, tmp_path):
     qwen3 = f"""--student {student} --teacher_4b {teacher} --teacher_8b {teacher} --limit 6 --short 4 --long 8
         --test_tokens 8 --horizons 4,8 --gate_every 1 --grpo_problems 2"""
     paper_b = f"""--r1 {student} --r1_large {teacher} --justrl {teacher} --base {student} --chat {teacher}
-        --rl {teacher} --original_data {train} --far_data {train} --sft_data {train} --cold_data {test}
-        --reverse_steps 1 --tokens 8 --n 2 --sft_limit 8 --sft_tokens 60 --sft_steps 2 --sft_batch_size 2
-        --dedup exact"""
+        --rl {teacher} --chat_small {student} --rl_math {teacher} --original_data {train} --far_data {train}
+        --sft_data {train} --cold_data {test} --reverse_steps 1 --tokens 8 --n 2 --sft_limit 8
+        --sft_tokens 60 --sft_steps 2 --sft_batch_size 2 --dedup exact"""
     return {"qwen3": f"{common} {qwen3}".split(), "paper_b": f"{common} {paper_b}".split()}
 
 
@@ -443,7 +468,7 @@ def executed(monkeypatch):
 
     def execute(words):
         name, args = plan.stage_of(words)
-        names.append(name + " --resume" * args.resume)
+        names.append(name + " --resume" * ("--resume" in words))
         importlib.import_module(name).main(args)
         return 0
 
@@ -501,11 +526,20 @@ def test_table_4_needs_the_harness_before_anything_runs(tmp_path, monkeypatch):
 
 
 def test_rows_of_the_second_paper_run(recipe, tiny, executed, tmp_path):
-    picked = "--row cold_start/sft --row topk/set_union --row reverse/r1_7b".split()
-    recipe("paper_b", *picked, *tiny["paper_b"])
-    stages = ["rollout", "train", "recipes.dedup", *["train", "evaluate"] * 3, "evaluate"]
-    figures = ["cold_start.png", "topk.png", "reverse.png"]
-    assert executed == [*stages, *(word for name in figures for word in ("evaluate", name))]
+    picked = "--row cold_start/sft --row topk/set_non_overlap --row knowledge/rl_math".split()
+    printed = recipe("paper_b", *picked, *tiny["paper_b"])
+    first = ["rollout", "train", "recipes.dedup", *["train", "evaluate"] * 2]
+    figures = ["cold_start.png", "topk.png", "knowledge.png"]
+    assert executed == [
+        *(*first, *["evaluate"] * 2, "train", *["evaluate"] * 2, "recipes.paper_b"),
+        *(word for name in figures for word in ("evaluate", name)),
+    ]
+    [row] = [line for line in printed.splitlines() if line.startswith("| knowledge_rl_math") and "->" in line]
+    student, teacher, after = (
+        json.load(open(tmp_path / f"out/{run}/test/results.json"))["avg"]
+        for run in ("models/student_init", "models/teacher_init", "knowledge_rl_math/evals")
+    )
+    assert [cell.strip() for cell in row.split("|")[2:5]] == [f"{x:.3f}" for x in (student, teacher, after)]
     assert json.load(open(tmp_path / "out/sft_rollouts/meta.json"))["counts"]["faults"]["dropped"] > 0
     opd = json.load(open(tmp_path / "out/cold_start_sft/meta.json"))["args"]
     assert opd["student"] == f"{tmp_path}/out/sft/final"

@@ -26,7 +26,8 @@ def start(world):
     """start(stage, out, more): a function that makes a run of six steps, small but real."""
     flags = {
         train: f"--prefix student --kl reverse --teacher {world}/teacher_init --student {world}/student_init"
-        " --curriculum entropy --horizons 3,6 --entropy_floor 0.5 --gate_every 4 --refresh_every 2",
+        " --curriculum entropy --horizons 3,6 --entropy_floor 0.5 --gate_every 4 --refresh_every 2"
+        " --position_bins 2",
         grpo: f"--model {world}/student_init --n 2 --max_response_tokens 6 --kl_weight 0.1",
     }
     common = f"--data {world}/train.jsonl --eval_data {world}/heldout.jsonl --eval_every 3 --eval_n 2"

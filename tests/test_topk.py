@@ -12,6 +12,7 @@ from streaming_kl import linear_streaming_kl, top_tokens
 from train import objective
 
 N, H, V, K = 7, 6, 11, 4
+WHOLE = ["student", "teacher", "union", "intersection"]  # sets that are the vocabulary if k is
 
 
 @pytest.fixture
@@ -35,7 +36,8 @@ def direct(case, kind, w, k=K):
     loss, sets = 0, []
     for q, p, c in zip(logits_q, logits_p, weight.double()):
         s, t = set(q.topk(k).indices.tolist()), set(p.topk(k).indices.tolist())
-        chosen = sorted({"student": s, "teacher": t, "union": s | t, "intersection": s & t}[kind])
+        named = {"student": s, "teacher": t, "union": s | t, "intersection": s & t, "difference": s - t}
+        chosen = sorted((named | {"symmetric_difference": s ^ t})[kind])
         sets.append(chosen)
         if chosen:
             q, p = q[chosen].log_softmax(0), p[chosen].log_softmax(0)
@@ -43,7 +45,7 @@ def direct(case, kind, w, k=K):
     return loss, sets
 
 
-@pytest.mark.parametrize("kind", ["student", "teacher", "union", "intersection"])
+@pytest.mark.parametrize("kind", [*WHOLE, "difference", "symmetric_difference"])
 @pytest.mark.parametrize("w", [0.0, 0.3, 1.0])
 def test_topk_loss_gradient_and_tails(case, kind, w):
     hidden, head, teacher, weight = case
@@ -60,14 +62,29 @@ def test_topk_loss_gradient_and_tails(case, kind, w):
         torch.testing.assert_close(found, tail.detach(), rtol=0, atol=1e-5)
 
 
-def test_an_empty_intersection_has_no_loss_and_no_gradient():
+@pytest.mark.parametrize("kind, k", [("intersection", 1), ("difference", 4), ("symmetric_difference", 4)])
+def test_an_empty_set_has_no_loss_and_no_gradient(kind, k):
+    """The likeliest tokens differ; of 4 the models have all."""
     hidden, head = torch.eye(4)[:1].requires_grad_(), 9 * torch.eye(4)
     teacher = Signal(torch.eye(4)[1:2], 9 * torch.eye(4))
-    loss, _ = objective(flags(topk_set="intersection", k=1), hidden, head, teacher, None, torch.ones(1))
+    loss, metrics = objective(flags(topk_set=kind, k=k), hidden, head, teacher, None, torch.ones(1))
     assert loss.item() == 0 and torch.autograd.grad(loss, hidden)[0].abs().max() == 0
+    assert metrics["student_tail_mass"].item() == metrics["teacher_tail_mass"].item() == 1
 
 
-@pytest.mark.parametrize("kind", ["student", "teacher", "union", "intersection"])
+@pytest.mark.parametrize("kind", ["difference", "symmetric_difference"])
+def test_a_student_that_is_far_away_has_a_finite_loss_and_gradient(kind):
+    """Each model's likeliest tokens have probabilities that underflow under the other."""
+    hidden, head = (
+        torch.tensor([[1.0, -1.0]]).requires_grad_(),
+        torch.tensor([[300.0, 0], [290.0, 0], [0, 300], [0, 290]]),
+    )
+    teacher = Signal(torch.tensor([[-1.0, 1.0]]), head)
+    loss, _ = objective(flags(topk_set=kind, k=2, fkl_weight=0.5), hidden, head, teacher, None, torch.ones(1))
+    assert 0 < loss.item() < 700 and torch.autograd.grad(loss, hidden)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", WHOLE)
 def test_topk_with_the_whole_vocabulary_is_the_full_kl(case, kind):
     hidden, head, teacher, weight = case
     found = objective(flags(k=V, topk_set=kind), hidden, head, teacher, None, weight)[0]

@@ -35,7 +35,7 @@ def init(**about):
 def line(prefix_flags, world):
     return (
         f"{prefix_flags['student']} --kl forward --steps 3 --batch_size 2 --max_response_tokens 4"
-        f" --save_every 2 --eval_data {world}/heldout.jsonl --eval_every 3 --eval_n 2"
+        f" --save_every 2 --eval_data {world}/heldout.jsonl --eval_every 3 --eval_n 2 --position_bins 2"
     )
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import score_teacher
 import train
 from conftest import ROOT, killed_in_call, read_rows, replace_text, run_line, swap_ids, untimed
-from distil import artifacts, batches, training
+from distil import artifacts, batches, diagnostics, training
 from distil.artifacts import read_artifact
 from distil.batches import token_weights
 from distil.flops import tflops
@@ -27,7 +27,7 @@ from train import micro_batch_loss, objective
 
 def flags(kl="forward", vocab="full", fkl_weight=1.0, **more):
     common = {"normalize": "token", "micro_batch_tokens": 10**6, "dtype": "float32", "k": 4}
-    common |= {"topk_set": "student", "prefix": "teacher"}
+    common |= {"topk_set": "student", "prefix": "teacher", "position_bins": None, "max_response_tokens": 9}
     return argparse.Namespace(kl=kl, vocab=vocab, fkl_weight=fkl_weight, **common | more)
 
 
@@ -200,6 +200,31 @@ def test_micro_batches_change_nothing(pair, name):
     assert parts == pytest.approx(whole, rel=1e-4)
     for key in expected:
         close(found[key], expected[key])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("micro_batch_tokens", [1, 10**6])
+def test_metrics_by_position_are_means_over_the_tokens_of_a_bin(pair, name, micro_batch_tokens):
+    """Against each response alone; bins of 3 positions: 0 to 2, 3 to 5, 6; there is none from 9 on."""
+    student, teacher = pair
+    args, loss_of = LOSSES[name]
+    more = {"normalize": "sequence", "micro_batch_tokens": micro_batch_tokens, "position_bins": 3}
+    sums, _ = gradients_of(student, argparse.Namespace(**vars(args) | more), live(teacher), BATCH)
+    found = diagnostics.position_means(sums)["by_position"]
+    bins = [[], [], []]
+    for response in BATCH:
+        ids = torch.tensor([response.prompt_ids + response.response_ids])
+        p, q = (model(input_ids=ids).logits[0].double().log_softmax(-1) for model in (teacher, student))
+        for place, token in enumerate(response.response_ids):
+            p_log, q_log = (logs[len(response.prompt_ids) - 1 + place].detach() for logs in (p, q))
+            of_both = {*p_log.topk(4).indices.tolist()} & {*q_log.topk(4).indices.tolist()}
+            values = {"loss": loss_of(p_log, q_log, token), "student_entropy": -(q_log.exp() * q_log).sum()}
+            bins[place // 3].append(values | {"overlap_ratio": torch.tensor(len(of_both) / 4)})
+    assert found["tokens"] == [7, 3, 1] == [len(rows) for rows in bins]
+    for metric in bins[0][0]:
+        truth = [sum(row[metric].item() for row in rows) / len(rows) for rows in bins]
+        assert found[metric] == pytest.approx(truth, rel=1e-4)
+    assert not any(isinstance(key, tuple) for key in sums) and not diagnostics.position_means(sums)
 
 
 def test_a_response_of_only_the_stop_token_teaches_to_stop(pair):

@@ -16,6 +16,7 @@ import glob
 import os
 
 from distil import flags
+from distil.artifacts import read_artifact
 from distil.evaluation import mean_of
 from reports.reading import read_results, read_run
 from reports.tables import markdown
@@ -36,6 +37,7 @@ def evaluated(directory):
     """{model as it was given to evaluate.py: its Avg@n, a mean over data sets} of all evaluations below."""
     found = {}
     for path in sorted(glob.glob(f"{glob.escape(directory)}/**/results.json", recursive=True)):
+        read_artifact(os.path.dirname(path), "runs", "evaluate")
         results = read_results(os.path.dirname(path), "runs")
         found.setdefault(results["model"], []).append(results["avg"])
     return {model: mean_of(values) for model, values in found.items()}

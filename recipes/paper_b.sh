@@ -233,8 +233,8 @@ commands() {
   done
   begin results 0
   run python evaluate.py --table "${EVALS[@]}"
-  figures "${drawn[@]}"
   run python -m recipes.paper_b "${RUNS[@]}"
+  figures "${drawn[@]}"
 }
 
 ALL=$(commands)

@@ -102,7 +102,7 @@ def listed(tmp_path, name):
 
 def figures_of(found):
     """{file: the directories of its runs} of the figures that a recipe ends with, which all draw Pass@k."""
-    drawn = [args for _, args in found["results"] if getattr(args, "figure", None)]
+    drawn = [args for stage, args in found["results"] if stage == "evaluate" and args.figure]
     assert drawn and all({"avg", "pass", "length"} <= {*args.y} for args in drawn)
     return {os.path.basename(args.figure): [os.path.basename(run) for run in args.runs] for args in drawn}
 
@@ -302,11 +302,12 @@ def test_every_row_of_the_second_paper_has_its_hyperparameters(dry_run, tmp_path
     )
     has(sft, prefix="teacher", vocab="sampled", kl="forward", lr=1e-5, warmup=0.05, lr_schedule="cosine")
     assert sft.steps * sft.batch_size == 2 * 200000
-    figures, same = figures_of(found), dict.fromkeys(shared, "topk/k16")
-    same["size/1.5b_larger"] = "knowledge/r1_7b"
+    figures = figures_of(found)
+    same = {"template_aligned": "topk_k16", "problems_near": "topk_k16", "size_1.5b_own": "topk_k16"}
+    same["size_1.5b_larger"] = "knowledge_r1_7b"
     for group in {row.split("/")[0] for row in listed(tmp_path, "paper_b")}:
-        drawn = [row for row in listed(tmp_path, "paper_b") if row.split("/")[0] == group]
-        assert {*figures.pop(f"{group}.png")} == {same.get(row, row).replace("/", "_") for row in drawn}
+        runs = [row.replace("/", "_") for row in listed(tmp_path, "paper_b") if row.split("/")[0] == group]
+        assert {*figures.pop(f"{group}.png")} == {same.get(run, run) for run in runs}
     assert not figures
     assert opd["cold_start/sft"].student == sft.out + "/final"
     assert opd["cold_start/direct"].student == sft.student
@@ -404,7 +405,11 @@ def test_the_hours_on_the_pages_are_those_of_the_plans(dry_run):
         f"| {span('table3/4b')}; {span('table3/8b')} |",
         f"mixes | {span('figure7')} |",
         f"tables 1 and 2 | {span('table5', 'table6')} |",
-        f"| {span('topk')}; {span('pattern')}; {span('reverse')} |",
+        f"| {span('pattern', 'cold_start')}; {span('topk', 'template')}; {span('knowledge/r1')} |",
+        f"| {span('size/7b_own')}; {span('size/7b_larger')} |",
+        f"15,360 tokens | {span('horizon')} |",
+        f"| {span('reverse/r1_1.5b')}; {span('reverse/r1_7b')} |",
+        f"SFT | {span('sft')} |",
     ):
         assert words in page
     wide = f"{mean_of('grpo', 'table', batch_size=32):.0f}"
@@ -464,7 +469,7 @@ def executed(monkeypatch):
 
     def execute(words):
         name, args = plan.stage_of(words)
-        names.append(name + " --resume" * getattr(args, "resume", False))
+        names.append(name + " --resume" * ("--resume" in words))
         importlib.import_module(name).main(args)
         return 0
 
@@ -525,9 +530,11 @@ def test_rows_of_the_second_paper_run(recipe, tiny, executed, tmp_path):
     picked = "--row cold_start/sft --row topk/set_non_overlap --row knowledge/rl_math".split()
     printed = recipe("paper_b", *picked, *tiny["paper_b"])
     first = ["rollout", "train", "recipes.dedup", *["train", "evaluate"] * 2]
-    figures = [word for name in ("cold_start", "topk", "knowledge") for word in ("evaluate", f"{name}.png")]
-    after = [*["evaluate"] * 2, "train", *["evaluate"] * 2, *figures, "recipes.paper_b"]
-    assert executed == [*first, *after]
+    figures = ["cold_start.png", "topk.png", "knowledge.png"]
+    assert executed == [
+        *(*first, *["evaluate"] * 2, "train", *["evaluate"] * 2, "recipes.paper_b"),
+        *(word for name in figures for word in ("evaluate", name)),
+    ]
     [row] = [line for line in printed.splitlines() if line.startswith("| knowledge_rl_math") and "->" in line]
     student, teacher, after = (
         json.load(open(tmp_path / f"out/{run}/test/results.json"))["avg"]

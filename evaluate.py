@@ -60,7 +60,7 @@ def get_args(argv=None):
     compare_help = "print how the second differs from the first: evaluations, or runs on the same data sets"
     p.add_argument("--compare", type=flags.path, nargs=2, metavar="DIR", help=compare_help)
     p.add_argument("--figure", type=flags.path, metavar="PNG", help="draw curves of --runs")
-    p.add_argument("--runs", type=flags.path, nargs="+", metavar="RUN", help="of train.py, grpo.py; or evaluations")
+    p.add_argument("--runs", type=flags.path, nargs="+", metavar="DIR", help="its runs, or its evaluations")
     y_help = "columns of evals.jsonl and metrics.jsonl that --figure draws (default: avg entropy length)"
     p.add_argument("--y", nargs="+", metavar="NAME", help=y_help)
     x_help = "what --figure draws them against; position: the KLs that --teacher has measured"

@@ -62,7 +62,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(artifacts, "provenance", functools.cache(artifacts.provenance))
         patch.setattr(training, "optimizer_step", interrupted)
-        patch.setattr(toy_runs, "CELLS", ["student_reverse_long", "teacher_forward_short"])
+        patch.setattr(toy_runs, "CELLS", [cell for cell, *_ in OF_CELLS])
         patch.setattr(toy_runs, "POINTS", POINTS)
         patch.setattr(toy_runs, "OF_CELLS", OF_CELLS)
         with pytest.raises(KeyboardInterrupt):
@@ -95,7 +95,7 @@ def test_every_run_is_in_the_results(finished):
     runs = {*toy_runs.runs_of(MINI, 1)} - {
         f"{grpo}{cell}" for grpo in ("", "grpo_") for cell in toy_runs.CELLS
     }
-    runs |= {"grpo_student_reverse_long", "teacher_forward_short", "teacher_forward_short_width_56_few_1e-4"}
+    runs |= {"grpo_student_reverse_long", "teacher_reverse_long", "teacher_forward_short_width_56_few_1e-4"}
     assert runs <= names
     for place, entry in results.items():
         if entry["name"] in runs:
@@ -204,6 +204,7 @@ def made_up(name, seed, level, entropy=4.0, rate_bonus=0.0):
         "step": 10,
         "curve": curve | {"step": [0, 10], "avg": [0.1, level / 8 + rate_bonus]},
         "gates": [],
+        "start": "same",
         "correct": f"{level}" * 8,
         "cut": "0" * 8,
         "tokens": " ".join(["40"] * 8),
@@ -293,8 +294,14 @@ def test_what_is_missing_is_said_so(tmp_path, monkeypatch):
     results = {"base": made_up("base", None, 2), "mix_0.8_1": made_up("mix_0.8", 1, 4)}
     toy_grid_report.report(f"{tmp_path}/some.jsonl", results)
     text = (tmp_path / "some.md").read_text()
-    assert "24 runs are missing: `bash recipes/toy_grid.sh` makes them" in text
+    assert "394 runs are missing: `bash recipes/toy_grid.sh` makes them" in text
     assert "not chosen yet" in text and "not run yet" in text
+
+
+def test_seeds_with_two_base_students_are_named():
+    found = {"a": {1: {"start": "x"}, 2: {"start": "y"}}, "b": {1: {"start": "x"}, 2: {"start": "z"}}}
+    assert toy_map_report.mixed_starts(found, ["a", "b", "c"]) == [2]
+    assert toy_map_report.mixed_starts(found, ["a"]) == []
 
 
 def test_gates_that_close_are_counted():

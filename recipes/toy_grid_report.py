@@ -219,9 +219,8 @@ def report(path, results):
     parts = {
         f"{len(results)} results, {max(problems)} test problems. {state}".strip(): "",
         f"## Cells at {USUAL}, all seeds from one base student": claims_table(CELL_CLAIMS, usual, found),
-        "## Cells at their own rates, each seed from its own base student": claims_table(
-            CELL_CLAIMS, best, found
-        ),
+        f"## Cells at their {OWN}": claims_table(CELL_CLAIMS, best, found),
+        f"Seeds whose cells start from base students of two machines: {mixed}.": "",
         f"## Other runs, at {USUAL}": claims_table(OTHER_CLAIMS, usual, found),
         "## Learning rates": rates_table(results),
         "## Map": map_table(results, found),

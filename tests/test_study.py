@@ -369,7 +369,7 @@ def test_two_orders_are_as_given_and_backwards():
     assert len({toy_world.solve(problem, rng) for _ in range(100)}) == 6
 
 
-VERDICTS = ("holds", "opposite", "not resolved", "not run yet", "one seed only", "no seeds")
+VERDICTS = ("holds", "opposite", "not resolved", "not run yet", "too few seeds", "no seeds")
 
 
 def rows_of(text):

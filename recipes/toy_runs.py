@@ -299,6 +299,8 @@ def parts(size, results):
         return [name_of(*point, choose(size, results, point)[1]) for point in points]
 
     yield with_seeds(at_rates(OF_CELLS), [FIRST])
+    yield with_seeds(at_best(OF_CELLS), size["seeds"])
+    yield with_seeds([f"curriculum_floor_{floor}" for floor in FLOORS[1:]], size["seeds"])
     yield with_seeds(at_best(OF_CELLS), size["cell_seeds"])
     matched = [f"{name}_equal_flops" for name in at_best(OF_CELLS) if name.startswith("student")]
     yield with_seeds(matched, size["cell_seeds"])

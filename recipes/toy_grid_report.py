@@ -1,12 +1,12 @@
 """Tables and figures of the study on the toy world, from its results: recipes/toy_grid.py --report.
 
-recipes/toy_verdicts.py says what a difference and a verdict are. Claims about cells take each cell at the
-learning rate that was chosen for it; all other claims compare runs at the usual rate.
+recipes/toy_verdicts.py says what a difference and a verdict are. Claims about cells are judged twice: at
+the usual learning rate, where all seeds share a base student, and at each cell's own.
 """
 
 import os
 
-from recipes.toy_map_report import draw_map, gates_table, map_table, rates_table, signed
+from recipes.toy_map_report import draw_map, gates_table, map_table, mixed_starts, rates_table, signed
 from recipes.toy_runs import (
     CELLS,
     CUT,
@@ -15,6 +15,7 @@ from recipes.toy_runs import (
     OF_CELLS,
     PREFIXES,
     SIZE,
+    USUAL,
     choose,
     count_missing,
     name_of,
@@ -33,7 +34,7 @@ METRICS = {  # head in the table, axis in a figure
 }
 
 # claim (what is subtracted from what) | metrics | that difference, of runs or groups of runs | bound
-CLAIMS = """
+CELL_CLAIMS = """
 reverse KL scores higher, short horizon (reverse minus forward) | avg | reverse_short - forward_short
 reverse KL scores higher, teacher prefix, short (reverse minus forward) | avg | tr_short - tf_short
 reverse KL scores higher, student prefix, short (reverse minus forward) | avg | sr_short - sf_short
@@ -49,6 +50,8 @@ equal steps, long: student prefix wins (student minus teacher) | avg pass@4 | st
 equal FLOPs, long: cached teacher wins (teacher minus student) | avg | teacher_long - matched_long
 the long horizon scores higher (long minus short) | avg | long - short
 the long horizon lowers entropy, reverse KL (short minus long) | entropy | reverse_short - reverse_long
+"""
+OTHER_CLAIMS = """
 mix 0.8 loses less than 0.02 (mix 0.8 minus reverse; claim: above -0.02) | avg | mix_0.8 - fixed | -0.02
 mix 0.8 has higher entropy (mix 0.8 minus reverse) | entropy | mix_0.8 - fixed
 mix 0.8 writes shorter responses (reverse minus mix 0.8) | length | fixed - mix_0.8
@@ -97,14 +100,15 @@ STOPS = {
     "own stop only, curriculum": "ends_student_curriculum",
     "same stop token, from collapsed": "from_collapsed",
 }
+OWN = "own learning rates, each seed from its own base student"
 THREE = ("avg", "entropy", "length")
 
 
-def figures(best):
-    """{name: ({panel: {label: run}}, metrics, x axis)}; best: {cell: run}. The paper's figures 2 to 5 are
-    "cells", 6 "flops", 7 "mix"."""
+def figures():
+    """{name: ({panel: {label: run}}, metrics, x axis)}; the paper's figures 2 to 5 are "cells", 6 "flops", 7
+    "mix"."""
     grid = {h: {f"{p} prefix, {kl} KL": f"{p}_{kl}_{h}" for p in PREFIXES for kl in KLS} for h in HORIZONS}
-    cells = {f"{h} horizon": {label: best[cell] for label, cell in grid[h].items()} for h in HORIZONS}
+    cells = {f"{h} horizon": grid[h] for h in HORIZONS}
     after = {
         f"GRPO after the {h} horizon": {label: f"grpo_{cell}" for label, cell in grid[h].items()}
         for h in HORIZONS
@@ -130,7 +134,7 @@ def best_runs(results):
 
 
 def make_groups(best):
-    """{name: {run: factor}} of the names in CLAIMS that are no run's: short names, means, gains of GRPO."""
+    """{name: {run: factor}} of the names in claims that are no run's: short names, means, gains of GRPO."""
     groups = {
         "fixed": {"student_reverse_long": 1},
         "fixed_again": {name_of("student_reverse_long"): 1},  # from the base students of the next two
@@ -159,10 +163,10 @@ def make_groups(best):
     return groups
 
 
-def claims(best):
+def claims(text, best):
     """[(claim, metric, {run: factor}, bound)]: the claim is sum(factor * metric) > bound."""
     groups, found = make_groups(best), []
-    for line in CLAIMS.strip().splitlines():
+    for line in text.strip().splitlines():
         claim, metrics, runs, *bound = [part.strip() for part in line.split("|")]
         this, that = [groups.get(name, {name: 1.0}) for name in runs.split(" - ")]
         terms = this | {run: -factor for run, factor in that.items()}
@@ -170,10 +174,10 @@ def claims(best):
     return found
 
 
-def claims_table(best, found):
-    """found: {run: {seed: entry}}."""
+def claims_table(text, best, found):
+    """text: CELL_CLAIMS or OTHER_CLAIMS; best: {cell: run}; found: {run: {seed: entry}}."""
     lines = [["claim", "metric", "difference [95%]", "each seed", "verdict"], ["---"] * 5]
-    for claim, metric, terms, bound in claims(best):
+    for claim, metric, terms, bound in claims(text, best):
         this = difference(found, terms, metric)
         lines.append([claim, METRICS[metric][0], *signed(this), verdict(this, bound)])
     return markdown(lines)
@@ -204,15 +208,20 @@ def report(path, results):
     stem, best, found = os.path.splitext(path)[0], best_runs(results), {}
     for result in results.values():
         found.setdefault(result["name"], {})[result["seed"]] = result
+    usual = {cell: cell for cell in CELLS}
     matched = [f"{run}_equal_flops" for run in best.values() if run.startswith("student")]
     shared = [name for name in found if None in found[name]]
     names = [*shared, *best.values(), *matched, *runs_of(SIZE, 1), *CUT]
     lacking = count_missing(SIZE, results)
     state = f"At least {lacking} runs are missing: `bash recipes/toy_grid.sh` makes them." if lacking else ""
     problems = {len(result["correct"]) for result in results.values()}
+    mixed = " ".join(map(str, mixed_starts(found, best.values()))) or "none"
     parts = {
-        f"{len(results)} results, {max(problems)} test problems. {state}": "",
-        "## Claims": claims_table(best, found),
+        f"{len(results)} results, {max(problems)} test problems. {state}".strip(): "",
+        f"## Cells at {USUAL}, all seeds from one base student": claims_table(CELL_CLAIMS, usual, found),
+        f"## Cells at their {OWN}": claims_table(CELL_CLAIMS, best, found),
+        f"Seeds whose cells start from base students of two machines: {mixed}.": "",
+        f"## Other runs, at {USUAL}": claims_table(OTHER_CLAIMS, usual, found),
         "## Learning rates": rates_table(results),
         "## Map": map_table(results, found),
         "## Gates of the curriculum": gates_table(found),
@@ -222,9 +231,10 @@ def report(path, results):
     with open(f"{stem}.md", "w", encoding="utf-8") as file:
         file.write(text)
     print(text)
-    for name, (panels, metrics, x) in figures(best).items():
+    for name, (panels, metrics, x) in figures().items():
         draw(f"{stem}_{name}.png", found, panels, metrics, x)
-    draw_map(f"{stem}_map.png", results, found)
+    if any("width" in run for run in found):
+        draw_map(f"{stem}_map.png", results, found)
 
 
 def draw(path, found, panels, metrics, x):

@@ -36,6 +36,16 @@ def avg_of(entry):
     return sum(map(int, entry["correct"])) / len(entry["correct"]) / entry["n"]
 
 
+def mixed_starts(found, names):
+    """Seeds whose runs start from different weights: a base student that is made again on another machine
+    differs. names: of the runs that are compared."""
+    starts = {}
+    for name in names:
+        for seed, entry in found.get(name, {}).items():
+            starts.setdefault(seed, set()).add(entry["start"])
+    return [seed for seed, digests in sorted(starts.items()) if len(digests) > 1]
+
+
 def gates_table(found):
     """How often the gates of the entropy curriculum closed; found: {run: {seed: entry}}."""
     lines = [["run", "entropy floor", "gates", "closed", "entropy at the gates"], ["---"] * 5]

@@ -82,10 +82,22 @@ def make_jobs(size):
         for name in CUT:
             run, place = f"{name.removesuffix('_cut')}_{seed}", f"{name}_{seed}"
             jobs[place] = Job([test(size, run, place, seed, "--extra_stop_ids 2")], name, seed, run)
+        for cell in CELLS:
+            if cell.startswith("student"):
+                add_matched(size, jobs, cell, seed, [cell.replace("student", "teacher")])
         for point in POINTS:
             for rate in size["rates"]:
                 add_point(size, jobs, add, point, rate, seed)
     return jobs
+
+
+def add_matched(size, jobs, name, seed, budgets):
+    """The test of a run at equal FLOPs. budgets: names of runs that all cost the same."""
+    run, place = f"{name}_{seed}", f"{name}_equal_flops_{seed}"
+    budget = tuple(f"{other}_{seed}" for other in budgets)
+    jobs[place] = Job(
+        [test(size, run, place, seed, checkpoint="{matched}")], f"{name}_equal_flops", seed, run, budget
+    )
 
 
 def add_point(size, jobs, add, point, rate, seed):
@@ -97,10 +109,9 @@ def add_point(size, jobs, add, point, rate, seed):
     command = distil(size, seed, f"--kl {kl}", horizon, prefix, **more)
     add(name, command, seed, size["test" if kind == "cell" else "map_test"])
     if kind == "cell" and prefix == "student":
-        run, place = f"{name}_{seed}", f"{name}_equal_flops_{seed}"
-        budget = tuple(f"teacher_{kl}_{horizon}_{rate}_{seed}" for rate in size["rates"])
-        commands = [test(size, run, place, seed, checkpoint="{matched}")]
-        jobs[place] = Job(commands, f"{name}_equal_flops", seed, run, budget)
+        add_matched(
+            size, jobs, name, seed, [name_of(f"teacher_{kl}_{horizon}", rate=r) for r in size["rates"]]
+        )
 
 
 def add_starts(size, jobs, add):
@@ -288,11 +299,14 @@ def parts(size, results):
         return [name_of(*point, choose(size, results, point)[1]) for point in points]
 
     yield with_seeds(at_rates(OF_CELLS), [FIRST])
+    yield with_seeds(at_best(OF_CELLS), size["seeds"])
+    yield with_seeds([f"curriculum_floor_{floor}" for floor in FLOORS[1:]], size["seeds"])
     yield with_seeds(at_best(OF_CELLS), size["cell_seeds"])
     matched = [f"{name}_equal_flops" for name in at_best(OF_CELLS) if name.startswith("student")]
     yield with_seeds(matched, size["cell_seeds"])
     yield ["teacher", "base", "base_endoftext", "collapsed"]
     yield with_seeds([*runs_of(size, FIRST), *CUT, name_of("student_reverse_long")], size["seeds"])
+    yield with_seeds([f"{cell}_equal_flops" for cell in CELLS if cell.startswith("student")], size["seeds"])
     yield [base_of(width, spread) for width in WIDTHS for spread in SPREADS] + ["teacher_few"]
     yield with_seeds([name_of(*point) for point in POINTS], [FIRST])
     yield with_seeds(at_rates(POINTS), [FIRST])

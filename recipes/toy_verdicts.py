@@ -5,7 +5,7 @@ five seeds or more, a t interval over the seeds' own differences; with fewer, a 
 draws seeds and problems; with runs that have no seeds, a bootstrap over problems, which decides nothing.
 
 A claim says that a difference is above a bound. It "holds" where the whole interval is above it and at least
-all seeds but one are; it is "opposite" where both are below; else it is "not resolved".
+all seeds but one are; it is "opposite" where both are below; else it is "not resolved". It takes three seeds.
 """
 
 import functools
@@ -16,6 +16,7 @@ import torch
 from distil import evaluation
 from distil.evaluation import pass_at_k, percentile_interval
 
+FEWEST_SEEDS = 3  # for a verdict
 T_SEEDS = 5  # from here on t intervals
 T_QUANTILES = {5: 2.7764, 6: 2.5706, 7: 2.4469, 8: 2.3646, 9: 2.3060, 10: 2.2622}  # {seeds: 97.5%}
 ROUNDING = 1e-9
@@ -107,8 +108,8 @@ def verdict(found, bound=0.0):
     """What a Difference, or None, says about the claim that it is above the bound."""
     if found is None:
         return "not run yet"
-    if len(found.each) < 2:
-        return "one seed only" if found.each else "no seeds"
+    if len(found.each) < FEWEST_SEEDS:
+        return "too few seeds" if found.each else "no seeds"
     enough = len(found.each) - 1
     if found.low > bound + ROUNDING and sum(value > bound for value in found.each) >= enough:
         return "holds"

@@ -63,7 +63,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(artifacts, "provenance", functools.cache(artifacts.provenance))
         patch.setattr(training, "optimizer_step", interrupted)
-        patch.setattr(toy_runs, "CELLS", ["student_reverse_long", "teacher_forward_short"])
+        patch.setattr(toy_runs, "CELLS", [cell for cell, *_ in OF_CELLS])
         patch.setattr(toy_runs, "POINTS", POINTS)
         patch.setattr(toy_runs, "OF_CELLS", OF_CELLS)
         with pytest.raises(KeyboardInterrupt):
@@ -96,7 +96,7 @@ def test_every_run_is_in_the_results(finished):
     runs = {*toy_runs.runs_of(MINI, 1)} - {
         f"{grpo}{cell}" for grpo in ("", "grpo_") for cell in toy_runs.CELLS
     }
-    runs |= {"grpo_student_reverse_long", "teacher_forward_short", "teacher_forward_short_width_56_few_1e-4"}
+    runs |= {"grpo_student_reverse_long", "teacher_reverse_long", "teacher_forward_short_width_56_few_1e-4"}
     assert runs <= names
     for place, entry in results.items():
         if entry["name"] in runs:
@@ -205,6 +205,7 @@ def made_up(name, seed, level, entropy=4.0, rate_bonus=0.0):
         "step": 10,
         "curve": curve | {"step": [0, 10], "avg": [0.1, level / 8 + rate_bonus]},
         "gates": [],
+        "start": "same",
         "correct": f"{level}" * 8,
         "cut": "0" * 8,
         "tokens": " ".join(["40"] * 8),
@@ -230,6 +231,15 @@ def complete(size):
     while places := toy_runs.missing(size, results):
         results |= {place: make(place) for place in places}
     return results
+
+
+def test_what_is_missing_is_counted():
+    results = complete(toy_runs.SIZE)
+    assert toy_runs.count_missing(toy_runs.SIZE, results) == 0
+    for place in ("base", "mix_0.8_2", "student_reverse_long_width_96_few_1e-3_3"):
+        del results[place]
+    assert toy_runs.count_missing(toy_runs.SIZE, results) == 3
+    assert toy_runs.missing(toy_runs.SIZE, results) == ["base"]
 
 
 def test_rates_go_on_until_the_best_is_no_end():
@@ -294,8 +304,15 @@ def test_what_is_missing_is_said_so(tmp_path, monkeypatch):
     results = {"base": made_up("base", None, 2), "mix_0.8_1": made_up("mix_0.8", 1, 4)}
     toy_grid_report.report(f"{tmp_path}/some.jsonl", results)
     text = (tmp_path / "some.md").read_text()
-    assert "24 runs are missing: `bash recipes/toy_grid.sh` makes them" in text
+    some = toy_runs.count_missing(toy_runs.SIZE, results)
+    assert f"At least {some} runs are missing: `bash recipes/toy_grid.sh` makes them" in text
     assert "not chosen yet" in text and "not run yet" in text
+
+
+def test_seeds_with_two_base_students_are_named():
+    found = {"a": {1: {"start": "x"}, 2: {"start": "y"}}, "b": {1: {"start": "x"}, 2: {"start": "z"}}}
+    assert toy_map_report.mixed_starts(found, ["a", "b", "c"]) == [2]
+    assert toy_map_report.mixed_starts(found, ["a"]) == []
 
 
 def test_gates_that_close_are_counted():
@@ -353,7 +370,7 @@ def test_two_orders_are_as_given_and_backwards():
     assert len({toy_world.solve(problem, rng) for _ in range(100)}) == 6
 
 
-VERDICTS = ("holds", "opposite", "not resolved", "not run yet", "one seed only", "no seeds")
+VERDICTS = ("holds", "opposite", "not resolved", "not run yet", "too few seeds", "no seeds")
 
 
 def rows_of(text):

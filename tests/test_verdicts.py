@@ -76,7 +76,8 @@ def test_missing_runs_and_seeds(found):
     assert difference(found | {"b": {7: found["b"][1]}}, {"a": 1, "b": -1}, "avg") is None
     assert verdict(None) == "not run yet"
     one = difference(found | {"b": {4: found["b"][1]}}, {"a": 1, "b": -1}, "avg")
-    assert len(one.each) == 1 and verdict(one) == "one seed only"
+    assert len(one.each) == 1 and verdict(one) == "too few seeds"
+    assert verdict(Difference(0.2, 0.1, 0.3, [0.2, 0.2])) == "too few seeds"
 
 
 def t_density(t, freedom):

@@ -430,5 +430,7 @@ def test_the_text_of_the_study_has_the_numbers_of_the_committed_results():
         f"growing lengths | the student's token only | {mean('ends_student_curriculum', 'truncated'):.0%} |",
         f"evaluated again | both tokens | {cut:.0%} |",
         f"With a floor of 0.2 {gates('curriculum')} gates closed",
+        f"With 0.33 {gates('curriculum_floor_0.33')} closed",
+        f"with 0.38 {gates('curriculum_floor_0.38')}, at 32",
     ):
         assert words in page, words

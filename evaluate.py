@@ -5,9 +5,10 @@
 
     python evaluate.py --model out/run/final --data math500 --n 3 --k 1 3 --out out/run/eval
     python evaluate.py --model out/run/final --benchmarks aime24 amc23 math500 gsm8k --out out/run/evals
-    python evaluate.py --table out/a/eval out/b/evals           one Markdown table, a row per run and data set
-    python evaluate.py --compare out/a out/b                    differences on the same problems
+    python evaluate.py --table out/a/eval out/b/evals           a row per run and data set, then their means
+    python evaluate.py --compare out/a out/b                    differences on the same problems and of means
     python evaluate.py --figure out/cells.png --runs out/a out/b --x tflops     evaluations during training
+    python evaluate.py --figure out/k.png --runs out/a out/b --y pass@4 overlap_ratio    columns of the logs
     python evaluate.py --report out/report.html out/a out/b     one page: table, curves, responses
 
 Avg@n    mean over problems of the share of correct responses among n
@@ -39,8 +40,8 @@ from distil.prompts import load_tokenizer, template_sha256, tokenizer_sha256, vo
 from distil.sampling import add_sampling_flags, load_task, sampling_from
 from distil.teacher import live_teacher
 from distil.vllm_engine import load_vllm
-from reports import figure, page, tables
-from reports.reading import evaluations_in
+from reports import figure, general, page, tables
+from reports.reading import EVAL_CURVES
 
 TOP = 5  # likeliest tokens of both models that --token_details stores
 
@@ -52,11 +53,13 @@ def get_args(argv=None):
     p.add_argument("--table", type=flags.path, nargs="+", metavar="DIR", help=table_help)
     compare_help = "print how the second differs from the first: evaluations, or runs on the same data sets"
     p.add_argument("--compare", type=flags.path, nargs=2, metavar="DIR", help=compare_help)
-    p.add_argument("--figure", type=flags.path, metavar="PNG", help="draw evaluations of --runs in training")
-    p.add_argument("--runs", type=flags.path, nargs="+", metavar="RUN", help="those with --eval_every")
+    p.add_argument("--figure", type=flags.path, metavar="PNG", help="draw curves of --runs")
+    p.add_argument("--runs", type=flags.path, nargs="+", metavar="RUN", help="of train.py and grpo.py")
+    y_help = "columns of evals.jsonl and metrics.jsonl that --figure draws (default: avg entropy length)"
+    p.add_argument("--y", nargs="+", metavar="NAME", help=y_help)
+    p.add_argument("--x", choices=["step", "tflops"], default="step", help="what --figure draws them against")
     report_help = "write an HTML page, the first path, about evaluations and runs, the others"
     p.add_argument("--report", type=flags.path, nargs="+", metavar="PATH", help=report_help)
-    p.add_argument("--x", choices=["step", "tflops"], default="step", help="what --figure draws them against")
     p = parser.add_argument_group("what goes in")
     p.add_argument("--model", type=flags.path, help="directory or hub id of the model to evaluate")
     add_problem_flags(p, required=False)
@@ -77,8 +80,8 @@ def get_args(argv=None):
     p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")
     artifacts.add_output_flags(parser, required=False)
     args = parser.parse_args(argv)
-    if args.figure and not args.runs:
-        parser.error("--figure needs --runs")
+    if bool(args.figure) != bool(args.runs) or args.y and not args.figure:
+        parser.error("--figure and --runs go together; --y is for --figure")
     if args.report and len(args.report) < 2:
         parser.error(f"--report {args.report[0]}: needs a page, then directories of evaluations or runs")
     if not (args.table or args.compare or args.figure or args.report):
@@ -223,12 +226,11 @@ def print_results(name, results):
 
 def main(args):
     if args.table:
-        print(tables.table([one for path in args.table for one in evaluations_in(path, "--table")]))
+        print(general.tables_of(args.table))
     if args.compare:
-        pairs = tables.pairs_of(args.compare).items()
-        print("\n\n".join(f"{data}\n\n{tables.compare(pair)}" for data, pair in pairs).strip())
+        print(tables.compare(args.compare))
     if args.figure:
-        figure.figure(args.figure, args.runs, args.x)
+        figure.figure(args.figure, args.runs, args.y or EVAL_CURVES, args.x)
     if args.report:
         page.write_report(args.report[0], args.report[1:])
     if args.table or args.compare or args.figure or args.report:

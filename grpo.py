@@ -23,7 +23,7 @@ take. A group whose rewards are all equal has no policy gradient; those groups a
     python grpo.py --model out/run/final --data deepscaler --out out/run_grpo
 
 Not stated in arXiv 2605.16826: the division by the deviation, the mean over tokens, the clipping, what
-happens to truncated responses, the policy. Tokens are sampled with top-p 0.95 there and here.
+happens to truncated responses, the policy, what its batch of 32 counts (here responses: 4 groups of 8).
 """
 
 import functools
@@ -94,7 +94,7 @@ def get_args(argv=None):
     p.add_argument("--overlong", choices=["keep", "mask"], default="keep", help=overlong_help)
     cap_help = "largest weight of a token for being likelier to the trainer than to vLLM (0: no weights)"
     p.add_argument("--importance_cap", type=flags.non_negative, default=2.0, help=cap_help)
-    training.add_training_flags(parser, steps=1000, batch_size=32, lr=1e-6)
+    training.add_training_flags(parser, steps=1000, batch_size=4, lr=1e-6)
     artifacts.add_output_flags(parser)
     args = parser.parse_args(argv)
     check_args(parser, args)

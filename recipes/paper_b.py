@@ -18,7 +18,7 @@ import os
 from distil import flags
 from distil.artifacts import read_artifact
 from distil.evaluation import mean_of
-from reports.reading import read_log, read_results
+from reports.reading import read_results, read_run
 from reports.tables import markdown
 
 METRICS = ["loss", "overlap_ratio", "overlap_advantage", "entropy_gap", "student_entropy", "teacher_entropy"]
@@ -37,6 +37,7 @@ def evaluated(directory):
     """{model as it was given to evaluate.py: its Avg@n, a mean over data sets} of all evaluations below."""
     found = {}
     for path in sorted(glob.glob(f"{glob.escape(directory)}/**/results.json", recursive=True)):
+        read_artifact(os.path.dirname(path), "runs", "evaluate")
         results = read_results(os.path.dirname(path), "runs")
         found.setdefault(results["model"], []).append(results["avg"])
     return {model: mean_of(values) for model, values in found.items()}
@@ -93,8 +94,8 @@ def main(args):
     tables = []
     for run in args.runs:
         run = os.path.normpath(run)
-        made = read_artifact(run, "runs", "train", later=("final", "best"))["args"]
-        found, rows = evaluated(os.path.dirname(run)), read_log(run, "metrics.jsonl")
+        meta, logs = read_run(run, "runs")
+        made, rows, found = meta["args"], logs["metrics"], evaluated(os.path.dirname(run))
         scores = [found.get(model) for model in (made["student"], made["teacher"], f"{made['out']}/final")]
         first, last = rows[: args.steps], rows[-args.steps :]
         line = [os.path.basename(run), *("-" if score is None else f"{score:.3f}" for score in scores)]

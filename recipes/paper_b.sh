@@ -127,6 +127,7 @@ opd() {  # ROW TOKENS STUDENT TEACHER PROBLEMS SUFFIX STEPS FLAGS: on-policy dis
     --position_bins 512 "${MACHINE[@]}" "${SLEEP[@]}" --out "$out"
   evaluate "$out/final" "$out/evals"
   [[ " ${RUNS[*]-} " == *" $out "* ]] || RUNS+=("$out")
+  RUN=$out
 }
 
 evaluate() {  # MODEL PLACE
@@ -209,18 +210,31 @@ emit() {  # ROW: its commands, and before them those of what it needs
   esac
 }
 
+figures() {  # GROUP RUN of each row: a figure for each group
+  local group line found
+  for group in $(printf '%s\n' "$@" | awk '!seen[$1]++ { print $1 }'); do
+    found=()
+    for line in "$@"; do
+      if [ "${line%% *}" = "$group" ]; then found+=("${line#* }"); fi
+    done
+    run python evaluate.py --figure "$OUT/$group.png" --runs "${found[@]}" \
+      --y avg pass length overlap_ratio overlap_advantage entropy_gap
+  done
+}
+
 commands() {
-  local known name picked found
+  local known name picked found drawn=()
   known=$(awk '/^[a-z]/ { print $1 }' <<< "$ROWS")
   EVALS=() RUNS=()
   for picked in "${PICKED[@]:-}"; do
     found=$(awk -v picked="$picked" 'picked == "" || $0 == picked || index($0, picked "/") == 1' <<< "$known")
     [ -n "$found" ] || fail "--row $picked: no such row or group of rows; --list shows them"
-    for name in $found; do emit "$name"; done
+    for name in $found; do emit "$name"; drawn+=("${name%%/*} $RUN"); done
   done
   begin results 0
   run python evaluate.py --table "${EVALS[@]}"
   run python -m recipes.paper_b "${RUNS[@]}"
+  figures "${drawn[@]}"
 }
 
 ALL=$(commands)

@@ -4,13 +4,12 @@
 
 A recipe pipes its commands into this program, one a line. "# ROW TOKENS" begins a row; TOKENS is the mean
 length of its responses where nothing truncates them. A command that several rows need is run once. One
-whose --out is finished is skipped, an unfinished one is resumed. A command that is no stage of this project
-is only shown.
+whose --out is finished is skipped, an unfinished one is resumed.
 
 GPU hours: floating point operations, by flops.tflops from the command's own flags, divided by
---tflops_per_second. Evaluations count as a generation and a forward pass. Loading, diagnostics and grading
-are not counted. Disk: 12 bytes a token of rollouts and samples; scores as score_teacher.py stores them;
-checkpoints in float32, those that training can resume from with the optimizer's two moments.
+--tflops_per_second. Evaluations count as a generation and a forward pass. Loading, diagnostics, grading and
+recipes/general.sh are not counted. Disk: 12 bytes a token of rollouts and samples; scores as score_teacher.py
+stores them; checkpoints in float32, those that training can resume from with the optimizer's two moments.
 """
 
 import argparse
@@ -64,7 +63,7 @@ MAY_DIFFER = ("resume", "overwrite", "tensor_parallel")  # between a finished ar
 
 
 class Command(NamedTuple):
-    """A command of a row. tokens: mean response; module and args: None if it is only shown."""
+    """A command of a row. tokens: mean response."""
 
     row: str
     tokens: int
@@ -97,16 +96,16 @@ def read_commands(lines):
 
 
 def stage_of(words):
-    """(module, its args) of `... STAGE.py FLAGS` or `... -m MODULE FLAGS`; of other commands (None, None)."""
+    """(module, its args) of `... STAGE.py FLAGS`, `... -m MODULE FLAGS` or `bash recipes/RECIPE.sh FLAGS`."""
     for place, word in enumerate(words):
-        if word.endswith(".py"):
-            module, flags = word.removesuffix(".py"), words[place + 1 :]
+        if word.endswith((".py", ".sh")):
+            module, flags = word[:-3].replace("/", "."), words[place + 1 :]
         elif word == "-m":
             module, flags = words[place + 1], words[place + 2 :]
         else:
             continue
         return module, importlib.import_module(module).get_args(flags)
-    return None, None
+    refuse(f"plan: no command of this project: {shlex.join(words)}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -147,7 +146,7 @@ def cost(command, prompt, made):
     """(TFLOPs, bytes on disk) of a command. prompt: tokens. made: {path: what earlier commands leave there},
     the config of a model or (number, mean tokens) of rollouts; what this command leaves is added."""
     module, args = command.module, command.args
-    if not module or not args.out:  # only shown, or a table
+    if not args.out:  # a table
         return 0.0, 0
     if module == "rollout":
         count = problems_of(args.data, args.limit) * args.n
@@ -168,7 +167,7 @@ def cost(command, prompt, made):
         return count * spent, 12 * count * (prompt + tokens)
     if module in ("train", "grpo"):
         return training_cost(command, prompt, made)
-    return 0.0, 0  # recipes.dedup
+    return 0.0, 0  # recipes.dedup, recipes.general
 
 
 def training_cost(command, prompt, made):
@@ -209,7 +208,7 @@ def training_cost(command, prompt, made):
 
 def state_of(command):
     """ "new", "unfinished" or "finished", from what is in --out."""
-    if not command.module or not command.args.out:
+    if not command.args.out:
         return "new"
     artifacts = list(evaluations_of(command.args)) if command.module == "evaluate" else [command.args]
     finished = [is_finished(part, command.row) for part in artifacts]
@@ -259,9 +258,7 @@ def execute(words):
 
 def show(command, state, spent, size, rate):
     """Prints a command below what it costs. rate: TFLOPs per GPU hour."""
-    about = [] if command.module else ["shown, not run here"]
-    if state != "new":
-        about.append(state)
+    about = [] if state == "new" else [state]
     if spent:
         about.append(f"{spent:.3g} TFLOPs, {spent / rate:.3g} GPU hours, {size / 1e9:.3g} GB")
     if about:
@@ -282,13 +279,13 @@ def main(args):
         spent, size = cost(command, args.prompt_tokens, made)
         show(command, state, spent, size, rate)
         if state != "finished":
-            count += bool(command.module)
+            count += 1
             all_spent += spent
             all_size += size
     print(f"\n# to do: {count} commands, {all_spent:.3g} TFLOPs, {all_spent / rate:.3g} GPU hours", end=" ")
     print(f"at {args.tflops_per_second:g} TFLOP/s, {all_size / 1e9:.3g} GB", flush=True)
     for command, state in zip(commands, states):
-        if args.dry_run or not command.module or state == "finished":
+        if args.dry_run or state == "finished":
             continue
         words = list(command.words)
         if state == "unfinished":

@@ -22,15 +22,15 @@ DATA=deepscaler LIMIT=0                            # LIMIT ours: all problems, o
 STEPS=1000 BATCH_SIZE=32 SHORT=128 LONG=4096       # steps, responses a step, both limits of tokens
 EVAL_DATA=math500 EVAL_EVERY=30 EVAL_TOKENS=4096   # evaluations in training
 SAVE_EVERY=40                                      # checkpoints to resume from
-EVAL_N=1 KEEP_CHECKPOINTS=2                        # ours. The paper keeps 10
+EVAL_N=3 KEEP_CHECKPOINTS=2                        # ours: n as after training. The paper keeps 10
 BENCHMARKS="aime24 amc23 math500 gsm8k" TEST_TOKENS=8192
 # ours: the paper states no horizons, no steps and no floor in nats; the axes of its figures span 0.03 to 0.18
 # at 128 tokens, 0 to 0.4 at 4096
 HORIZONS=128,256,512,1024,2048,4096 GATE_EVERY=100 ENTROPY_FLOOR=0.05
-GRPO_PROBLEMS=4                                    # ours: its batch of 32 read as 4 groups of 8
+GRPO_PROBLEMS=4  # ours: its batch of 32 read as 4 groups of 8; --grpo_problems 32 would take 69 hours a run
 TEACHER_TOKENS=1500                                # ours, for the plan: mean response of a teacher
-# ours, for the plan: at this rate student-prefix rows of tables 1 and 2 take 17.6 hours on average, and GRPO
-# rows of tables 5 and 6 9.9; the paper says 16 and 14
+# ours, for the plan: at this rate student-prefix rows of tables 1 and 2 take 22.5 hours on average, and GRPO
+# rows of tables 5 and 6 14.0; the paper says 16 and 14
 TFLOPS_PER_SECOND=25
 ENGINE=vllm DTYPE=bfloat16
 FLAGS="out gpus student teacher_4b teacher_8b data limit steps batch_size short long eval_data eval_every
@@ -171,14 +171,11 @@ evaluate() {  # MODEL OUT. Ours: no top-k
   [[ " ${EVALS[*]-} " == *" $2 "* ]] || EVALS+=("$2")
 }
 
-# MODEL OUT: general knowledge; shown, not run here: pip install "lm_eval[hf]". Start lm_eval by its own name:
-# lm_eval as a module would import this project's evaluate.py instead of Hugging Face's package evaluate.
-harness() {
-  local task
-  for task in mmlu:5 arc_challenge:25 hellaswag:10 piqa:0; do
-    run lm_eval --model hf --model_args "pretrained=$1,dtype=$DTYPE" --tasks "${task%:*}" \
-      --num_fewshot "${task#*:}" --batch_size auto --output_path "$2"
-  done
+general() {  # MODEL OUT: general knowledge, by lm-evaluation-harness
+  [[ " ${PLAN[*]-} " == *" --dry_run "* ]] || command -v lm_eval > /dev/null ||
+    fail 'table 4 needs lm-evaluation-harness: pip install "lm_eval[hf]==0.4.13", or name other rows (--row)'
+  run bash recipes/general.sh "$1" --dtype "$DTYPE" --out "$2"
+  EVALS+=("$2")
 }
 
 emit() {  # ROW: its commands, and before them those of what it needs
@@ -193,13 +190,37 @@ emit() {  # ROW: its commands, and before them those of what it needs
     table3/*_curriculum) distil "$1" student "$prefix" reverse "$LONG" --curriculum entropy \
       --horizons "$HORIZONS" --gate_every "$GATE_EVERY" --entropy_floor "$ENTROPY_FLOOR" \
       --on_gate_fail hold ;;
-    table4/base) begin "$1"; harness "$STUDENT" "$(place "$1")" ;;
-    table4/*) emit "table1/${1#*/}"; begin "$1"; harness "$(place "table1/${1#*/}")/final" "$(place "$1")" ;;
+    table4/base) begin "$1" 0; general "$STUDENT" "$(place "$1")" ;;
+    table4/*) emit "table1/${1#*/}"
+      begin "$1" 0
+      general "$(place "table1/${1#*/}")/final" "$(place "$1")" ;;
     table5/*) grpo "$1" "table1/${1#*/}" ;;
     table6/*) grpo "$1" "table2/${1#*/}" ;;
     # the paper's lambda is 1 minus this weight
     figure7/*) distil "$1" student 4b mix "$LONG" --fkl_weight "${1##*_}" ;;
   esac
+}
+
+draw() {  # NAME PATTERN [FLAGS]: a figure of the runs whose directories match, if there are any
+  local path found=()
+  for path in "${EVALS[@]%/evals}"; do
+    if [[ ${path##*/} =~ $2 ]]; then found+=("$path"); fi
+  done
+  [ ${#found[@]} -eq 0 ] ||
+    run python evaluate.py --figure "$OUT/$1.png" --runs "${found[@]}" --y avg pass entropy length "${@:3}"
+}
+
+figures() {  # those of the paper: training of the cells, then GRPO; FLOPs; mixes; the curriculum
+  local size
+  for size in 4b 8b; do
+    draw "cells_128_$size" "^table1_.*_${size}_"
+    draw "cells_4096_$size" "^table2_.*_${size}_"
+    draw "grpo_128_$size" "^table5_.*_${size}_"
+    draw "grpo_4096_$size" "^table6_.*_${size}_"
+  done
+  draw figure6 "^table1_.*_4b_reverse" --x tflops
+  draw figure7 "^figure7_|^table2_student_4b_"
+  draw curriculum "^table3_|^table2_student_.*_reverse"
 }
 
 commands() {
@@ -214,6 +235,7 @@ commands() {
   if [ ${#EVALS[@]} -gt 0 ]; then
     begin results 0
     run python evaluate.py --table "${EVALS[@]}"
+    figures
   fi
 }
 

@@ -210,6 +210,14 @@ def runs_table(results):
     return markdown(lines)
 
 
+def gates_text(results):
+    """How many gates of the entropy-gated curriculum closed: one that only opens is a fixed schedule."""
+    gates = [gate for entry in results for gate in entry.get("gates", [])]
+    closed = sum(gate["decision"] != "advance" for gate in gates)
+    floors = ", ".join(sorted({f"{gate['entropy_floor']:g}" for gate in gates}))
+    return f"Gates of the curriculum that closed (entropy floor {floors}): {closed} of {len(gates)}."
+
+
 def report(path):
     """Writes the tables of claims and of runs beside the results, prints them, and draws the figures."""
     found = json.load(open(path, encoding="utf-8"))
@@ -217,7 +225,7 @@ def report(path):
     text = (
         f"Commit {found['commit'][:12]}, {found['device']}, torch {found['versions']['torch']}, "
         f"seeds {found['seeds']}, {len(results[0]['correct'].split())} test problems.\n\n"
-        f"{claims_table(results)}\n\n{runs_table(results)}\n"
+        f"{gates_text(results)}\n\n{claims_table(results)}\n\n{runs_table(results)}\n"
     )
     with open(f"{stem}.md", "w", encoding="utf-8") as file:
         file.write(text)

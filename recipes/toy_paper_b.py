@@ -23,9 +23,10 @@ import sys
 import torch
 
 from distil.evaluation import interval, mean_of
+from distil.jsonl import read_jsonl
 from recipes.paper_b import by_position, later_minus_earlier, position_table, recovery
 from recipes.toy_grid import COMMON, filled, work
-from reports.reading import read_log, read_samples
+from reports.reading import read_samples
 from reports.tables import markdown
 
 BINS, ENDS = 8, 10  # positions in a bin; steps at the start and at the end whose metrics are compared
@@ -148,7 +149,7 @@ def accuracy(run):
 
 def ends(out, row, seed):
     """Rows of metrics.jsonl of the run's first ENDS steps and of its last ones."""
-    log = read_log(f"{out}/{place(row, seed)}", "metrics.jsonl")
+    log = [step for _, step in read_jsonl(f"{out}/{place(row, seed)}/metrics.jsonl")]
     return log[:ENDS], log[-ENDS:]
 
 

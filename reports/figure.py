@@ -1,40 +1,131 @@
-"""The figure of some runs: their evaluations during training."""
+"""The figure of some runs: columns of their logs against steps or TFLOPs, a line for each run."""
 
 import io
 import os
 
-from distil.artifacts import read_artifact, refuse, write_file
-from reports.reading import EVAL_CURVES, read_log
+from distil.artifacts import refuse, write_file
+from reports.reading import EVAL_CURVES, STEP_CURVES, columns_of, distinct_names, read_run, without_repeats
+
+TITLES = {"evals": EVAL_CURVES, "metrics": STEP_CURVES}
+# Okabe and Ito's colours, which the colour-blind can tell apart; their yellow is too pale for white paper
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+LINES, MARKERS = ["-", "--", "-.", ":"], "os^DvP*X"
+PANELS = 3  # side by side
+POINTS = 20  # of a line that have a marker
 
 
-def figure(path, runs, x):
-    """Draw accuracy, entropy and length against x, "step" or "tflops", a line per run, as in the paper."""
+def figure(path, runs, names, x):
+    """Draw columns of evals.jsonl and metrics.jsonl, a panel for each name, against the column x.
+
+    A name is that of a column, pass@4 for a nested one, and if both logs have it the one of evals.jsonl is
+    drawn; evals/NAME and metrics/NAME say which. Bands are 95% intervals; null leaves a gap."""
     if os.path.isdir(path) or not path.lower().endswith((".png", ".pdf", ".svg")):
         refuse(f"--figure {path}: must be a file that ends in .png, .pdf or .svg")
+    runs = without_repeats(runs)
+    read = {run: read_run(run, "--runs") for run in runs}
+    logs = {run: {log: list(map(columns_of, rows)) for log, rows in read[run][1].items()} for run in runs}
+    panels = [find_column(name, logs) for name in names]
+    curves = {run: [curve(logs[run].get(log, []), column, x) for log, column in panels] for run in runs}
+    labels = distinct_names(runs)
+    check_curves(curves, labels, panels, x)
+    styles = dict(zip(runs, line_styles([read[run][0]["cell"] for run in runs])))
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    draw(path, panels, curves, styles, labels, {"step": "step", "tflops": "TFLOPs"}[x])
+    print(f"figure: {path}")
+
+
+def find_column(name, logs):
+    """(log, column) that a name of --y stands for; pass is pass@4 if there is no other k."""
+    known = {"evals": set(), "metrics": set()}
+    for found in logs.values():
+        for log, rows in found.items():
+            known[log] |= {one for row in rows for one, value in row.items() if is_number(value)}
+    asked, _, column = name.rpartition("/")
+    for log in [asked] if asked else known:
+        nested = [one for one in known.get(log, ()) if one.startswith(f"{column}@")]
+        if column in known.get(log, ()) or len(nested) == 1:
+            return log, column if column in known[log] else nested[0]
+    has = [f"{log}.jsonl has {' '.join(sorted(columns)) or 'no rows'}" for log, columns in known.items()]
+    why = "no such column in the logs of --runs (--eval_every writes evals.jsonl)"
+    refuse(f"--y {name}: {why}; {'; '.join(has)}")
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def curve(rows, column, x):
+    """[(x, value, low, high)] of a column of a log, without an interval low = high = value; null is NaN."""
+    points = []
+    for row in rows:
+        value = float("nan") if row.get(column) is None else row[column]
+        low, high = row.get(f"{column}_interval") or (value, value)
+        points.append((row[x], value, low, high))
+    return points if any(is_number(row.get(column)) for row in rows) else []
+
+
+def check_curves(curves, labels, panels, x):
+    """Refuse a run without anything to draw; print what the logs of others lack."""
+    for run, found in curves.items():
+        if not any(found):
+            why = "has none of the columns of --y (avg, entropy, length by default)"
+            refuse(f"--runs {run}: {why}; evals.jsonl needs --eval_every")
+        if any(point[0] is None for points in found for point in points):
+            refuse(f"--x {x}: is unknown for --runs {run}; use --x step")
+    for place, (log, column) in enumerate(panels):
+        lacking = [labels[run] for run, found in curves.items() if not found[place]]
+        if lacking:
+            print(f"figure: no {column} in {log}.jsonl of {', '.join(lacking)}")
+
+
+def line_styles(cells):
+    """How the line of each run looks, as plot() takes it. No two look alike.
+
+    As in the paper the colour shows the KL and the kind of line whose prefixes, if that tells all apart."""
+    colors = {"forward": COLORS[0], "reverse": COLORS[1]}
+    lines = {"teacher": "--", "student": "-"}
+    looks = [(colors.get(cell["kl"], COLORS[2]), lines.get(cell["prefix"], ":"), "o") for cell in cells]
+    if len({*looks}) < len(looks):
+        pairs = [(color, line) for line in LINES for color in COLORS]
+        looks = []
+        for i in range(len(cells)):
+            marker = MARKERS[(i + i // len(pairs)) % len(MARKERS)]  # each time around the pairs another one
+            looks.append((*pairs[i % len(pairs)], marker))
+    if len({*looks}) < len(looks):
+        refuse(f"--runs: {len(looks)} runs in one figure would not be told apart; draw fewer")
+    names, sizes = ("color", "linestyle", "marker"), {"markersize": 3.5, "linewidth": 1.2}
+    return [dict(zip(names, look)) | sizes for look in looks]
+
+
+def draw(path, panels, curves, styles, labels, xlabel):
+    """Write the file. curves: {run: points of each panel}."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, len(EVAL_CURVES), figsize=(13, 3.8), constrained_layout=True)
-    for run in runs:
-        meta = read_artifact(run, "--runs", "train", "grpo")
-        if "evals.jsonl" not in meta["files"]:
-            refuse(f"--runs {run}: was trained without --eval_every, so there is nothing to draw")
-        rows = read_log(run, "evals.jsonl")
-        if any(row[x] is None for row in rows):
-            refuse(f"--x {x}: is unknown for --runs {run}; use --x step")
-        cell = meta["cell"]
-        color = {"forward": "tab:blue", "reverse": "tab:red"}.get(cell["kl"], "tab:green")
-        line = {"teacher": "--", "student": "-"}.get(cell["prefix"], ":")
-        style = {"color": color, "linestyle": line, "marker": "o", "markersize": 3, "label": cell["name"]}
-        for axis, (key, title) in zip(axes, EVAL_CURVES.items()):
-            axis.plot([row[x] for row in rows], [row[key] for row in rows], **style)
-            axis.set(xlabel={"step": "step", "tflops": "TFLOPs"}[x], title=title)
-            axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    columns = min(PANELS, len(panels))
+    rows = -(-len(panels) // columns)
+    names = {run: label.replace("$", r"\$") for run, label in labels.items()}  # $: not mathematics
+    width = max(6.5, 4.3 * columns)
+    beside = max(1, min(len(names), int(11 * width / (max(map(len, names.values())) + 10))))
+    height = 3.5 * rows + 0.2 * (-(-len(names) // beside))
+    fig = plt.figure(figsize=(width, height), constrained_layout=True)
+    for place, (log, column) in enumerate(panels):
+        axis = fig.add_subplot(rows, columns, place + 1)
+        for run, found in curves.items():
+            if not found[place]:
+                continue
+            xs, ys, low, high = zip(*found[place])
+            axis.plot(xs, ys, markevery=-(-len(xs) // POINTS), **styles[run])
+            if low != ys or high != ys:
+                axis.fill_between(xs, low, high, color=styles[run]["color"], alpha=0.12, linewidth=0)
+        title = TITLES[log].get(column, column)
+        axis.set(xlabel=xlabel, title=title if log == "evals" else f"{title}, in training")
+        axis.grid(alpha=0.3)
+    keys = [plt.Line2D([], [], label=names[run], **styles[run]) for run in curves]
+    fig.legend(handles=keys, loc="outside lower center", ncols=beside, fontsize=8, handlelength=5)
     image = io.BytesIO()
     fig.savefig(image, dpi=150, format=path[-3:].lower())
     write_file(path, image.getvalue())
     plt.close(fig)
-    print(f"figure: {path}")

@@ -7,18 +7,24 @@ import json
 import math
 import os
 
-from distil.artifacts import DAMAGE, read_artifact, refuse, write_file
+from distil.artifacts import DAMAGE, refuse, write_file
 from distil.evaluation import data_names
 from distil.flops import text_of
 from distil.jsonl import read_jsonl
-from reports.reading import EVAL_CURVES, evaluations_in, read_log, read_results, read_samples
+from reports.reading import (
+    EVAL_CURVES,
+    STEP_CURVES,
+    evaluations_in,
+    read_evaluations,
+    read_run,
+    read_samples,
+    without_repeats,
+)
 
 RESPONSES = 200  # of an evaluation that the page holds at most
 PAGE_BYTES = 8_000_000  # of all responses on the page; evaluations have equal shares
 POINTS = 200  # of a curve
 SHOWN_FROM = 1e-3  # probability of a likely token that is shown beside the likeliest
-STEP_CURVES = {"fkl": "forward KL (nats)", "rkl": "reverse KL (nats)", "reward": "reward", "loss": "loss"}
-STEP_CURVES |= {"student_entropy": "student's entropy (nats)", "truncated": "share of cut-off responses"}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -76,17 +82,18 @@ def write_report(path, directories):
     if os.path.isdir(path) or not path.lower().endswith((".html", ".htm")):
         refuse(f"--report {path}: must be a file that ends in .html")
     evaluations, runs = [], []
-    for one in dict.fromkeys(map(os.path.normpath, directories)):
+    for one in without_repeats(directories):
         is_run = os.path.isfile(os.path.join(one, "metrics.jsonl"))
         runs += [one] * is_run
         evaluations += evaluations_in(one, "--report", needed=not is_run)
-    evaluations = list(dict.fromkeys(evaluations))
-    share = PAGE_BYTES / max(1, len(evaluations))
-    data = {"evaluations": [evaluation_data(one, share) for one in evaluations]}
+    results, run_names = read_evaluations(evaluations, "--report", runs)
+    share = PAGE_BYTES / max(1, len(results))
+    data = {"evaluations": [evaluation_data(path, one, share) for path, one in results.items()]}
     names = data_names(dict.fromkeys(one["data"] for one in data["evaluations"]))
     for one in data["evaluations"]:
         one["data"] = one["cells"]["data"][0] = names[one["data"]]
-    data |= {"runs": list(map(run_data, runs)), "curves": {"evals": EVAL_CURVES, "steps": STEP_CURVES}}
+    data["runs"] = [run_data(run, run_names[run]) for run in runs]
+    data["curves"] = {"evals": EVAL_CURVES, "steps": STEP_CURVES}
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no </script>
     with open(os.path.join(os.path.dirname(__file__), "page.html"), encoding="utf-8") as file:
         page = file.read().replace("@DATA@", text)
@@ -96,9 +103,8 @@ def write_report(path, directories):
     print(f"report: {path} ({len(page.encode()) / 1e6:.1f} MB, {shown} of {stored} responses)")
 
 
-def evaluation_data(path, share):
+def evaluation_data(path, results, share):
     """What the page says of an evaluation; its responses take at most `share` bytes."""
-    results = read_results(path, "--report")
     rows = read_samples(path)
     try:
         details, texts = read_details(path, {(row["id"], row["sample"]) for row in rows[:RESPONSES]})
@@ -194,19 +200,18 @@ def table_cells(results):
     return cells
 
 
-def run_data(run):
+def run_data(run, name):
     """A run's curves: {"evals", "steps": {name: values}, of which x is step or tflops}."""
-    meta = read_artifact(run, "--report", "train", "grpo", later=("final", "step_"))
-    name = os.path.basename(os.path.realpath(run))
+    meta, logs = read_run(run, "--report")
     found = {"name": name, "training": meta["cell"]["name"], "every": 1, "evals": None}
-    logs = {"steps": (read_log(run, "metrics.jsonl"), STEP_CURVES)}
-    if "evals.jsonl" in meta["files"]:
-        logs["evals"] = read_log(run, "evals.jsonl"), EVAL_CURVES
-    for log, (rows, curves) in logs.items():
+    for log, key, curves in (("metrics", "steps", STEP_CURVES), ("evals", "evals", EVAL_CURVES)):
+        rows = logs.get(log)
+        if not rows:
+            continue
         every = math.ceil(len(rows) / POINTS)
         rows = rows[::-1][:: max(1, every)][::-1]  # the last is drawn
-        if log == "steps":
+        if log == "metrics":
             found["every"] = every
         names = ["step", "tflops", *curves, *(f"{curve}_interval" for curve in curves)]
-        found[log] = {name: [row.get(name) for row in rows] for name in names if name in rows[0]}
+        found[key] = {name: [row.get(name) for row in rows] for name in names if name in rows[0]}
     return found

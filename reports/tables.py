@@ -1,41 +1,73 @@
-"""Markdown tables of what is finished: a row for each evaluation, and the differences of two."""
+"""Markdown tables of what is finished: a row for each evaluation, and the differences of two.
 
-from distil import evaluation
+Both end with means over data sets: every data set has the same weight, however many problems it has."""
+
+import math
+import os
+
 from distil.artifacts import read_artifact, refuse
-from distil.evaluation import data_names, mean_of
+from distil.evaluation import bootstrap_means, data_names, mean_of, percentile_interval, values_by_problem
 from distil.flops import text_of
 from distil.prompts import Prompting
-from reports.reading import evaluations_in, read_results, read_samples
+from reports.reading import evaluations_in, metrics_of, read_evaluations, read_samples
+
+FORMS = {"length": ".1f", "truncated": ".1%"}  # of the other metrics .3f
 
 
-def pairs_of(paths):
-    """{data set: (first, second)} of the evaluations to compare; "" for the data set if there is one pair."""
-    sides = [evaluations_in(path, "--compare") for path in paths]
-    if len(sides[0]) == len(sides[1]) == 1:
-        return {"": (sides[0][0], sides[1][0])}
-    found = [{read_results(one, "--compare")["data"]: one for one in side} for side in sides]
-    if found[0].keys() != found[1].keys() or list(map(len, found)) != list(map(len, sides)):
-        listed = " and ".join(" ".join(side) for side in sides)
-        refuse(f"--compare: not one evaluation on each side for each data set: {listed}; name two of them")
-    return {data: (first, found[1][data]) for data, first in found[0].items()}
+def mean_over(measured):
+    """{metric: mean over data sets} of the metrics that all have. measured: {metric: value} of each data set.
+
+    The paper's Avg over benchmarks; values are numbers, or tensors of bootstrap means."""
+    shared = [name for name in measured[0] if all(name in one for one in measured)]
+    return {name: sum(one[name] for one in measured) / len(measured) for name in shared}
+
+
+def by_n(values, n, common_n):
+    """{metric: value} with pass@n and maj@n for those of k = n; as it is if all data sets have a common n."""
+    if common_n:
+        return values
+    return {f"{name.split('@')[0]}@n" if name.endswith(f"@{n}") else name: values[name] for name in values}
+
+
+def note(n_of):
+    """What is said below means. n_of: {data set: n}."""
+    text = "mean: over data sets, each with the same weight."
+    if len({*n_of.values()}) > 1:
+        sets = {n: ", ".join(data for data, other in n_of.items() if other == n) for n in n_of.values()}
+        text += f" Pass@n, Maj@n: n is {'; '.join(f'{n} on {listed}' for n, listed in sets.items())}."
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------------
+# --table
 
 
 def table(paths):
-    """Markdown table with a row for each evaluation, grouped by data set.
+    """Markdown table with a row for each evaluation, grouped by data set, then a row "mean" for each run.
 
     TFLOPs are those of the run that made the checkpoint, without those of the model it started from."""
-    results = [read_results(path, "--table") for path in paths]
+    results = list(read_evaluations(paths, "--table")[0].values())
     check_comparable(results)
     names = data_names(r["data"] for r in results)
-    results.sort(key=lambda r: list(names).index(r["data"]))
-    ks = sorted({k for r in results for k in r["pass"]}, key=int)
-    same_n = len({r["n"] for r in results}) == 1
+    n_of = {names[r["data"]]: r["n"] for r in results}
+    common_n = len({*n_of.values()}) == 1
+    rows, runs = [], {}
+    for r in sorted(results, key=lambda r: list(names).index(r["data"])):
+        row = {name: r[name] for name in ("run", "cell", "step", "tflops", "avg_interval")}
+        row |= {"data": names[r["data"]], "n": str(r["n"]), "values": by_n(metrics_of(r), r["n"], common_n)}
+        rows.append(row)
+        runs.setdefault(r["run"], []).append(row)
+    means = [mean_row(found, n_of) for found in runs.values() if len(found) > 1]
+    rows += means
+    ks = {name.partition("@")[2] for row in rows for name in row["values"]} - {""}
+    ks = sorted(ks, key=lambda k: math.inf if k == "n" else int(k))
     left_out = {"Maj@1"}  # Avg@n again
     left_out |= {"data"} if len(names) == 1 else set()
-    left_out |= {"n"} if same_n else set()
-    rows = [table_row(r, names[r["data"]], ks, str(r["n"]) if same_n else "n") for r in results]
-    header = [name for name in rows[0] if name not in left_out]
-    return markdown([header, ["---"] * len(header), *([row[name] for name in header] for row in rows)])
+    left_out |= {"n"} if common_n else set()
+    cells = [table_row(row, ks, row["n"] if common_n else "n") for row in rows]
+    header = [name for name in cells[0] if name not in left_out]
+    text = markdown([header, ["---"] * len(header), *([row[name] for name in header] for row in cells)])
+    return f"{text}\n\n{note(n_of)}" if means else text
 
 
 def check_comparable(results):
@@ -50,20 +82,33 @@ def check_comparable(results):
                 refuse(f"--table: the evaluations on {r['data']} {why}")
 
 
-def table_row(r, data, ks, n):
-    """{column: text} of an evaluation's results; ks: those of the whole table; data, n: as shown."""
-    low, high = r["avg_interval"]
-    row = {"run": r["run"], "training": r["cell"].get("name", "-")}
-    row |= {"data": data, "n": str(r["n"])}
-    row[f"Avg@{n} [95%]"] = f"{r['avg']:.3f} [{low:.3f}, {high:.3f}]"
+def mean_row(rows, n_of):
+    """The row of a run over its data sets; it names them if the table has more.
+
+    Half-widths of the intervals add in quadrature, as the data sets are independent (MOVER, Zou & Donner
+    2008, doi 10.1002/sim.3095)."""
+    values = mean_over([row["values"] for row in rows])
+    arms = [[abs(bound - row["values"]["avg"]) for bound in row["avg_interval"]] for row in rows]
+    low, high = (math.hypot(*side) / len(rows) for side in zip(*arms))
+    sets = [row["data"] for row in rows]
+    label = "mean" if len(sets) == len(n_of) else f"mean of {', '.join(sets)}"
+    n = ", ".join(dict.fromkeys(row["n"] for row in rows))
+    interval = values["avg"] - low, values["avg"] + high
+    return rows[0] | {"data": label, "n": n, "values": values, "avg_interval": interval}
+
+
+def table_row(row, ks, n):
+    """{column: text} of a row; ks: those of the whole table; n: as in the head of Avg@n."""
+    values = row["values"]
+    shown = {name: format(value, FORMS.get(name, ".3f")) for name, value in values.items()}
+    low, high = row["avg_interval"]
+    cells = {"run": row["run"], "training": row["cell"].get("name", "-"), "data": row["data"], "n": row["n"]}
+    cells[f"Avg@{n} [95%]"] = f"{shown['avg']} [{low:.3f}, {high:.3f}]"
     for kind in ("pass", "maj"):
-        for k in ks:
-            row[f"{kind.title()}@{k}"] = f"{r[kind][k]:.3f}" if k in r[kind] else "-"
-    row["length"] = f"{r['length']:.1f}"
-    row["truncated"] = f"{r['truncated']:.1%}"
-    row["entropy"] = f"{r['entropy']:.3f}"
-    row["TFLOPs"] = "-" if r["step"] is None else text_of(r["tflops"])
-    return row
+        cells |= {f"{kind.title()}@{k}": shown.get(f"{kind}@{k}", "-") for k in ks}
+    cells |= {name: shown[name] for name in ("length", "truncated", "entropy")}
+    cells["TFLOPs"] = "-" if row["step"] is None else text_of(row["tflops"])
+    return cells
 
 
 def markdown(rows):
@@ -72,24 +117,77 @@ def markdown(rows):
     return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows)
 
 
+# ----------------------------------------------------------------------------------------------------------
+# --compare
+
+
 def compare(paths):
-    """Markdown table of two evaluations of the same problems: metrics, differences, paired intervals."""
-    results = [read_results(path, "--compare") for path in paths]
-    samples = [read_samples(path) for path in paths]
+    """Markdown tables of how the second differs from the first on the same problems: one for each data set
+    and, if there are several, one of the means over them.
+
+    Intervals are paired. In those of means, problems are resampled within each data set, independently."""
+    sides = [list(map(os.path.realpath, evaluations_in(path, "--compare"))) for path in paths]
+    results, _ = read_evaluations([*sides[0], *sides[1]], "--compare")
+    pairs = pairs_of(sides, results)
+    names = data_names(pairs)
+    measured, tables, n_of = [], [], {}
+    for data, pair in pairs.items():
+        both = [results[path] for path in pair]
+        measured.append(measure(pair, both))
+        tables.append(differences([f"{r['run']} (n = {r['n']})" for r in both], *measured[-1]))
+        n_of[names[data]] = " and ".join(dict.fromkeys(str(r["n"]) for r in both))
+    if len(pairs) == 1:
+        return tables[0]
+    texts = [f"{name}\n\n{text}" for name, text in zip(names.values(), tables)]
+    runs = [{results[path]["run"] for path in side} for side in sides]
+    if list(map(len, runs)) == [1, 1]:
+        means = mean_differences([one for [one] in runs], measured, n_of)
+        texts += [f"mean\n\n{means}", note(n_of)]
+    else:
+        texts.append("no mean: a side has several models")
+    return "\n\n".join(texts)
+
+
+def mean_differences(heads, measured, n_of):
+    """Markdown table of the means over data sets. measured: of each, as measure() returns it."""
+    common_n = len({*n_of.values()}) == 1
+    named = [[by_n(one, n, common_n) for one in values] for values, n in zip(measured, n_of.values())]
+    before, after, draws = zip(*named)
+    # the bootstrap draws the same problems of data sets of one size: shifted, its draws are independent
+    draws = [{name: one[name].roll(place) for name in one} for place, one in enumerate(draws)]
+    return differences(heads, *map(mean_over, (before, after, draws)))
+
+
+def pairs_of(sides, results):
+    """{data set: (first, second)} of the evaluations to compare, from those of each side."""
+    found = [{results[path]["data"]: path for path in side} for side in sides]
+    single = list(map(len, sides)) == [1, 1]  # measure() refuses two that differ in their problems
+    if not single and (found[0].keys() != found[1].keys() or list(map(len, found)) != list(map(len, sides))):
+        listed = " and ".join(" ".join(side) for side in sides)
+        refuse(f"--compare: not one evaluation on each side for each data set: {listed}; name two of them")
+    return {data: (path, sides[1][0] if single else found[1][data]) for data, path in found[0].items()}
+
+
+def measure(pair, results):
+    """({metric: value} of the first and of the second, {metric: its bootstrapped differences})."""
+    samples = [read_samples(path) for path in pair]
     problems = [list(dict.fromkeys((row["id"], row["answer"]) for row in rows)) for rows in samples]
     if problems[0] != problems[1]:
-        refuse(f"--compare {' '.join(paths)}: they are not evaluations of the same problems")
-    prompts = [Prompting.read(read_artifact(path, "--compare", "evaluate")["args"]) for path in paths]
+        refuse(f"--compare {' '.join(pair)}: they are not evaluations of the same problems")
+    prompts = [Prompting.read(read_artifact(path, "--compare", "evaluate")["args"]) for path in pair]
     for flag, one, other in prompts[0].differences(prompts[1]):
-        print(f"--compare: the prompts differ: {flag} was {one!r} in {paths[0]}, {other!r} in {paths[1]}")
+        print(f"--compare: the prompts differ: {flag} was {one!r} in {pair[0]}, {other!r} in {pair[1]}")
     ks = [int(k) for k in results[0]["pass"] if k in results[1]["pass"]]
-    first, second = (evaluation.values_by_problem(rows, r["n"], ks) for rows, r in zip(samples, results))
-    lines = [["metric", *(f"{r['run']} (n = {r['n']})" for r in results), "difference [95%]"], ["---"] * 4]
-    for name in first:
-        before, after = mean_of(*first[name]), mean_of(*second[name])
-        low, high = evaluation.percentile_interval(
-            evaluation.bootstrap_means(*second[name]) - evaluation.bootstrap_means(*first[name])
-        )
-        difference = f"{after - before:+.3f} [{low:+.3f}, {high:+.3f}]"
-        lines.append([name, f"{before:.3f}", f"{after:.3f}", difference])
+    first, second = (values_by_problem(rows, r["n"], ks) for rows, r in zip(samples, results))
+    draws = {name: bootstrap_means(*second[name]) - bootstrap_means(*first[name]) for name in first}
+    return *({name: mean_of(*one[name]) for name in one} for one in (first, second)), draws
+
+
+def differences(heads, before, after, draws):
+    """Markdown table with a row for each metric: both values, and their difference with its interval."""
+    lines = [["metric", *heads, "difference [95%]"], ["---"] * 4]
+    for name in draws:
+        low, high = percentile_interval(draws[name])
+        difference = f"{after[name] - before[name]:+.3f} [{low:+.3f}, {high:+.3f}]"
+        lines.append([name, f"{before[name]:.3f}", f"{after[name]:.3f}", difference])
     return markdown(lines)

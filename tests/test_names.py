@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from conftest import ROOT
+from recipes import general
 
 ROOT = pathlib.Path(ROOT)
 PACKAGES = ("recipes", "benchmarks", "distil", "reports")
@@ -100,10 +101,16 @@ def test_no_other_tool_is_started_where_our_names_hide_its_imports():
     ]
 
 
-def test_the_harness_of_table_4_is_a_console_script(tmp_path):
-    """Its directory is first on its path, not the root."""
-    command = ["bash", "recipes/qwen3.sh", "--dry_run", "--row", "table4/base", "--out", str(tmp_path)]
-    environment = os.environ | {"PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
-    shown = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    assert len(re.findall(r"(?m)^(?:\w+ )*?lm_eval ", shown.stdout)) == 4
+def test_the_harness_of_table_4_does_not_find_our_evaluate(tmp_path, monkeypatch):
+    """It is a console script, whose directory is first on its path, and PYTHONPATH is not handed on."""
+    code = "import sys, importlib.util\nspec = importlib.util.find_spec('evaluate')\n"
+    code += "path = sys.argv[sys.argv.index('--output_path') + 1] + '.found'\n"
+    code += "open(path, 'w').write(str(spec and spec.origin))\n"
+    (tmp_path / "lm_eval").write_text(f"#!{sys.executable}\n{code}")
+    (tmp_path / "lm_eval").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    args = general.get_args(["model", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):  # it wrote no results
+        general.run_harness(args, "model", "piqa", "0")
+    assert not (tmp_path / "harness.found").read_text().startswith(str(ROOT))

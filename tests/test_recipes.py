@@ -2,19 +2,25 @@
 
 bash gives the recipes' commands; recipes/plan.py, which shows and runs them, is called in this process."""
 
+import argparse
+import contextlib
+import functools
 import importlib
 import io
 import json
 import os
 import shlex
 import subprocess
+from collections import Counter
 
 import pytest
 import torch
 
+import grpo
 from conftest import ROOT
 from distil.flops import tflops
-from recipes import plan
+from recipes import general, plan
+from reports import figure
 from test_repo import parses
 
 FAKE = (
@@ -25,8 +31,9 @@ FAKE = (
 def bash(tmp_path, name, *flags):
     """A recipe's exit code, its words for plan.py, its lines of commands, and stderr."""
     (tmp_path / "bin").mkdir(exist_ok=True)
-    (tmp_path / "bin/python").write_text(FAKE)
-    (tmp_path / "bin/python").chmod(0o755)
+    for program in ("python", "lm_eval"):  # bash only looks whether there is an lm_eval
+        (tmp_path / "bin" / program).write_text(FAKE)
+        (tmp_path / "bin" / program).chmod(0o755)
     done = subprocess.run(
         ["bash", f"{ROOT}/recipes/{name}.sh", *map(str, flags)],
         capture_output=True,
@@ -37,37 +44,49 @@ def bash(tmp_path, name, *flags):
     return done.returncode, called.split(), lines, done.stderr
 
 
-@pytest.fixture
-def recipe(tmp_path, monkeypatch, capsys):
-    """recipe(name, *flags): plan.py on the recipe's commands; returns what it printed."""
-
-    def call(name, *flags):
-        code, called, lines, error = bash(tmp_path, name, *flags)
-        assert code == 0 and called[:2] == ["-m", "recipes.plan"], error
-        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-        capsys.readouterr()
+def printed_by(tmp_path, name, *flags):
+    """What plan.py prints, and does, on the recipe's commands."""
+    code, called, lines, error = bash(tmp_path, name, *flags)
+    assert code == 0 and called[:2] == ["-m", "recipes.plan"], error
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
         plan.main(plan.get_args(called[2:]))
-        return capsys.readouterr().out
+    return printed.getvalue()
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return functools.partial(printed_by, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """dry_run(name): a recipe's whole plan, made once: ({row: [(module, args)]}, [(Command, GPU hours)])."""
+
+    @functools.cache
+    def call(name):
+        hours, show = [], plan.show
+
+        def record(command, state, spent, size, rate):
+            hours.append((command, spent / rate))
+            show(command, state, spent, size, rate)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan, "show", record)
+            return rows(printed_by(tmp_path_factory.mktemp(name), name, "--dry_run")), hours
 
     return call
 
 
 def rows(printed):
-    """{row: [(stage, args), or (program, words)]} of what plan.py printed; every command must parse."""
+    """{row: [(module, args)]} of what plan.py printed; every command must parse."""
     found, row = {}, None
     for line in printed.split("\n# to do")[0].replace(" \\\n", "").splitlines():
         words = shlex.split(line)
-        if line.startswith("# ") and "TFLOPs" not in line and line != "# shown, not run here":
+        if line.startswith("# ") and "TFLOPs" not in line:
             row = words[1].rstrip(":")
         elif words and words[0] != "#":
-            commands = found.setdefault(row, [])
-            name = next((word for word in words if word.endswith(".py")), None)
-            if name:
-                stage, flags = name.removesuffix(".py"), words[words.index(name) + 1 :]
-                parses(stage, flags)
-                commands.append((stage, importlib.import_module(stage).get_args(flags)))
-            else:
-                commands.append((words[0], words))
+            found.setdefault(row, []).append(plan.stage_of(words))
     return found
 
 
@@ -80,8 +99,39 @@ def listed(tmp_path, name):
     return [line.split()[0] for line in lines if line and line[0] not in "#"]
 
 
-def test_every_row_of_the_first_paper_has_its_hyperparameters(recipe, tmp_path):
-    found = rows(recipe("qwen3", "--dry_run"))
+def figures_of(found):
+    """{file: the directories of its runs} of the figures that a recipe ends with, which all draw Pass@k."""
+    drawn = [args for stage, args in found["results"] if stage == "evaluate" and args.figure]
+    assert drawn and all({"avg", "pass", "length"} <= {*args.y} for args in drawn)
+    return {os.path.basename(args.figure): [os.path.basename(run) for run in args.runs] for args in drawn}
+
+
+def check_figures_of_the_first_paper(found):
+    figures = figures_of(found)
+    cells = [f"{prefix}_SIZE_{kl}" for prefix in ("student", "teacher") for kl in ("forward", "reverse")]
+    for size in ("4b", "8b"):
+        for table, name in enumerate(("cells_128", "cells_4096", "", "", "grpo_128", "grpo_4096"), 1):
+            if name:
+                runs = figures.pop(f"{name}_{size}.png")
+                assert runs == [f"table{table}_{cell.replace('SIZE', size)}" for cell in cells]
+    assert figures == {
+        "figure6.png": ["table1_student_4b_reverse", "table1_teacher_4b_reverse"],
+        "figure7.png": [
+            *("table2_student_4b_forward", "table2_student_4b_reverse"),
+            *(f"figure7_student_4b_mix_{weight}" for weight in ("0.2", "0.5", "0.8")),
+        ],
+        "curriculum.png": [
+            *("table2_student_4b_reverse", "table2_student_8b_reverse"),
+            *("table3_4b_curriculum", "table3_8b_curriculum"),
+        ],
+    }
+    assert [args.x for _, args in found["results"] if args.figure].count("tflops") == 1
+    trained = [args for commands in found.values() for stage, args in commands if stage in ("train", "grpo")]
+    assert {args.eval_n for args in trained} == {3}  # with 1 Pass@k would be Avg again
+
+
+def test_every_row_of_the_first_paper_has_its_hyperparameters(dry_run, tmp_path):
+    found, _ = dry_run("qwen3")
     shared = {"table3/4b_fixed", "table3/8b_fixed"}  # are table2/student_4b_reverse and student_8b_reverse
     assert set(found) == {*listed(tmp_path, "qwen3"), "rollouts_4b", "rollouts_8b", "results"} - shared
     for size, teacher in {"4b": "Qwen/Qwen3-4B", "8b": "Qwen/Qwen3-8B"}.items():
@@ -146,6 +196,7 @@ def test_every_row_of_the_first_paper_has_its_hyperparameters(recipe, tmp_path):
                         data="deepscaler",
                     )
                     assert rl.batch_size * rl.n == 32
+                    assert rl.batch_size == grpo.get_args("--model m --data d --out o".split()).batch_size
         (_, curriculum), _ = found[f"table3/{size}_curriculum"]
         has(
             curriculum,
@@ -156,15 +207,20 @@ def test_every_row_of_the_first_paper_has_its_hyperparameters(recipe, tmp_path):
             teacher=teacher,
         )
     assert [found[f"figure7/student_4b_mix_{w}"][0][1].fkl_weight for w in (0.2, 0.5, 0.8)] == [0.2, 0.5, 0.8]
-    shots = {}
-    for program, words in found["table4/base"]:
-        assert program == "lm_eval"  # with python -m, our evaluate.py would hide the package that it imports
-        shots[words[words.index("--tasks") + 1]] = words[words.index("--num_fewshot") + 1]
-    assert shots == {"mmlu": "5", "arc_challenge": "25", "hellaswag": "10", "piqa": "0"}
+    check_figures_of_the_first_paper(found)
+    for row, model in {"base": "Qwen/Qwen3-0.6B-Base"}.items() | {
+        (f"{cell}_4b_{kl}", f"out/qwen3/table1_{cell}_4b_{kl}/final")
+        for cell in ("teacher", "student")
+        for kl in ("forward", "reverse")
+    }:
+        [(module, general)] = found[f"table4/{row}"]
+        assert module == "recipes.general"
+        has(general, model=model, dtype="bfloat16", include_path=None)
+        assert set(general.tasks) == {"mmlu:5", "arc_challenge:25", "hellaswag:10", "piqa:0"}
 
 
-def test_every_row_of_the_second_paper_has_its_hyperparameters(recipe, tmp_path):
-    found = rows(recipe("paper_b", "--dry_run"))
+def test_every_row_of_the_second_paper_has_its_hyperparameters(dry_run, tmp_path):
+    found, _ = dry_run("paper_b")
     shared = {"template/aligned", "problems/near", "size/1.5b_own", "size/1.5b_larger"}  # other rows
     assert set(found) == {*listed(tmp_path, "paper_b"), "models", "sft", "results"} - shared
     opd = {
@@ -245,6 +301,13 @@ def test_every_row_of_the_second_paper_has_its_hyperparameters(recipe, tmp_path)
     )
     has(sft, prefix="teacher", vocab="sampled", kl="forward", lr=1e-5, warmup=0.05, lr_schedule="cosine")
     assert sft.steps * sft.batch_size == 2 * 200000
+    figures = figures_of(found)
+    same = {"template_aligned": "topk_k16", "problems_near": "topk_k16", "size_1.5b_own": "topk_k16"}
+    same["size_1.5b_larger"] = "knowledge_r1_7b"
+    for group in {row.split("/")[0] for row in listed(tmp_path, "paper_b")}:
+        runs = [row.replace("/", "_") for row in listed(tmp_path, "paper_b") if row.split("/")[0] == group]
+        assert {*figures.pop(f"{group}.png")} == {same.get(run, run) for run in runs}
+    assert not figures
     assert opd["cold_start/sft"].student == sft.out + "/final"
     assert opd["cold_start/direct"].student == sft.student
 
@@ -281,7 +344,7 @@ def test_the_plan_adds_up_what_the_paper_counts(tmp_path, monkeypatch):
         spent, size = plan.cost(command, 92, made)
         if command.module in ("train", "grpo"):
             # evaluations at the start, after every 30th (20th) step, and at the end
-            responses = 11 * 30 * 16 if command.row == "topk/k16" else 35 * 500
+            responses = 11 * 30 * 16 if command.row == "topk/k16" else 35 * 500 * 3
             config = plan.MODELS["Qwen3-0.6B-Base"]
             evaluations = responses * tflops(config, 92, command.tokens, forwards=1, generations=1)
             step[command.row] = (spent - evaluations) / command.args.steps
@@ -294,6 +357,67 @@ def test_the_plan_adds_up_what_the_paper_counts(tmp_path, monkeypatch):
         "topk/k16": 8 * 83.98,
     }
     assert step == pytest.approx(expected, rel=0.005)
+
+
+def test_the_hours_on_the_pages_are_those_of_the_plans(dry_run):
+    page = open(f"{ROOT}/docs/papers.md", encoding="utf-8").read()
+    costs = [cost for name in ("qwen3", "paper_b") for cost in dry_run(name)[1]]
+    hours = Counter()
+    for command, spent in costs:
+        hours[command.row] += spent
+
+    def span(*rows):
+        found = [spent for row, spent in hours.items() if row.startswith(rows)]
+        low, high = (f"{value:.2g}" if value < 100 else f"{value:.0f}" for value in (min(found), max(found)))
+        return low if low == high else f"{low} to {high}"
+
+    def stored(tokens):
+        """Hours of a teacher's rollouts and of the scores of their first tokens, 4B and 8B."""
+        for size in ("4b", "8b"):
+            of = [cost for cost in costs if cost[0].row == f"rollouts_{size}"]
+            yield sum(h for c, h in of if c.module == "rollout" or c.args.max_tokens == tokens)
+
+    def average(module, *rows):
+        found = [h for c, h in costs if c.module == module and c.row.startswith(rows)]
+        return sum(found) / len(found)
+
+    def hours_of(command, **changes):
+        """Hours of a training command with other flags; the student is the size of Qwen3-0.6B-Base."""
+        args = argparse.Namespace(**vars(command.args) | changes)
+        made = {getattr(args, "model", None): plan.MODELS["Qwen3-0.6B-Base"]}
+        return plan.training_cost(command._replace(args=args), 92, made)[0] / 25 / 3600
+
+    def mean_of(module, *rows, **changes):
+        commands = [c for c, _ in costs if c.module == module and c.row.startswith(rows)]
+        return sum(hours_of(command, **changes) for command in commands) / len(commands)
+
+    students = "train", "table1/student", "table2/student"
+    evaluations = [average(*of) - mean_of(*of, eval_every=0) for of in (students, ("grpo", "table"))]
+    for words in (
+        f"takes {average(*students):.1f} hours on average",
+        f"`grpo.py` {average('grpo', 'table'):.1f} (paper A: about 14)",
+        "of which {:.1f} and {:.1f} are evaluations in training".format(*evaluations),
+        "scores, 128 tokens (4B; 8B) | {:.0f}; {:.0f} |".format(*stored(128)),
+        "scores, 4096 tokens (4B; 8B) | {:.0f}; {:.0f} |".format(*stored(4096)),
+        f"| {span('table1/teacher')}; {span('table1/student')} |",
+        f"| {span('table2/teacher')}; {span('table2/student')} |",
+        f"| {span('table3/4b')}; {span('table3/8b')} |",
+        f"mixes | {span('figure7')} |",
+        f"tables 1 and 2 | {span('table5', 'table6')} |",
+        f"| {span('pattern', 'cold_start')}; {span('topk', 'template')}; {span('knowledge/r1')} |",
+        f"| {span('size/7b_own')}; {span('size/7b_larger')} |",
+        f"15,360 tokens | {span('horizon')} |",
+        f"| {span('reverse/r1_1.5b')}; {span('reverse/r1_7b')} |",
+        f"SFT | {span('sft')} |",
+    ):
+        assert words in page
+    wide = f"{mean_of('grpo', 'table', batch_size=32):.0f}"
+    page = open(f"{ROOT}/docs/grpo.md", encoding="utf-8").read()
+    assert f"{average(*students):.1f} hours, GRPO with 4 problems {average('grpo', 'table'):.1f}, and" in page
+    assert f"(`--grpo_problems 32`) {wide}." in page
+    assert f"would take {wide} hours" in open(f"{ROOT}/recipes/qwen3.sh", encoding="utf-8").read()
+    page = open(f"{ROOT}/docs/claims.md", encoding="utf-8").read()
+    assert f"by arithmetic {average(*students):.1f} and {average('grpo', 'table'):.1f}" in page
 
 
 @pytest.mark.parametrize("name", ["Qwen3-0.6B-Base", "Qwen3-8B"])
@@ -328,29 +452,44 @@ def tiny(world, tmp_path):
     return {"qwen3": f"{common} {qwen3}".split(), "paper_b": f"{common} {paper_b}".split()}
 
 
+def write_half(args, directory, task, shots):
+    """Instead of the harness: half of 8 problems are right."""
+    found = {"results": {task: {"acc,none": 0.5, "acc_stderr,none": 0.1}}, "lm_eval_version": "0"}
+    found["n-samples"] = {task: {"effective": 8}}
+    with open(f"{args.out}/{task}.json", "w") as file:
+        json.dump(found, file)
+
+
 @pytest.fixture
 def executed(monkeypatch):
-    """Stages run in this process; the names of those that ran."""
+    """Stages run in this process; the names of those that ran, of figures their files. No figure is drawn."""
     names = []
+    monkeypatch.setattr(figure, "draw", lambda path, *drawn: names.append(os.path.basename(path)))
 
     def execute(words):
-        name = next(word for word in words if word.endswith(".py") or word == "-m")
-        flags = words[words.index(name) + 1 :]
-        module = importlib.import_module(flags.pop(0) if name == "-m" else name[:-3])
-        names.append(module.__name__ + " --resume" * ("--resume" in flags))
-        module.main(module.get_args(flags))
+        name, args = plan.stage_of(words)
+        names.append(name + " --resume" * ("--resume" in words))
+        importlib.import_module(name).main(args)
         return 0
 
     monkeypatch.setattr(plan, "execute", execute)
     return names
 
 
-def test_rows_of_the_first_paper_run_and_are_not_run_twice(recipe, tiny, executed, tmp_path, refused):
+def test_rows_of_the_first_paper_run_and_are_not_run_twice(
+    recipe, tiny, executed, tmp_path, refused, monkeypatch
+):
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")  # has an lm_eval
+    monkeypatch.setattr(general, "run_harness", write_half)
     picked = ["--row", "table3/4b_curriculum", "--row", "table5/teacher_4b_reverse", "--row", "table4/base"]
     printed = recipe("qwen3", *picked, *tiny["qwen3"])
     cell = ["train", "evaluate"]
-    assert executed == [*cell, "rollout", "score_teacher", *cell, "grpo", "evaluate", "evaluate"]
-    table = printed.split("| run")[1]
+    figures = ["cells_128_4b.png", "grpo_128_4b.png", "figure6.png", "curriculum.png"]
+    results = ["evaluate", *(word for name in figures for word in ("evaluate", name))]
+    stages = [*cell, "rollout", "score_teacher", *cell, "grpo", "evaluate", "recipes.general"]
+    assert executed == [*stages, *results]
+    _, table, knowledge = printed.split("| run")
+    assert knowledge.count("| 0.5000 ") == 5  # four tasks and their mean
     for run in ("table1_teacher_4b_reverse", "table3_4b_curriculum", "table5_teacher_4b_reverse"):
         assert f"| {run} " in table
     cells = {
@@ -367,19 +506,34 @@ def test_rows_of_the_first_paper_run_and_are_not_run_twice(recipe, tiny, execute
     run = tmp_path / "out/table5_teacher_4b_reverse"
     os.rename(run / "meta.json", run / "meta.partial.json")  # as a killed run leaves it
     printed = recipe("qwen3", *picked, *tiny["qwen3"])
-    assert executed == ["grpo --resume", "evaluate"]
-    assert printed.count("# finished; ") == 7 and printed.count("# unfinished; ") == 1
+    assert executed == ["grpo --resume", *results]
+    assert printed.count("# finished") == 8 and printed.count("# unfinished; ") == 1
     changed = [*picked, *tiny["qwen3"], "--steps", 3]
     refused(lambda: recipe("qwen3", *changed), "--steps 2", "wants 3", "table3/4b_curriculum")
     printed = recipe("qwen3", *picked, *tiny["qwen3"], "--dry_run")
-    assert executed == ["grpo --resume", "evaluate"] and "to do: 1 commands, 0 TFLOPs" in printed
+    assert executed == ["grpo --resume", *results] and "to do: 5 commands, 0 TFLOPs" in printed
+
+
+def test_table_4_needs_the_harness_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    bash(tmp_path, "qwen3", "--list")
+    (tmp_path / "bin/lm_eval").unlink()
+    words = ["bash", f"{ROOT}/recipes/qwen3.sh", "--row", "table1/student_4b_forward", "--row", "table4/base"]
+    path = f"{tmp_path}/bin:/usr/bin:/bin"
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PATH": path})
+    assert done.returncode == 2 and done.stdout == ""
+    assert general.HARNESS in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_rows_of_the_second_paper_run(recipe, tiny, executed, tmp_path):
     picked = "--row cold_start/sft --row topk/set_non_overlap --row knowledge/rl_math".split()
     printed = recipe("paper_b", *picked, *tiny["paper_b"])
     first = ["rollout", "train", "recipes.dedup", *["train", "evaluate"] * 2]
-    assert executed == [*first, *["evaluate"] * 2, "train", *["evaluate"] * 2, "recipes.paper_b"]
+    figures = ["cold_start.png", "topk.png", "knowledge.png"]
+    assert executed == [
+        *(*first, *["evaluate"] * 2, "train", *["evaluate"] * 2, "recipes.paper_b"),
+        *(word for name in figures for word in ("evaluate", name)),
+    ]
     [row] = [line for line in printed.splitlines() if line.startswith("| knowledge_rl_math") and "->" in line]
     student, teacher, after = (
         json.load(open(tmp_path / f"out/{run}/test/results.json"))["avg"]

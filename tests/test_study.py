@@ -142,9 +142,11 @@ def made_up(name, seed, correct, tokens, entropy):
         {"step": s, "tflops": s, "avg": 0.5, "pass@4": 0.5, "length": 9, "entropy": 1, "truncated": 0}
         for s in (0, 1)
     ]
+    gates = [{"decision": decision, "entropy_floor": 0.3} for decision in ("advance", "hold")]
     return {
         "name": name,
         "seed": seed,
+        "gates": gates if name == "curriculum" else [],
         "n": 8,
         "maj": 0.5,
         "tflops": 1.0,
@@ -248,6 +250,7 @@ def test_the_report_says_what_the_results_say(tmp_path, capsys):
     assert shown[claim][3:6:2] == ["-0.500 [-0.500, -0.500]", "opposite"]
     assert shown["student_reverse_long"][2].startswith("0.750 ")
     assert shown["student_forward_long"][2].startswith("0.250 ")
+    assert "Gates of the curriculum that closed (entropy floor 0.3): 2 of 4." in lines  # two seeds
     assert capsys.readouterr().out.count("figure: ") == len(list(tmp_path.glob("*.png"))) == 6
 
 
@@ -307,3 +310,49 @@ def test_the_study_page_says_what_the_committed_results_say(tmp_path, monkeypatc
         page = f"{ROOT}/README.md"
     claims = [[claim, metric, shown, verdict] for claim, metric, shown, _, verdict in cells_of(text, 5)]
     assert cells_of(open(page, encoding="utf-8").read(), 4) == claims
+
+
+def test_the_text_of_the_study_has_the_numbers_of_the_committed_results():
+    results = json.load(open(f"{ROOT}/results/toy_grid.json"))["results"]
+    page = " ".join(open(f"{ROOT}/docs/study.md", encoding="utf-8").read().split())
+
+    def mean(run, metric="avg"):
+        return toy_grid_report.difference(results, {run: 1}, metric)[0]
+
+    def lead(step):
+        """Reverse minus forward KL in the curves of the long student-prefix runs."""
+        curves = {
+            kl: [e["curve"] for e in results if e["name"] == f"student_{kl}_long"]
+            for kl in ("forward", "reverse")
+        }
+        at = {kl: sum(p["avg"] for c in of for p in c if p["step"] == step) / 3 for kl, of in curves.items()}
+        return at["reverse"] - at["forward"]
+
+    gates = [gate for entry in results for gate in entry["gates"]]
+    assert all(gate["decision"] == "advance" for gate in gates)
+    low, *_, high = sorted(gate["entropy"] for gate in gates)
+    assert all(lead(step) > 0 for step in (10, 20, 30)) and all(lead(step) < 0 for step in range(40, 121, 10))
+    cut = (mean("ends_student_cut", "truncated") + mean("ends_student_forward_cut", "truncated")) / 2
+    after = [mean(run) for run in {entry["name"] for entry in results} if run.startswith("grpo_")]
+    for words in (
+        f"Avg@8 {mean('teacher'):.2f} against {mean('base'):.2f}, "
+        f"its entropy is {mean('teacher', 'entropy'):.2f}",
+        f"None of {len(gates)} gates closed: the floor was {gates[0]['entropy_floor']}",
+        f"entropies from {low:.2f} to {high:.2f}",
+        f"by up to {max(map(lead, (10, 20, 30))):.3f} in the curves",
+        f"{mean('student_reverse_short'):.3f} against {mean('student_forward_short'):.3f}",
+        f"{mean('mix_0.5'):.2f} and {mean('mix_0.8'):.2f}; forward {mean('student_forward_long'):.2f}, "
+        f"reverse {mean('student_reverse_long'):.2f}",
+        f"all eight cells to {min(after):.2f}-{max(after):.2f}",
+        f"collapsed to {mean('collapsed', 'entropy'):.3f}",
+        f"entropy rises to {mean('from_collapsed', 'entropy'):.3f}, Avg@8 from {mean('collapsed'):.2f} to "
+        f"{mean('from_collapsed'):.2f}, and {mean('from_collapsed', 'truncated'):.0%} are truncated",
+        f"long reverse KL | both tokens | {mean('student_reverse_long', 'truncated'):.0%} |",
+        f"(`--stop_ids both`, the default) | {mean('ends_both', 'truncated'):.0%} |",
+        f"(`--stop_ids student`) | {mean('ends_student', 'truncated'):.0%} |",
+        f"long forward KL | the student's token only | {mean('ends_student_forward', 'truncated'):.0%} |",
+        f"short horizon | the student's token only | {mean('ends_student_short', 'truncated'):.0%} |",
+        f"growing lengths | the student's token only | {mean('ends_student_curriculum', 'truncated'):.0%} |",
+        f"evaluated again | both tokens | {cut:.0%} |",
+    ):
+        assert words in page

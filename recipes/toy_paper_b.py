@@ -15,17 +15,18 @@ On a CPU a run takes one core, and all cores are used. Started again, it keeps w
 """
 
 import argparse
-import functools
+import multiprocessing
 import os
 import signal
 import sys
 
 import torch
 
+from distil.artifacts import refuse
 from distil.evaluation import interval, mean_of
 from distil.jsonl import read_jsonl
 from recipes.paper_b import by_position, later_minus_earlier, position_table, recovery
-from recipes.toy_grid import COMMON, filled, work
+from recipes.toy_grid import call
 from reports.reading import read_samples
 from reports.tables import markdown
 
@@ -77,7 +78,7 @@ def get_args(argv=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Commands: text in which {out} is filled in
+# Commands
 
 
 def rows_of(size):
@@ -100,25 +101,25 @@ def place(row, seed):
 
 def phases(size, out, seeds):
     """Yields lists of jobs. A job is a list of commands, in order; the jobs of one list are independent."""
-    fill = functools.partial(filled, out=out)
-    common = f"--max_response_tokens {size['limit']} --log_every 20 {COMMON}"
+    engine = f"--max_response_tokens {size['limit']} --engine hf --dtype float32"
+    common = f"{engine} --log_every 20"
     problems = "--data {out}/world/train.jsonl"
-    yield [
-        fill([f"toy_world {size['world']} --student_width 32 --out {{out}}/world"]),
-        fill([f"toy_world {size['world']} --student_width 64 --out {{out}}/world_64"]),
-    ]
 
     def test(run):
         data = f"--data {{out}}/world/test.jsonl {size['test']} --sample_batch 1024"
-        flags = f"--max_response_tokens {size['limit']} {COMMON} --out {{out}}/{run}/eval"
-        return f"evaluate --model {{out}}/{run}/final {data} {flags}"
+        return f"evaluate --model {{out}}/{run}/final {data} {engine} --out {{out}}/{run}/eval"
 
-    jobs = []
+    def fill(job):  # OUT may hold blanks
+        return [[word.format(out=out) for word in command.split()] for command in job]
+
+    worlds = {"world": 32, "world_64": 64}  # with the same problems; the width of the student
+    world = f"toy_world {size['world']} --student_width"
+    yield [fill([f"{world} {width} --out {{out}}/{name}"]) for name, width in worlds.items()]
+
+    jobs, sft = [], "train --prefix teacher --kl forward --vocab sampled --normalize token"
     for model, steps in size["models"].items():
-        learn = (
-            "train --prefix teacher --kl forward --vocab sampled --normalize token --batch_size 64 --lr 3e-3"
-        )
-        learn += f" --student {{out}}/{INITIAL[model]} --rollouts {{out}}/world/hasty {steps} {common}"
+        data = f"--student {{out}}/{INITIAL[model]} --rollouts {{out}}/world/hasty"
+        learn = f"{sft} --batch_size 64 --lr 3e-3 {data} {steps} {common}"
         jobs.append([f"{learn} --out {{out}}/{model}", test(model)])
         if model != "larger":
             rl = f"grpo --model {{out}}/{model}/final {problems} {size['rl']} {common}"
@@ -210,6 +211,24 @@ def report(size, out, seeds):
     title = f"size/small_own by position, all seeds: the first {ENDS} steps -> the last {ENDS}"
     positions = position_table(*(by_position(sum(part, [])) for part in parts), BINS)
     print("", run_table(size, found), claim_table(found), title, positions, sep="\n\n")
+
+
+def do(job):
+    """Runs a job's commands; the exit code of the first that fails, or 0."""
+    try:
+        for words in job:
+            call(words)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def work(jobs, workers):
+    """Does the jobs, `workers` at a time, each in a fork; one worker: in this process. Stops at a failure."""
+    with multiprocessing.get_context("fork").Pool(workers, maxtasksperchild=1) as pool:
+        for code in map(do, jobs) if workers == 1 else pool.imap_unordered(do, jobs):
+            if code:
+                refuse("a run failed, see above; start it again to keep what is finished", code=1)
 
 
 def main(args):

@@ -113,3 +113,17 @@ def test_the_commands_of_the_miniature():
         kind, _, value = row.partition("/")
         assert args.topk_set == (value if kind == "set" else "student")
         assert args.max_response_tokens == (int(value) if kind == "horizon" else 80)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_fails_ends_the_miniature(workers, tmp_path, monkeypatch, refused):
+    def call(words):
+        (tmp_path / words[0]).touch()
+        if words[0] == "bad":
+            raise SystemExit(3)
+
+    monkeypatch.setattr(toy_paper_b, "call", call)
+    toy_paper_b.work([[["a"], ["b"]], [["c"]]], workers)
+    assert {file.name for file in tmp_path.iterdir()} == {"a", "b", "c"}
+    refused(lambda: toy_paper_b.work([[["bad"], ["never"]]], workers), "a run failed", code=1)
+    assert not (tmp_path / "never").exists()

@@ -48,11 +48,14 @@ INITIAL = {"larger": "world/teacher_init", "large": "world_64/student_init", "sm
 # expected | metric | the difference of two rows, or a row | bound, if it is not 0
 CLAIMS = """
 new knowledge: the large model teaches more after its own RL | avg | knowledge/after - knowledge/before
-new knowledge: a larger part of the gap is recovered | recovery | knowledge/after - knowledge/before
+new knowledge: a larger part of the gap is recovered then | recovery | knowledge/after - knowledge/before
+new knowledge: the overlap rises more then | rise | knowledge/after - knowledge/before
 small student: its RL'd self teaches more than the larger model | avg | size/small_own - knowledge/before
+small student: a larger part of the gap is recovered | recovery | size/small_own - knowledge/before
+small student: the overlap rises more | rise | size/small_own - knowledge/before
 large student: its RL'd self teaches more than the larger model | avg | size/large_own - size/large_larger
-small student: its RL'd self raises the overlap more | rise | size/small_own - knowledge/before
-large student: its RL'd self raises the overlap more | rise | size/large_own - size/large_larger
+large student: a larger part of the gap is recovered | recovery | size/large_own - size/large_larger
+large student: the overlap rises more | rise | size/large_own - size/large_larger
 the intersection is enough (above -0.02) | avg | set/intersection - size/small_own | -0.02
 the student's tokens that are not the teacher's teach less | avg | set/intersection - set/difference
 tokens of one model alone teach less | avg | set/intersection - set/symmetric_difference
@@ -74,7 +77,7 @@ def get_args(argv=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Commands: text in which {out} is filled in
+# Commands
 
 
 def rows_of(size):
@@ -181,12 +184,13 @@ def claim_table(found):
             values = values if metric == "avg" else [[value] for value in values]
             differences.append([problem[0] - sum(problem[1:]) for problem in zip(*values, strict=True)])
         seeds = list(map(mean_of, differences))
-        mean, extremes, bound = f"{mean_of(seeds):+.3f}", list(seeds), float(bound[0] if bound else 0)
+        form = "+.4f" if metric in LATER else "+.3f"
+        mean, extremes, bound = format(mean_of(seeds), form), list(seeds), float(bound[0] if bound else 0)
         if metric == "avg":
             extremes += interval([mean_of(problem) for problem in zip(*differences)])
             mean += f" [{extremes[-2]:+.3f}, {extremes[-1]:+.3f}]"
         came = "yes" if min(extremes) > bound else "the opposite" if max(extremes) < bound else "not clear"
-        lines.append([text, metric, " ".join(f"{value:+.3f}" for value in seeds), mean, came])
+        lines.append([text, metric, " ".join(format(value, form) for value in seeds), mean, came])
     return markdown(lines)
 
 

@@ -169,7 +169,7 @@ def evaluate_data_set(args, model, engine, task, origin, teacher):
     results = evaluation.summarise(rows, args.n, args.k) | {"dropped_problems": task.dropped}
     files = ["results.json", "samples.jsonl"]
     if teacher:
-        results["kl"] = store_kls(args, model, teacher, task, rows)
+        results |= {"teacher": args.teacher, "kl": store_kls(args, model, teacher, task, rows)}
         files.append("kl.jsonl")
     if args.token_details:
         results["token_details"] = details.store_token_details(args, model, teacher, task, rows)
@@ -188,17 +188,8 @@ def sample_and_grade(args, model, engine, task, path):
     done = {places[row["id"]] for _, row in read_jsonl(path)}
     if done:
         print(f"evaluate: resumes after {len(done)} problems")
-    for finished in evaluation.evaluate_problems(
-        model,
-        engine,
-        task.tokenizer,
-        task.problems,
-        task.prompts,
-        task.sampling,
-        args.seed,
-        args.micro_batch_tokens,
-        done=done,
-    ):
+    about = task.tokenizer, task.problems, task.prompts, task.sampling, args.seed, args.micro_batch_tokens
+    for finished in evaluation.evaluate_problems(model, engine, *about, done=done):
         for rows in finished.values():
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         file.mark(problems=file.done["problems"] + len(finished))
@@ -209,18 +200,31 @@ def sample_and_grade(args, model, engine, task, path):
 
 
 def teacher_responses(args, task):
-    """(Responses of --rollouts, whether they are plain samples of --teacher). Refuses other prompts."""
+    """Of --rollouts: (Responses to problems of --data, the number of others, why none are plain samples of
+    --teacher, or "")."""
     meta = read_artifact(args.rollouts, "--rollouts", "rollout")
     check_tokenizers(task.tokenizer, "--model", meta["tokenizer_sha256"], "--rollouts")
     if template_sha256(task.tokenizer, task.prompting) != meta["template_sha256"]:
-        refuse(
-            f"--rollouts {args.rollouts}: their prompts are not --model's (--template_from, --system_prompt)"
-        )
+        refuse(f"--rollouts {args.rollouts}: their prompts are not --model's (see --template_from)")
     limits = args.max_response_tokens, models.context_of(task.directory), task.sampling.vocab_size
-    made = argparse.Namespace(**{"temperature": None, "responses": None, "drop": []} | meta["args"])
-    own = meta["model"] == os.path.realpath(models.model_dir(args.teacher, "--teacher"))
-    plain = own and not made.responses and not made.drop and is_plain(made)
-    return stored_responses(args.rollouts, *limits), plain
+    stored, ids = stored_responses(args.rollouts, *limits), {problem["id"] for problem in task.problems}
+    responses = [response for response in stored if response.id in ids]
+    if not responses:
+        refuse(f"--rollouts {args.rollouts}: they are responses to other problems than --data {args.data}")
+    others = len(stored) - len(responses)
+    made = argparse.Namespace(**dict.fromkeys(("temperature", "top_p", "top_k")) | meta["args"])
+    now = artifacts.fingerprints(args).get("teacher")  # of a local directory
+    teacher = os.path.realpath(models.model_dir(args.teacher, "--teacher"))
+    if meta["model"] != teacher or meta["inputs"].get("model") != now:
+        return responses, others, f"another model made them, {meta['model']}, or it has changed"
+    chosen = [name for name in ("responses", "drop") if getattr(made, name, None)]
+    return responses, others, f"made with --{chosen[0]}" if chosen else not_plain(made)
+
+
+def not_plain(args):
+    """Why samples do not come from the model's own distribution, or ""."""
+    settings = f"temperature {args.temperature}, top-p {args.top_p}, top-k {args.top_k}"
+    return "" if is_plain(args) else settings
 
 
 def store_kls(args, model, teacher, task, rows):
@@ -234,21 +238,24 @@ def store_kls(args, model, teacher, task, rows):
 
     if these are plain samples: temperature 1, no top-p, no top-k. Cut responses count as far as they go."""
     own = [Response(row["prompt_ids"], row["response_ids"], False, row["id"]) for row in rows]
-    sources = {"student": (own, is_plain(args))}
+    sources = {"student": (own, 0, not_plain(args))}
     if args.rollouts:
         sources["teacher"] = teacher_responses(args, task)
     summaries = {}
     with open(os.path.join(args.out, "kl.jsonl"), "w", encoding="utf-8") as file:
-        for prefix, (responses, plain) in sources.items():
+        for prefix, (responses, others, why_not) in sources.items():
             kls = token_kls(args, model, teacher, responses, task.sampling.vocab_size)
             width = -(-max(len(r.response_ids) for r in responses) // KL_BINS)  # positions in a bin
             kls = [[[part.sum().item() for part in one.split(width)] for one in kl] for kl in kls]
             for r, (fkl, rkl) in zip(responses, kls, strict=True):
                 row = {"prefix": prefix, "id": r.id, "tokens": len(r.response_ids), "fkl": fkl, "rkl": rkl}
                 file.write(json.dumps(finite(row, f"--teacher, a response to {r.id}")) + "\n")
-            if not plain:
-                print(f"--teacher: the {prefix}'s responses are not plain samples: no KL of whole responses")
-            summaries[prefix] = {"plain_samples": plain, "bin": width} | kl_summary(responses, kls, width)
+            if why_not:
+                print(f"--teacher: no KL of whole responses on the {prefix}'s, no plain samples: {why_not}")
+            if others:
+                print(f"--rollouts: {others} responses to other problems than those of --data: left out")
+            summary = kl_summary(responses, kls, width)
+            summaries[prefix] = {"plain_samples": not why_not, "bin": width} | summary
     return summaries
 
 

@@ -32,10 +32,13 @@ def mean_over(measured):
 
 
 def by_n(values, n, common_n):
-    """{metric: value} with pass@n and maj@n for those of k = n; as it is if all data sets have a common n."""
-    if common_n:
-        return values
-    return {f"{name.split('@')[0]}@n" if name.endswith(f"@{n}") else name: values[name] for name in values}
+    """{metric: value}, and if data sets differ in n also pass@n and maj@n, which are those of k = n."""
+    found = {}
+    for name, value in values.items():
+        found[name] = value
+        if not common_n and name.endswith(f"@{n}"):
+            found[f"{name.partition('@')[0]}@n"] = value
+    return found
 
 
 def note(n_of):
@@ -68,7 +71,8 @@ def table(paths):
         runs.setdefault(r["run"], []).append(row)
     means = [mean_row(found, n_of) for found in runs.values() if len(found) > 1]
     rows += means
-    ks = {name.partition("@")[2] for row in rows for name in row["values"]} - {""}
+    # a k that is n wherever it was measured is in the column of n
+    ks = {k for row in rows for k in ks_of(row["values"]) if common_n or k != row["n"]}
     ks = sorted(ks, key=lambda k: math.inf if k == "n" else int(k))
     left_out = {"Maj@1"}  # Avg@n again
     left_out |= {"data"} if len(names) == 1 else set()
@@ -78,14 +82,27 @@ def table(paths):
     header = [name for name in cells[0] if name not in left_out]
     text = markdown([header, ["---"] * len(header), *([row[name] for name in header] for row in cells)])
     notes = [note(n_of)] if means else []
-    kls = [(r["run"], kl) for r in results for kl in kls_of(r).values()]
-    if kls:
-        notes.append(
-            "sequence_rkl, sequence_fkl: KL(q‖p), KL(p‖q) of whole responses in nats, p the teacher."
-        )
-    if unfit := dict.fromkeys(run for run, kl in kls if not kl["plain_samples"]):
-        notes[-1] += f" Not so for {', '.join(unfit)}: sums over other than plain samples."
-    return "\n\n".join([text, *notes])
+    return "\n\n".join([text, *notes, *kl_notes(results)])
+
+
+def ks_of(values):
+    return {name.partition("@")[2] for name in values} - {""}
+
+
+def kl_notes(results):
+    """What is to be said of the sequence KLs among some evaluations: one text, or none."""
+    measured = [r for r in results if kls_of(r)]
+    if not measured:
+        return []
+    text = "sequence_rkl, sequence_fkl: KL(q‖p), KL(p‖q) of whole responses, in nats; p: the teacher."
+    unfit = [r["run"] for r in measured if not all(kl["plain_samples"] for kl in kls_of(r).values())]
+    if unfit:
+        text += f" Not so for {', '.join(dict.fromkeys(unfit))}: sums over other than plain samples."
+    teachers = {r["run"]: r["teacher"] for r in measured}
+    if len({*teachers.values()}) > 1:
+        each = "; ".join(f"{teacher} of {run}" for run, teacher in teachers.items())
+        text += f" They cannot be compared, for the teachers differ: {each}."
+    return [text]
 
 
 def check_comparable(results):
@@ -155,8 +172,9 @@ def compare(paths):
         measured.append(measure(pair, both))
         tables.append(differences([f"{r['run']} (n = {r['n']})" for r in both], *measured[-1]))
         n_of[names[data]] = " and ".join(dict.fromkeys(str(r["n"]) for r in both))
+    notes = kl_notes(results.values())
     if len(pairs) == 1:
-        return tables[0]
+        return "\n\n".join([*tables, *notes])
     texts = [f"{name}\n\n{text}" for name, text in zip(names.values(), tables)]
     runs = [{results[path]["run"] for path in side} for side in sides]
     if list(map(len, runs)) == [1, 1]:
@@ -164,7 +182,7 @@ def compare(paths):
         texts += [f"mean\n\n{means}", note(n_of)]
     else:
         texts.append("no mean: a side has several models")
-    return "\n\n".join(texts)
+    return "\n\n".join([*texts, *notes])
 
 
 def mean_differences(heads, measured, n_of):
@@ -199,11 +217,12 @@ def measure(pair, results):
     ks = [int(k) for k in results[0]["pass"] if k in results[1]["pass"]]
     first, second = (values_by_problem(rows, r["n"], ks) for rows, r in zip(samples, results))
     kls = [kls_by_problem(path) for path in pair]
-    for name in kls[0].keys() & kls[1].keys():
-        if kls[0][name].keys() == kls[1][name].keys():
-            first[name], second[name] = (list(zip(*kl[name].values())) for kl in kls)
-        else:
-            print(f"--compare: {name} is left out, since the two are on responses to other problems")
+    for name in SEQUENCE_KLS:
+        problems = kls[0].get(name, {}).keys()
+        if problems != kls[1].get(name, {}).keys():
+            print(f"--compare: {name} is left out: not both have it, or it is on other problems")
+        elif problems:
+            first[name], second[name] = (list(zip(*(kl[name][id] for id in problems))) for kl in kls)
     draws = {name: bootstrap_means(*second[name]) - bootstrap_means(*first[name]) for name in first}
     return *({name: mean_of(*one[name]) for name in one} for one in (first, second)), draws
 

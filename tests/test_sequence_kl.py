@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluate
 import rollout
 from conftest import read_rows, run_line
+from distil import evaluation
 from distil.models import Response
 from recipes.toy_world import make_model
 
@@ -137,9 +139,9 @@ def test_what_is_no_plain_sample_is_said(pair, world, tmp_path, capsys):
     capsys.readouterr()
     run_line(evaluate, f"{line} --top_p 0.9 --rollouts {others} --out {tmp_path}/eval")
     printed = capsys.readouterr().out
-    for prefix in ("student", "teacher"):
+    for prefix, why in {"student": "temperature 0.6, top-p 0.9", "teacher": "another model"}.items():
         assert not json.loads((tmp_path / "eval/results.json").read_text())["kl"][prefix]["plain_samples"]
-        assert f"the {prefix}'s responses are not plain samples" in printed
+        assert f"on the {prefix}'s, no plain samples: {why}" in printed
 
 
 def test_refusals(pair, world, tmp_path, refused):
@@ -168,7 +170,9 @@ def test_tables_comparisons_and_figures_show_them(pair, world, tmp_path, capsys)
     assert [row["sequence_rkl"] for row in cells] == [f"{rkl:.3f}", "0.000", "-"]
     assert [row["sequence_fkl"] for row in cells] == [f"{fkl:.3f}", "-", "-"] and "whole responses" in note
     run_line(evaluate, f"--compare {tmp_path}/itself {pair}/eval")
-    [row] = [line for line in capsys.readouterr().out.splitlines() if "sequence_" in line]
+    printed = capsys.readouterr().out
+    [row] = [line for line in printed.splitlines() if line.startswith("| sequence_rkl")]
+    assert "sequence_fkl is left out" in printed and "whole responses" in printed
     low, high = kl["student"]["sequence_rkl_interval"]
     assert f"| {rkl:+.3f} [{low:+.3f}, {high:+.3f}] |" in row  # the other's is 0 for every problem
     figure, runs = tmp_path / "kl.svg", f"--runs {pair}/eval {tmp_path}/itself {tmp_path}/without"
@@ -179,3 +183,57 @@ def test_tables_comparisons_and_figures_show_them(pair, world, tmp_path, capsys)
 def test_the_figure_refuses_what_has_no_position(pair, tmp_path, refused):
     line = f"--figure {tmp_path}/a.png --x position --runs"
     refused(lambda: run_line(evaluate, f"{line} {pair}/eval --y avg"), "--y avg", "fkl and rkl")
+
+
+def test_comparisons_pair_problems_and_say_what_they_cannot_compare(pair, world, tmp_path, capsys):
+    """The same responses stored in another order, with a weaker sampler, and against another teacher."""
+    lines = (world / "train.jsonl").read_text().splitlines()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/train.jsonl").write_text("\n".join(lines[:12][::-1]))
+    other = f"--data {tmp_path}/a/train.jsonl --n 16 {SMALL}"
+    rows = [json.loads(line) for line in lines[:12]]
+    assert all("id" in row for row in rows)  # or else they would be numbered
+    run_line(rollout, f"--model {pair}/teacher {other} --out {tmp_path}/reversed")
+    line = f"--model {pair}/student --data {world}/train.jsonl --limit 12 --n 16 {SMALL}"
+    teacher = f"--teacher {pair}/teacher --rollouts {tmp_path}/reversed"
+    run_line(evaluate, f"{line} {PLAIN} {teacher} --out {tmp_path}/same")
+    run_line(evaluate, f"{line} {PLAIN} --teacher {pair}/student --out {tmp_path}/other")
+    capsys.readouterr()
+    run_line(evaluate, f"--compare {pair}/eval {tmp_path}/same")
+    [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| sequence_fkl")]
+    sums = {}
+    for place in (pair / "eval", tmp_path / "same"):
+        for one in read_rows(place / "kl.jsonl"):
+            if one["prefix"] == "teacher":
+                sums.setdefault(one["id"], {}).setdefault(place, []).append(sum(one["fkl"]))
+    differences = [
+        (torch.tensor(b).mean() - torch.tensor(a).mean()).item() for a, b in map(dict.values, sums.values())
+    ]
+    low, high = evaluation.interval(differences)
+    assert f"{sum(differences) / 12:+.3f} [{low:+.3f}, {high:+.3f}]" in row
+    run_line(evaluate, f"--table {pair}/eval {tmp_path}/other")
+    assert f"the teachers differ: {pair}/teacher of" in capsys.readouterr().out
+
+
+def test_rollouts_to_other_problems_are_left_out_or_refused(pair, world, tmp_path, capsys, refused):
+    line = f"--model {pair}/student --n 1 {SMALL} {PLAIN} --teacher {pair}/teacher --rollouts {pair}/rollouts"
+    run_line(evaluate, f"{line} --data {world}/train.jsonl --limit 5 --out {tmp_path}/five")
+    assert "112 responses to other problems" in capsys.readouterr().out
+    found = json.loads((tmp_path / "five/results.json").read_text())["kl"]["teacher"]
+    assert found["responses"] == 5 * 16 and found["plain_samples"]
+    none = f"{line} --data {world}/test.jsonl --out {tmp_path}/none"
+    refused(lambda: run_line(evaluate, none), f"--rollouts {pair}/rollouts", "other problems")
+
+
+def test_a_teacher_that_has_changed_since_is_another(pair, world, tmp_path, capsys):
+    shutil.copytree(pair / "teacher", tmp_path / "teacher")
+    sampled = f"--data {world}/train.jsonl --limit 2 {SMALL}"
+    run_line(rollout, f"--model {tmp_path}/teacher {sampled} --out {tmp_path}/rollouts")
+    teacher = f"--teacher {tmp_path}/teacher --rollouts {tmp_path}/rollouts"
+    for changed, out in ((False, "before"), (True, "after")):
+        if changed:
+            shutil.copy(pair / "student/model.safetensors", tmp_path / "teacher/model.safetensors")
+        run_line(evaluate, f"--model {pair}/student {sampled} --n 1 {PLAIN} {teacher} --out {tmp_path}/{out}")
+        found = json.loads((tmp_path / out / "results.json").read_text())["kl"]["teacher"]
+        assert found["plain_samples"] != changed
+    assert "or it has changed" in capsys.readouterr().out

@@ -250,11 +250,11 @@ def store_kls(args, model, teacher, task, rows):
             for r, (fkl, rkl) in zip(responses, kls, strict=True):
                 row = {"prefix": prefix, "id": r.id, "tokens": len(r.response_ids), "fkl": fkl, "rkl": rkl}
                 file.write(json.dumps(finite(row, f"--teacher, a response to {r.id}")) + "\n")
-            if why_not:
-                print(f"--teacher: no KL of whole responses on the {prefix}'s, no plain samples: {why_not}")
-            if others:
-                print(f"--rollouts: {others} responses to other problems than those of --data: left out")
             summary = kl_summary(responses, kls, width)
+            sums = f"reverse {summary['sequence_rkl']:.4g}, forward {summary['sequence_fkl']:.4g} nats"
+            notes = f"; {others} responses to other problems left out" * bool(others)
+            notes += f"; no KL of whole responses, no plain samples: {why_not}" * bool(why_not)
+            print(f"sums of the KL along the {prefix}'s responses: {sums}{notes}", flush=True)
             summaries[prefix] = {"plain_samples": not why_not, "bin": width} | summary
     return summaries
 
@@ -266,9 +266,8 @@ def token_kls(args, model, teacher, responses, vocab_size):
     batches = batches_by_tokens([r.length for r in responses], args.micro_batch_tokens)
     for indices in tqdm(batches, desc="KL", unit="batch", leave=False):
         batch = [responses[i] for i in indices]
-        signal = teacher.signal(batch)
-        both = *forward(model, batch, vocab_size), signal.hidden, signal.head
-        out = linear_streaming_kl(*both, fkl_weight=1.0)
+        student, signal = forward(model, batch, vocab_size), teacher.signal(batch)
+        out = linear_streaming_kl(*student, signal.hidden, signal.head, fkl_weight=1.0)
         kl = torch.stack([out.fkl, out.rkl]).double().cpu()  # (2, N)
         kls |= zip(indices, kl.split([len(r.response_ids) for r in batch], 1))
         if artifacts.stop_requested():
@@ -289,7 +288,8 @@ def kl_summary(responses, kls, width):
         sums[:, places[r.id], : len(kl[0])] += torch.tensor(kl, dtype=torch.float64)
         tokens[places[r.id]] += (len(r.response_ids) - width * torch.arange(bins)).clamp(0, width)
         counts[places[r.id]] += 1
-    found = {"responses": len(responses)}
+    reach = [sum(len(r.response_ids) > i * width for r in responses) for i in range(bins)]
+    found = {"responses": len(responses), "responses_by_position": reach}
     for name, by_bin in zip(("fkl", "rkl"), sums):
         for unit, weights in {"sequence": counts, "token": tokens.sum(1)}.items():
             one = by_bin.sum(1).tolist(), weights.tolist()

@@ -4,6 +4,7 @@ import io
 import os
 
 from distil.artifacts import refuse, write_file
+from distil.evaluation import data_names
 from reports.reading import (
     EVAL_CURVES,
     STEP_CURVES,
@@ -22,6 +23,7 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 LINES, MARKERS = ["-", "--", "-.", ":"], "os^DvP*X"
 PANELS = 3  # side by side
 POINTS = 20  # of a line that have a marker
+REACHED = 0.05  # share of responses below which the KL at a position is not drawn
 
 
 def figure(path, runs, names, x):
@@ -53,6 +55,8 @@ def figure_by_position(path, directories, names):
     paths = [one for directory in directories for one in evaluations_in(directory, "--runs")]
     results, _ = read_evaluations(paths, "--runs")
     curves, styles, labels = {}, {}, {}
+    names_of = data_names(dict.fromkeys(found["data"] for found in results.values()))
+    on = {one: f" on {names_of[found['data']]}" * (len(names_of) > 1) for one, found in results.items()}
     for place, (one, found) in enumerate(results.items()):
         if not kls_of(found):
             print(f"figure: {found['run']} on {found['data']} was evaluated without --teacher: left out")
@@ -60,18 +64,20 @@ def figure_by_position(path, directories, names):
         look["marker"] = MARKERS[place // len(COLORS) % len(MARKERS)]
         for prefix, kl in kls_of(found).items():
             key, width = (one, prefix), kl["bin"]
+            enough = sum(count >= REACHED * kl["responses"] for count in kl["responses_by_position"])
             columns = [zip(kl[f"{name}_by_position"], kl[f"{name}_by_position_interval"]) for name in names]
             curves[key] = [
-                [((i + 0.5) * width, value, *bounds) for i, (value, bounds) in enumerate(column)]
+                [((i + 0.5) * width, value, *bounds) for i, (value, bounds) in enumerate(column)][:enough]
                 for column in columns
             ]
             styles[key] = look | {"linestyle": {"student": "-", "teacher": "--"}[prefix]}
-            labels[key] = f"{found['run']}, {prefix}'s prefixes"
+            labels[key] = f"{found['run']}{on[one]}, {prefix}'s prefixes"
+            labels[key] += "" if kl["plain_samples"] else " (no plain samples)"
     if not curves:
         refuse("--x position: none of --runs was evaluated with --teacher")
     titles = {"fkl": "KL(teacher‖student) (nats)", "rkl": "KL(student‖teacher) (nats)"}
     panels = [("evals", titles[name]) for name in names]
-    draw(path, panels, curves, styles, labels, "position in the response")
+    draw(path, panels, curves, styles, labels, f"position, as far as {REACHED:.0%} of the responses reach")
 
 
 def check_path(path):

@@ -112,10 +112,11 @@ def read_results(path, flag):
 
 def metrics_of(results):
     """{metric: value} of results.json: avg, pass@k and maj@k for each k, length, truncated, entropy; with
-    --teacher also sequence_rkl, on the model's responses, and sequence_fkl, on the teacher's."""
+    --teacher also sequence_rkl, on the model's responses, and sequence_fkl, on the teacher's, if these were
+    plain samples: others give no KL of whole responses."""
     found = columns_of({name: results[name] for name in METRICS})
-    kls = {f"sequence_{KLS[prefix]}": kl[f"sequence_{KLS[prefix]}"] for prefix, kl in kls_of(results).items()}
-    return found | kls
+    kls = {prefix: kl for prefix, kl in kls_of(results).items() if kl["plain_samples"]}
+    return found | {f"sequence_{KLS[prefix]}": kl[f"sequence_{KLS[prefix]}"] for prefix, kl in kls.items()}
 
 
 def kls_of(results):
@@ -123,14 +124,14 @@ def kls_of(results):
     return results.get("kl", {})
 
 
-def kls_by_problem(path):
-    """{metric of metrics_of(): {id of a problem: (sum over its responses, their number)}} of kl.jsonl."""
-    found = {}
-    if os.path.isfile(os.path.join(path, "kl.jsonl")):
-        for _, row in read_jsonl(os.path.join(path, "kl.jsonl")):
-            problems = found.setdefault(f"sequence_{KLS[row['prefix']]}", {})
-            total, count = problems.get(row["id"], (0.0, 0))
-            problems[row["id"]] = total + sum(row[KLS[row["prefix"]]]), count + 1
+def kls_by_problem(path, results):
+    """{sequence KL in metrics_of(results): {id of a problem: (sum over its responses, their number)}}."""
+    found = {name: {} for name in metrics_of(results) if name.startswith("sequence_")}
+    for _, row in read_jsonl(os.path.join(path, "kl.jsonl")) if found else ():
+        name = f"sequence_{KLS[row['prefix']]}"
+        if name in found:
+            total, count = found[name].get(row["id"], (0.0, 0))
+            found[name][row["id"]] = total + sum(row[KLS[row["prefix"]]]), count + 1
     return found
 
 

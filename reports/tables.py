@@ -13,7 +13,6 @@ from reports.reading import (
     cost_of,
     evaluations_in,
     kls_by_problem,
-    kls_of,
     metrics_of,
     read_evaluations,
     read_samples,
@@ -91,13 +90,10 @@ def ks_of(values):
 
 def kl_notes(results):
     """What is to be said of the sequence KLs among some evaluations: one text, or none."""
-    measured = [r for r in results if kls_of(r)]
+    measured = [r for r in results if any(name in metrics_of(r) for name in SEQUENCE_KLS)]
     if not measured:
         return []
     text = "sequence_rkl, sequence_fkl: KL(q‖p), KL(p‖q) of whole responses, in nats; p: the teacher."
-    unfit = [r["run"] for r in measured if not all(kl["plain_samples"] for kl in kls_of(r).values())]
-    if unfit:
-        text += f" Not so for {', '.join(dict.fromkeys(unfit))}: sums over other than plain samples."
     teachers = {r["run"]: r["teacher"] for r in measured}
     if len({*teachers.values()}) > 1:
         each = "; ".join(f"{teacher} of {run}" for run, teacher in teachers.items())
@@ -211,16 +207,21 @@ def measure(pair, results):
     problems = [list(dict.fromkeys((row["id"], row["answer"]) for row in rows)) for rows in samples]
     if problems[0] != problems[1]:
         refuse(f"--compare {' '.join(pair)}: they are not evaluations of the same problems")
-    prompts = [Prompting.read(read_artifact(path, "--compare", "evaluate")["args"]) for path in pair]
+    args = [read_artifact(path, "--compare", "evaluate")["args"] for path in pair]
+    prompts = list(map(Prompting.read, args))
     for flag, one, other in prompts[0].differences(prompts[1]):
         print(f"--compare: the prompts differ: {flag} was {one!r} in {pair[0]}, {other!r} in {pair[1]}")
+    for name in ("temperature", "top_p", "top_k", "max_response_tokens"):
+        one, other = (made.get(name) for made in args)
+        if one != other:
+            print(f"--compare: the sampling differs: --{name} was {one} in {pair[0]}, {other} in {pair[1]}")
     ks = [int(k) for k in results[0]["pass"] if k in results[1]["pass"]]
     first, second = (values_by_problem(rows, r["n"], ks) for rows, r in zip(samples, results))
-    kls = [kls_by_problem(path) for path in pair]
+    kls = [kls_by_problem(path, r) for path, r in zip(pair, results)]
     for name in SEQUENCE_KLS:
         problems = kls[0].get(name, {}).keys()
         if problems != kls[1].get(name, {}).keys():
-            print(f"--compare: {name} is left out: not both have it, or it is on other problems")
+            print(f"--compare: {name} is left out: not both have it of plain samples, on the same problems")
         elif problems:
             first[name], second[name] = (list(zip(*(kl[name][id] for id in problems))) for kl in kls)
     draws = {name: bootstrap_means(*second[name]) - bootstrap_means(*first[name]) for name in first}

@@ -52,6 +52,7 @@ from streaming_kl import (
 
 SHOWN = ("reward", "correct", "equal_groups", "trained", "loss", "entropy", "clip_fraction", "reference_kl")
 SHOWN += ("mismatch", "sampler_kl", "outside", "response_length", "truncated")
+NOTHING = "in each group the rewards are equal, or the responses masked (--overlong)"
 
 
 def correct(args, problem, response, verdict):
@@ -305,7 +306,6 @@ def main(args):
     reference = load_reference(args, other, *about) if other else None
     run.start()
 
-    warned = False
     for step in range(run.first_step, args.steps):
         started = training.clock()
         picked = batches.batch_indices(len(task.problems), args.batch_size, step, args.seed)
@@ -328,17 +328,13 @@ def main(args):
         equal_groups = (advantages == 0).all(1).float().mean().item()
         row = {"reward": rewards.mean().item(), "correct": verdicts.mean().item()}
         trained = sum(has_gradient(args, r) for group in trained for r in group) / len(responses)
-        if not trained and not warned:
-            warned = True  # from then on `trained` in the step line says so
-            why = "in each group the rewards are equal, or the responses masked (--overlong)"
-            run.say(f"WARNING: step {step + 1} trains on nothing: {why}")
         row |= {"equal_groups": equal_groups, "trained": trained, **metrics}
         row |= {"response_length": tokens / len(responses)}
         row |= {"truncated": sum(r.truncated for r in responses) / len(responses)}
         row |= {"seconds": ended - started, "seconds_sample": sampled - started}
         row |= {"seconds_grade": graded - sampled, "seconds_train": ended - graded}
         row |= {"tokens_per_second": tokens / (ended - started)}
-        run.end_step(step + 1, row, SHOWN, last=step + 1 == args.steps)
+        run.end_step(step + 1, row, SHOWN, NOTHING, last=step + 1 == args.steps)
     run.finish("grpo", args.steps)
 
 

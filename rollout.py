@@ -19,7 +19,7 @@ prompts and token ids; its weights are not read. docs/data.md has the columns.
 import functools
 import itertools
 import os
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from concurrent.futures import FIRST_COMPLETED, wait
 
 from tqdm import tqdm
@@ -27,9 +27,9 @@ from tqdm import tqdm
 from distil import artifacts, flags, sampling
 from distil.jsonl import GrowingFile
 from distil.models import Response, context_of, default_dtype, load_model
-from distil.problems import add_problem_flags, asked, gold_answer, load_rows
+from distil.problems import add_problem_flags, asked, gold_answer, load_rows, own_id
 from distil.prompts import prompt_text, render_prompt, stop_ids
-from distil.rollouts import finish_rollouts, write_rollouts
+from distil.rollouts import finish_rollouts, listed, write_rollouts
 from distil.server import add_server_flags, connect
 from distil.vllm_engine import load_vllm
 
@@ -37,13 +37,11 @@ from distil.vllm_engine import load_vllm
 def get_args(argv=None):
     parser = flags.stage_parser(__doc__)
     p = parser.add_argument_group("what goes in")
-    p.add_argument(
-        "--model", type=flags.path, required=True, help="directory or hub id of the model to sample"
-    )
+    model_help = "directory or hub id of the model to sample"
+    p.add_argument("--model", type=flags.path, required=True, help=model_help)
     add_problem_flags(p, required=False)
-    p.add_argument(
-        "--responses", type=flags.path, help="stored responses, in place of --data: hub id or file"
-    )
+    stored_help = "stored responses, in place of --data: hub id or file"
+    p.add_argument("--responses", type=flags.path, help=stored_help)
     p.add_argument("--response_column", default="response", help="else completion, generations, messages")
     p = parser.add_argument_group("sampling")
     sampling.add_sampling_flags(p, more=["server"])
@@ -52,13 +50,9 @@ def get_args(argv=None):
     p.add_argument("--dtype", choices=dtypes, default=default_dtype(), help="dtype of the model")
     p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")
     p = parser.add_argument_group("filters of a cold start")
-    p.add_argument(
-        "--drop",
-        nargs="+",
-        default=[],
-        choices=["unboxed", "truncated", "degenerate"],
-        help="resample, then drop, responses that have no boxed answer, are truncated, or repeat themselves",
-    )
+    faults = ["unboxed", "truncated", "degenerate"]
+    drop_help = "resample, then drop, responses that have no boxed answer, are truncated or repeat themselves"
+    p.add_argument("--drop", nargs="+", default=[], choices=faults, help=drop_help)
     attempts_help = "with --drop, times a response is sampled before it is dropped"
     p.add_argument("--attempts", type=flags.positive_int, default=3, help=attempts_help)
     artifacts.add_output_flags(parser)
@@ -103,14 +97,9 @@ def is_degenerate(response):
 
 def fault(response, truncated, drop):
     """The first reason in `drop` to reject a response, given as text, or None."""
-    for reason in drop:
-        if reason == "unboxed" and "\\boxed" not in response:
-            return reason
-        if reason == "truncated" and truncated:
-            return reason
-        if reason == "degenerate" and is_degenerate(response):
-            return reason
-    return None
+    faulty = {"unboxed": lambda: "\\boxed" not in response, "truncated": lambda: truncated}
+    faulty["degenerate"] = lambda: is_degenerate(response)
+    return next((reason for reason in drop if faulty[reason]()), None)
 
 
 def judge(args, tokenizer, seed, faults, request, response):
@@ -164,9 +153,10 @@ def exchange(row, problem_column, response_column):
 
 
 def stored_rows(args, task, counts):
-    """Yields ({"id", "answer"}, prompt ids, [responses as text]) of rows, and counts what is left out."""
+    """Yields ({"id", "answer", "start"}, prompt ids, [response as text]) of rows; counts what is left out."""
     name, _, rows = load_rows(args.responses, flag="--responses")
-    for index, (_, row) in enumerate(itertools.islice(rows, args.limit or None)):
+    seen, starts = {}, Counter()  # rows that repeat an id go on with its samples, at starts[id]
+    for index, (where, row) in enumerate(itertools.islice(rows, args.limit or None)):
         problem, responses = exchange(row, args.problem_column, args.response_column)
         if not problem or not any(responses):
             counts["rows without problem or response"] += 1
@@ -180,10 +170,12 @@ def stored_rows(args, task, counts):
         counts["system messages left out"] += "system" in roles or bool(row.get("system"))
         counts["rows with more turns, left out"] += sum(role in ROLES["user"] for role in roles) > 1
         counts["responses without text"] += responses.count(None)
-        answer, key = gold_answer(row.get(args.answer_column)), row.get("id", row.get("unique_id", index))
+        answer = gold_answer(row.get(args.answer_column))
         answer = answer if isinstance(answer, str) else ""
         counts["rows without a text answer"] += not answer
-        yield {"id": f"{name}/{key}", "answer": answer}, prompt_ids, list(filter(None, responses))
+        id, texts = own_id(seen, name, where, row, index, problem), list(filter(None, responses))
+        yield {"id": id, "answer": answer, "start": starts[id]}, prompt_ids, texts
+        starts[id] += len(texts)
 
 
 def encode_response(tokenizer, text, end, stops, limit, unfinished):
@@ -199,7 +191,7 @@ def encode_response(tokenizer, text, end, stops, limit, unfinished):
 
 
 def stored_groups(args, task, rows, counts):
-    """Yields ({"id", "answer"}, [Response or None]) of stored_rows, and counts what is dropped or changed."""
+    """Yields (problem, [Response or None]) of stored_rows, and counts what is dropped or else changed."""
     begin = prompt_text(task.tokenizer, "PROBLEM", task.prompting).rpartition("PROBLEM")[2].rstrip()
     opened, context, limit = begin.endswith("<think>"), context_of(task.directory), args.max_response_tokens
     stops, eos = task.sampling.stop_ids, task.tokenizer.eos_token_id
@@ -221,10 +213,9 @@ def stored_groups(args, task, rows, counts):
                 reason = "a token without a row in the model"
             if {*stops}.intersection(response_ids[:-1]):  # of a tokenizer that reads unknown text as one
                 reason = "an end token inside"
-            counts.update([reason] if reason else [])
-            counts["cut"] += cut
-            counts["thinking that never ends, so no end token"] += unfinished
-            counts["thinks after a prompt that ends thinking"] += thinks and "</think>" in begin
+            changes = {"cut": cut, "thinking that never ends, so no end token": unfinished}
+            changes["thinks after a prompt that ends thinking"] = thinks and "</think>" in begin
+            counts.update([reason] if reason else [name for name, found in changes.items() if found])
             group.append(None if reason else Response(prompt_ids, response_ids, cut))
         yield problem, group
 
@@ -237,18 +228,23 @@ def take_responses(args):
     config = sampling.sampling_from(args, size, stop_ids(tokenizer, directory, size))
     task = sampling.Task(directory, tokenizer, [], [], config, 0, prompting)
     counts = Counter()
-    usable = sum(1 for _ in tqdm(stored_rows(args, task, counts), desc="check", unit="row"))
-    if not usable:
-        where, first = next(load_rows(args.responses, flag="--responses")[2], ("it", {}))
-        why = f"no row to take {dict(counts)}; see --problem_column and --response_column"
-        has = f"{where} has {', '.join(first) or 'no columns'}"
-        artifacts.refuse(f"--responses {args.responses}: {why}; {has}")
+    bar = tqdm(stored_rows(args, task, counts), desc="check", unit="row")
+    rows = iter(bar)
+    some = any(any(group) for _, group in stored_groups(args, task, rows, counts))
+    deque(rows, maxlen=0)  # reads the rest, so that damage is found before anything is written
+    if not some:
+        why = f"no response to take ({listed(counts) or 'no rows'})"
+        if not bar.n:
+            where, first = next(load_rows(args.responses, flag="--responses")[2], ("it", {}))
+            has = f"{where} has {', '.join(first) or 'no columns'}"
+            why += f"; see --problem_column and --response_column; {has}"
+        artifacts.refuse(f"--responses {args.responses}: {why}")
     artifacts.start_artifact(args)
     path, counts = os.path.join(args.out, "rollouts.jsonl"), Counter()
-    rows = tqdm(stored_rows(args, task, counts), total=usable, unit="row")
+    rows = tqdm(stored_rows(args, task, counts), total=bar.n, unit="row")
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         for problem, group in stored_groups(args, task, rows, counts):
-            write_rollouts(file, tokenizer, problem, group)
+            write_rollouts(file, tokenizer, problem, group, problem["start"])
             if artifacts.stop_requested():
                 artifacts.stop(args)
     facts = {"model": os.path.realpath(directory), "stop_ids": config.stop_ids}

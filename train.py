@@ -40,6 +40,7 @@ from streaming_kl import linear_divergence, linear_streaming_kl, sampler_kl, tok
 DIVERGENCES = {}
 
 SHOWN = "loss fkl rkl nll student_entropy teacher_entropy overlap_ratio response_length truncated".split()
+NOTHING = "the sets of --topk_set are empty, or both models say the same"
 
 
 def get_args(argv=None):
@@ -222,8 +223,7 @@ def train_step(args, run, teacher, batch, step):
     sums = batches.accumulate_gradients(run.model.device, batch, weights, args.micro_batch_tokens, loss_of)
     grad_norm, lr = training.optimizer_step(args, run.model, run.optimizer, step, [r.id for r in batch])
     metrics = {"loss": sums.pop("loss"), "padding": 1 - sum(r.length for r in batch) / sums.pop("positions")}
-    metrics |= diagnostics.position_means(sums)
-    metrics |= {name: total / tokens for name, total in sums.items()}
+    metrics |= diagnostics.position_means(sums) | {name: total / tokens for name, total in sums.items()}
     return metrics | {"grad_norm": grad_norm, "lr": lr, "seconds_score": training.seconds_between(scored)}
 
 
@@ -370,7 +370,7 @@ def main(args):
         metrics |= {"truncated": sum(r.truncated for r in batch) / len(batch), "horizon": horizon}
         metrics |= {"seconds": total, **seconds, "tokens_per_second": tokens / total}
         last = step == args.steps or gate_ended(args, run)
-        run.end_step(step, metrics, SHOWN, last, can_stop=not sampled_ahead)
+        run.end_step(step, metrics, SHOWN, NOTHING, last, can_stop=not sampled_ahead)
     run.finish("train", step)
 
 

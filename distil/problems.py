@@ -106,10 +106,7 @@ def load_problems(data, limit=0, columns=COLUMNS, context=None):
     names = ["problem", "question"] if dataset.problem == "problem" else [dataset.problem]
     problems, seen = [], {}
     for index, (where, row) in enumerate(itertools.islice(rows, limit or None)):
-        values = {column: x for column, x in row.items() if x not in (None, "") and x == x}  # x: not NaN
-        key = values.get("id", values.get("unique_id", index))
-        if not isinstance(key, (str, int, float)):
-            refuse(f"{where}: its id must be text or a number, not {key!r}")
+        values, id = filled(row), own_id(seen, name, where, row, index)
         text = next((values[column] for column in names if column in values), None)
         answer = gold_answer(values.get(dataset.answer))
         see = "--problem_column, --answer_column"
@@ -122,15 +119,30 @@ def load_problems(data, limit=0, columns=COLUMNS, context=None):
                     refuse(f"{where}: its {has[0]!r} is {json.dumps(row[has[0]], default=str):.80}, not text")
                 names, has = " or ".join(map(repr, wanted)), ", ".join(map(repr, row))
                 refuse(f"{where}: no column {names} (see {see}); it has {has}")
-        id = f"{name}/{key}"
-        if id in seen:
-            refuse(f"{where}: the id {key!r} was already used at {seen[id]}; ids must differ")
-        seen[id] = where
         hint = {} if context is None else {"context": values[context]}
         problems.append({"id": id, "problem": text, "answer": answer, **hint})
     if not problems:
         refuse(f"--data {data}: no problems in it")
     return problems
+
+
+def filled(row):
+    """What a row has: its columns that are not null, NaN or empty."""
+    return {column: x for column, x in row.items() if x not in (None, "") and x == x}
+
+
+def own_id(seen, name, where, row, index, problem=None):
+    """NAME/ and a row's own `id` or `unique_id`, or else its index; seen: {id: its first row}, kept here.
+
+    Refused if it is neither text nor a number, or if another row has it, but for responses to one problem."""
+    values = filled(row)
+    key = values.get("id", values.get("unique_id", index))
+    if type(key) not in (str, int, float):
+        refuse(f"{where}: its id must be text or a number, not {key!r}")
+    first, same = seen.setdefault(f"{name}/{key}", (where, hash(problem)))
+    if first != where and (problem is None or same != hash(problem)):
+        refuse(f"{where}: the id {key!r} was already used at {first}; ids of different problems must differ")
+    return f"{name}/{key}"
 
 
 def load_rows(data, columns=COLUMNS, flag="--data"):

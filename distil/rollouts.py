@@ -9,9 +9,9 @@ from distil.models import Response
 from distil.prompts import PLAIN, PROMPT_DATE, template_sha256, tokenizer_sha256
 
 
-def write_rollouts(file, tokenizer, problem, group):
-    """Write a row for each Response to a problem. None: a dropped response."""
-    for index, response in enumerate(group):
+def write_rollouts(file, tokenizer, problem, group, start=0):
+    """Write a row for each Response to a problem, samples start, start + 1, ... None: a dropped response."""
+    for index, response in enumerate(group, start):
         if response is None:
             continue
         row = {"id": problem["id"], "sample": index}
@@ -54,6 +54,11 @@ def stored_responses(path, max_response_tokens, context, vocab_size):
     return responses
 
 
+def listed(counts):
+    """{what happened: count} as text, without zeros."""
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+
+
 def finish_rollouts(args, tokenizer, faults=None, prompting=PLAIN, **facts):
     """Complete the artifact in args.out: tokenizer, counts, meta.json. faults: {what was dropped: count}."""
     file = os.path.join(args.out, "rollouts.jsonl")
@@ -62,7 +67,7 @@ def finish_rollouts(args, tokenizer, faults=None, prompting=PLAIN, **facts):
     files = [f"tokenizer/{name}" for name in sorted(os.listdir(os.path.join(args.out, "tokenizer")))]
     ends = [(len(row["response_ids"]), row["finish_reason"]) for row in read_rollouts(args.out)]
     if not ends:
-        refuse(f"every response was dropped (--drop): {dict(faults)}", code=1)
+        refuse(f"every response was dropped (--drop): {listed(faults)}", code=1)
     lengths, truncated = [length for length, _ in ends], sum(reason == "length" for _, reason in ends)
     counts = {"responses": len(lengths), "response_tokens": sum(lengths), "longest_response": max(lengths)}
     facts["counts"] = counts | {"truncated": truncated, "faults": faults or {}}
@@ -72,5 +77,5 @@ def finish_rollouts(args, tokenizer, faults=None, prompting=PLAIN, **facts):
     finish_artifact(args, "rollout", ["rollouts.jsonl", *files], **facts)
     mean = sum(lengths) / len(lengths)
     print(f"{args.out}: {len(lengths)} responses, {mean:.1f} tokens on average, {truncated} truncated")
-    if found := [f"{count} {reason}" for reason, count in (faults or {}).items() if count]:
-        print(f"counts: {', '.join(found)}")
+    if found := listed(faults or {}):
+        print(f"counts: {found}")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 
 from distil.artifacts import refuse, write_file
 from distil.evaluation import data_names
@@ -148,6 +149,23 @@ def line_styles(cells):
     return [dict(zip(names, look)) | sizes for look in looks]
 
 
+def fonts_for(text):
+    """Installed font families that have what matplotlib's own lacks of a text. What none has is printed."""
+    from matplotlib import font_manager, ft2font
+
+    others = [(font.name, font.fname) for font in font_manager.fontManager.ttflist]
+    own = font_manager.findfont(font_manager.FontProperties())
+    missing, families = {ord(character) for character in text if character.isprintable()}, []
+    for name, path in [("", own), *others]:
+        if missing and "Last Resort" not in name:  # a font of boxes
+            found = missing & ft2font.FT2Font(path).get_charmap().keys()
+            families += [name] if found and name else []
+            missing -= found
+    if missing:
+        print(f"figure: no font here shows {''.join(map(chr, sorted(missing)))}: boxes take their place")
+    return families
+
+
 def draw(path, panels, curves, styles, labels, xlabel):
     """Write the file. curves: {run: points of each panel}."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -162,6 +180,7 @@ def draw(path, panels, curves, styles, labels, xlabel):
     width = max(6.5, 4.3 * columns)
     beside = max(1, min(len(names), int(11 * width / (max(map(len, names.values())) + 10))))
     height = 3.5 * rows + 0.2 * (-(-len(names) // beside))
+    plt.rcParams["font.family"] = [*plt.rcParams["font.family"], *fonts_for("".join(labels.values()))]
     fig = plt.figure(figsize=(width, height), constrained_layout=True)
     for place, (log, column) in enumerate(panels):
         axis = fig.add_subplot(rows, columns, place + 1)
@@ -178,7 +197,9 @@ def draw(path, panels, curves, styles, labels, xlabel):
     keys = [plt.Line2D([], [], label=names[run], **styles[run]) for run in curves]
     fig.legend(handles=keys, loc="outside lower center", ncols=beside, fontsize=8, handlelength=5)
     image = io.BytesIO()
-    fig.savefig(image, dpi=150, format=path[-3:].lower())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # fonts_for() has said so
+        fig.savefig(image, dpi=150, format=path[-3:].lower())
     write_file(path, image.getvalue())
     plt.close(fig)
     print(f"figure: {path}")

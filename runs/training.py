@@ -197,6 +197,7 @@ class Run:
             artifacts.refuse(f"--resume: {args.out} {why}")
         state = artifacts.read_checkpoint(checkpoint, "--resume") if checkpoint else {"step": 0}
         self.first_step, self.curriculum = state["step"], state.get("curriculum")
+        self.warned = False  # of a step without a gradient
         self.best = state.get("best")  # {"metric", "value", "step"} of the best evaluation so far
         costs = {name: state.get(name, 0) for name in ("tflops", "tflops_uncached", "response_tokens")}
         self.spent = {name: math.nan if cost is None else cost for name, cost in costs.items()}
@@ -291,11 +292,15 @@ class Run:
             self.best = {"metric": args.keep_best, "value": value, "step": step}
             self.save("best", step)
 
-    def end_step(self, step, row, shown, last, can_stop=True):
+    def end_step(self, step, row, shown, nothing, last, can_stop=True):
         """Log a step's metrics, print those named in `shown`; evaluate and save when it is time.
 
-        If a signal has asked to stop, save and stop. can_stop: whether no sampled responses would be lost."""
+        nothing: why a step may have no gradient, said the first time that one has none. If a signal has asked
+        to stop, save and stop. can_stop: whether no sampled responses would be lost."""
         args = self.args
+        if not row["grad_norm"] and not self.warned:
+            self.warned = True
+            self.say(f"WARNING: step {step} trains on nothing: {nothing}")
         row = {"step": step, **row, "peak_memory": peak_memory(), **for_file(self.spent)}
         self.append("metrics.jsonl", row)
         if step % args.log_every == 0 or last:

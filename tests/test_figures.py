@@ -164,6 +164,24 @@ def test_twenty_runs_of_one_cell_and_directory_have_a_line_and_a_name_each(tmp_p
     assert box.y1 < panel.y0 and panel.height > 200
 
 
+def test_what_no_font_shows_is_one_line_and_other_fonts_fill_in(
+    tmp_path, drawn, capsys, monkeypatch, recwarn
+):
+    from matplotlib.font_manager import fontManager
+    from matplotlib.ft2font import FT2Font
+
+    fonts = [font for font in fontManager.ttflist if font.name.startswith(("DejaVu Sans", "STIXGeneral"))]
+    monkeypatch.setattr(fontManager, "ttflist", fonts)
+    paths = {font.name: font.fname for font in fonts}
+    filled = {*FT2Font(paths["STIXGeneral"]).get_charmap()} - {*FT2Font(paths["DejaVu Sans"]).get_charmap()}
+    for name in ("日", next(filter(str.isprintable, map(chr, sorted(filled))))):
+        run = write_run(tmp_path / f"run{name}", steps(loss=[1.0]))
+        call("--figure", tmp_path / "a.png", "--runs", run, "--y", "loss")
+    shown, done = capsys.readouterr(), f"figure: {tmp_path}/a.png\n"
+    assert shown.out == f"figure: no font here shows 日: boxes take their place\n{done}{done}"
+    assert not recwarn.list and not shown.err
+
+
 def test_the_report_names_runs_and_evaluations_alike(tmp_path):
     for folder in "ab":
         run = write_run(tmp_path / folder / "sft", steps(loss=[1.0]))

@@ -487,7 +487,7 @@ def test_masked_responses_carry_no_loss_but_their_rewards_count(world, tmp_path,
 
     monkeypatch.setattr(training.Run, "sample", with_logps)
     steps = []
-    record = lambda args, run, reference, groups, step: steps.append(groups) or {}
+    record = lambda args, run, reference, groups, step: steps.append(groups) or {"grad_norm": 1.0}
     monkeypatch.setattr(grpo, "train_step", record)
     for word in ("keep", "mask"):
         more = "--steps 1 --scale_advantages none --log_every 2"

@@ -14,6 +14,7 @@ import score_teacher
 import train
 from conftest import run_line
 from distil.artifacts import read_artifact
+from distil.problems import load_problems
 from distil.prompts import PLAIN, render_prompt
 from distil.sampling import SamplingConfig, Task
 from recipes.toy_world import make_tokenizer
@@ -93,10 +94,10 @@ def test_what_is_left_out_or_cut_is_counted(world, tmp_path, capsys):
     expected = {
         "rows without problem or response": 2,
         "rows with a longer prompt": 1,
-        "cut": 1,
-        "truncated": 1,
+        "rows without a text answer": 3,
+        "truncated": 1,  # and not a second time as "cut"
     }
-    assert {name: faults[name] for name in expected} == expected
+    assert {name: count for name, count in faults.items() if count} == expected
     shown = capsys.readouterr().out.splitlines()[-1]
     assert shown == "counts: " + ", ".join(f"{n} {name}" for name, n in faults.items() if n)
     assert "1 truncated" in shown
@@ -169,6 +170,31 @@ def test_columns_of_ones_own_stand_alone(world, tmp_path, refused):
 def test_a_row_keeps_its_own_id_as_problems_do(world, tmp_path):
     row = {"id": "p7", "problem": PROBLEM, "response": TEXT}
     assert [found["id"] for found in run(world, tmp_path, [row])] == ["stored/p7"]
+
+
+def test_rows_that_repeat_an_id_have_samples_of_one_problem(world, tmp_path, refused):
+    row, other = {"problem": PROBLEM, "response": TEXT}, {"problem": "2+2", "response": TEXT}
+    several = {"id": "1", "problem": PROBLEM, "generations": [OTHER, "1?2", TEXT]}
+    found = run(world, tmp_path, [row | {"id": 1}, other | {"id": 7}, several, row | {"id": 1}])
+    samples = [("stored/1", 0), ("stored/7", 0), ("stored/1", 1), ("stored/1", 3), ("stored/1", 4)]
+    assert [(row["id"], row["sample"]) for row in found] == samples  # 2 has an end token inside
+    shutil.rmtree(tmp_path / "out")
+    again = lambda: run(world, tmp_path, [row | {"id": "1"}, row | {"id": 1}, other | {"id": 1}])
+    refused(again, "line 3: the id 1 was already used at", "line 1")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("id", [None, math.nan, ""])
+def test_a_row_whose_id_is_empty_is_named_by_its_index(id, world, tmp_path):
+    rows = [{"id": id, "problem": problem, "response": TEXT} for problem in ("1+2", "2+2")]
+    assert [row["id"] for row in run(world, tmp_path, rows)] == ["stored/0", "stored/1"]
+
+
+@pytest.mark.parametrize("id", [[1], True, {}])
+def test_an_id_is_text_or_a_number(id, world, tmp_path, refused):
+    row = {"id": id, "problem": PROBLEM, "response": TEXT, "answer": "3"}
+    refused(lambda: run(world, tmp_path, [row]), "line 1: its id must be text or a number")
+    refused(lambda: load_problems(str(tmp_path / "stored.jsonl")), "line 1: its id must be text or a number")
 
 
 def test_cut_responses_end_by_length(world, tmp_path):
@@ -271,10 +297,15 @@ def test_messages_that_are_left_out_are_counted(world, tmp_path):
 
 def test_nothing_kept_and_no_end_token_are_one_line(world, tmp_path, refused):
     row = {"problem": PROBLEM, "response": TEXT}
-    words = "every response was dropped", "--drop", "unboxed"
     unboxed = row | {"response": "1"}
-    refused(lambda: run(world, tmp_path, [unboxed], "--drop unboxed"), *words, code=1)
-    refused(lambda: run(world, tmp_path, [row], "--max_prompt_tokens 1 --overwrite"), "longer prompt': 1")
+    nothing = f"error: --responses {tmp_path}/stored.jsonl: no response to take (%s)\n"
+    no_answer = "1 rows without a text answer, 1 %s"
+    refused(lambda: run(world, tmp_path, [unboxed], "--drop unboxed"), nothing % no_answer % "unboxed")
+    long = row | {"response": "1" * 600}
+    too_long = nothing % no_answer % "longer than the context of 512"
+    refused(lambda: run(world, tmp_path, [long], "--max_response_tokens 512"), too_long)
+    assert not (tmp_path / "out").exists()
+    refused(lambda: run(world, tmp_path, [row], "--max_prompt_tokens 1 --overwrite"), "1 rows with a longer")
     shutil.copytree(world / "teacher_init", tmp_path / "endless")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         facts = json.loads((tmp_path / "endless" / name).read_text())
@@ -309,7 +340,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path, refused):
             lambda: run(world, tmp_path, [row]), "--responses", "stored.jsonl line 1", "--response_column"
         )
     assert not (tmp_path / "out").exists()
-    refused(lambda: run(world, tmp_path, [], ""), "stored.jsonl: no row to take", "no columns")
+    refused(lambda: run(world, tmp_path, [], ""), "stored.jsonl: no response to take (no rows)", "no columns")
     refused(lambda: run(world, tmp_path, [good], "--temperature 0.5"), "--temperature", "nothing is sampled")
     refused(lambda: run(world, tmp_path, [good], "--seed 7"), "--seed", "nothing is sampled")
     refused(lambda: run(world, tmp_path, [good], f"--data {world}/train.jsonl"), "--data", "--responses")

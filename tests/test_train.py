@@ -274,6 +274,15 @@ def final_weights(out):
     return (out / "final/model.safetensors").read_bytes()
 
 
+def test_a_run_with_empty_sets_is_said_once_to_train_on_nothing(world, prefix_flags, tmp_path, capsys):
+    """The --k likeliest of the student without those of the teacher; --k is the vocabulary."""
+    empty = "--vocab topk --k 29 --topk_set difference --kl reverse"
+    run(tmp_path / "run", f"{prefix_flags['teacher']} {empty}")
+    assert [row["grad_norm"] for row in read_rows(tmp_path / "run/metrics.jsonl")] == [0, 0]
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 1 and "WARNING: step 1 trains on nothing: the sets of --topk_set" in said
+
+
 @pytest.mark.parametrize("prefix", ["teacher", "student"])
 @pytest.mark.parametrize("name", ["forward", "reverse", "mix", "sampled"])
 def test_every_cell_trains_and_leaves_a_complete_artifact(world, prefix_flags, tmp_path, prefix, name):

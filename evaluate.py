@@ -90,10 +90,8 @@ def get_args(argv=None):
     p.add_argument("--seed", type=flags.non_negative_int, default=42, help="of data order and sampling")
     artifacts.add_output_flags(parser, required=False)
     args = parser.parse_args(argv)
-    if bool(args.figure) != bool(args.runs) or args.y and not args.figure:
-        parser.error("--figure and --runs go together; --y is for --figure")
-    if args.x != parser.get_default("x") and not args.figure:
-        parser.error("--x is for --figure")
+    if bool(args.figure) != bool(args.runs) or (args.y or args.x != "step") and not args.figure:
+        parser.error("--figure and --runs go together; --x and --y are for --figure")
     if args.report and len(args.report) < 2:
         parser.error(f"--report {args.report[0]}: needs a page, then directories of evaluations or runs")
     if not (args.table or args.compare or args.figure or args.report):

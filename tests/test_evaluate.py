@@ -492,7 +492,7 @@ def test_only_evaluations_of_the_same_problems_are_compared(world, tmp_path, ref
         ("--model m --data d", "--out"),
         ("--figure f.png", "--runs"),
         ("--runs a b", "--figure"),
-        ("--report a.html b --x tflops", "--x is for --figure"),
+        ("--report a.html b --x tflops", "--x and --y are for --figure"),
         ("--report a.html b --y avg", "--y is for --figure"),
         ("--table a --y loss", "--y"),
         ("", "--model"),

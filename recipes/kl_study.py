@@ -216,7 +216,7 @@ def collect(jobs, place, out):
         entry["by_position"][who]["bin"] = kl["bin"]
         middle = tokens // 2 // kl["bin"]  # bins of the earlier half
         for name in KLS:
-            part = lambda rows, first, last: round(sum(sum(row[name][first:last]) for row in rows), 4)
+            part = lambda rows, first, last: round(sum(sum(row[name][first:last]) for row in rows), 2)
             entry["sums"][f"{who}_{name}"] = [[part(g, 0, None) for g in groups], [len(g) for g in groups]]
             for half, first, last in (("early", 0, middle), ("late", middle, None)):
                 counts = [sum(in_bins(row["tokens"], kl["bin"], first, last) for row in g) for g in groups]

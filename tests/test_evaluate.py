@@ -493,7 +493,7 @@ def test_only_evaluations_of_the_same_problems_are_compared(world, tmp_path, ref
         ("--figure f.png", "--runs"),
         ("--runs a b", "--figure"),
         ("--report a.html b --x tflops", "--x and --y are for --figure"),
-        ("--report a.html b --y avg", "--y is for --figure"),
+        ("--report a.html b --y avg", "--x and --y are for --figure"),
         ("--table a --y loss", "--y"),
         ("", "--model"),
         ("--model m --data d --benchmarks e --out o", "--benchmarks"),

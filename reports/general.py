@@ -1,11 +1,10 @@
 """The table of what recipes/general.py measured: a row for each checkpoint, a column for each task."""
 
-import glob
 import json
 import os
 
 from distil.artifacts import read_artifact, refuse
-from reports.reading import evaluations_in
+from reports.reading import directories_with, evaluations_in
 from reports.tables import markdown, table
 
 
@@ -13,20 +12,11 @@ def tables_of(paths):
     """Markdown: the table of the evaluations at these paths, and the one of their general knowledge."""
     general, evaluations = [], []
     for path in paths:
-        found = general_in(path)
+        found = directories_with("general.json", path)
         general += found
         evaluations += evaluations_in(path, "--table", needed=not found)
     parts = [table(evaluations)] if evaluations else []
     return "\n\n".join([*parts, general_table(general)] if general else parts)
-
-
-def general_in(path):
-    """The directories with a general.json: `path`, or those up to two levels below it."""
-    for depths in ([""], ["*", "*/*"]):
-        patterns = [os.path.join(glob.escape(path), depth, "general.json") for depth in depths]
-        if found := sorted(os.path.dirname(file) for pattern in patterns for file in glob.glob(pattern)):
-            return found
-    return []
 
 
 def general_table(paths):

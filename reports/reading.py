@@ -60,12 +60,19 @@ def model_of(path, meta, results, flag):
 
 def evaluations_in(path, flag, needed=True):
     """The evaluation at `path`; or those up to two levels below it: a run's, or what --benchmarks made."""
+    found = directories_with("samples.jsonl*", path)
+    if needed and not found:
+        refuse(f"{flag} {path}: no evaluation here or up to two levels below; evaluate.py --out writes one")
+    return found
+
+
+def directories_with(pattern, path):
+    """`path` itself if it has a file of that pattern; or else those up to two levels below it that do."""
     for depths in ([""], ["*", "*/*"]):
-        patterns = [os.path.join(glob.escape(path), depth, "samples.jsonl*") for depth in depths]
-        found = sorted({os.path.dirname(file) for pattern in patterns for file in glob.glob(pattern)})
-        if found or not needed and depths != [""]:
+        patterns = [os.path.join(glob.escape(path), depth, pattern) for depth in depths]
+        if found := sorted({os.path.dirname(file) for one in patterns for file in glob.glob(one)}):
             return found
-    refuse(f"{flag} {path}: no evaluation here or up to two levels below; evaluate.py --out writes one")
+    return []
 
 
 def read_evaluations(paths, flag, runs=()):

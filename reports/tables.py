@@ -5,7 +5,7 @@ Both end with means over data sets: every data set has the same weight, however 
 import math
 import os
 
-from distil.artifacts import read_artifact, refuse
+from distil.artifacts import read_sealed, refuse
 from distil.evaluation import bootstrap_means, data_names, mean_of, percentile_interval, values_by_problem
 from distil.prompts import Prompting
 from reports.reading import (
@@ -207,7 +207,7 @@ def measure(pair, results):
     problems = [list(dict.fromkeys((row["id"], row["answer"]) for row in rows)) for rows in samples]
     if problems[0] != problems[1]:
         refuse(f"--compare {' '.join(pair)}: they are not evaluations of the same problems")
-    args = [read_artifact(path, "--compare", "evaluate")["args"] for path in pair]
+    args = [read_sealed(os.path.join(path, "meta.json"), "--compare")["args"] for path in pair]
     prompts = list(map(Prompting.read, args))
     for flag, one, other in prompts[0].differences(prompts[1]):
         print(f"--compare: the prompts differ: {flag} was {one!r} in {pair[0]}, {other!r} in {pair[1]}")

@@ -22,12 +22,13 @@ import sys
 
 import torch
 
-from distil.artifacts import provenance, read_artifact, refuse
+from distil.artifacts import provenance, read_artifact
 from distil.jsonl import read_jsonl
 from distil.problems import load_problems
-from recipes.toy_grid import append, read_results, rounded, with_needs, work
+from recipes.toy_grid import append, check_flags, read_results, rounded, with_needs, work
 from recipes.toy_runs import Job, identity
 from recipes.toy_verdicts import difference, verdict
+from reports.figure import COLORS
 from reports.tables import markdown
 
 SUFFIX = " Please reason step by step, and put your final answer within \\boxed{}."
@@ -96,9 +97,7 @@ def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("study", choices=STUDIES, nargs="?", help="what is run")
     p.add_argument("--out", help="directory of all runs")
-    p.add_argument(
-        "--results", help="file of results, to which the missing ones are added (default: results/)"
-    )
+    p.add_argument("--results", help="file to which missing ones are added (default: results/kl_STUDY.jsonl)")
     p.add_argument("--data", default="gsm8k_train", help="problems to train on, for the real model")
     p.add_argument("--test", default="gsm8k", help="problems to measure on, for the real model")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
@@ -169,11 +168,7 @@ def run(args):
     if args.study == "smollm2":
         write_problems(args)
     jobs, results = make_jobs(STUDIES[args.study]), read_results(args.results)
-    for place, result in results.items():
-        if place in jobs and result["id"] != identity(jobs, place):
-            refuse(
-                f"{args.results}: {place} was made with other flags: remove its line, or take other --results"
-            )
+    check_flags(args.results, results, jobs)
     missing = [place for place, job in jobs.items() if job.name and place not in results]
     print(f"{len(results)} results, {len(missing)} to come", flush=True)
     for place in work(with_needs(jobs, missing), jobs, results, args.out, args.workers):
@@ -201,7 +196,7 @@ def collect(jobs, place, out):
         "torch": origin["versions"]["torch"],
         "tflops": rounded(found["tflops"]),
     }
-    entry |= {"n": found["n"], "by_position": {}, "sums": {}} | dict.fromkeys(HALVES)
+    entry |= {"n": found["n"], "by_position": {}, "sums": {}} | {half: {} for half in HALVES}
     entry["correct"] = "".join(str(sum(row["correct"] for row in group)) for group in by_id(samples))
     entry["cut"] = "".join(
         str(sum(row["finish_reason"] == "length" for row in group)) for group in by_id(samples)
@@ -209,7 +204,6 @@ def collect(jobs, place, out):
     entry["tokens"] = " ".join(str(sum(row["tokens"] for row in group)) for group in by_id(samples))
     entropies = [sum(row["entropy"] * row["tokens"] for row in group) for group in by_id(samples)]
     entry["entropy"] = " ".join(f"{value:.1f}" for value in entropies)
-    entry |= {half: {} for half in HALVES}
     for prefix, who in OWN.items():
         kl, groups = found["kl"][prefix], by_id([row for row in rows if row["prefix"] == prefix])
         entry["by_position"][who] = {name: [rounded(x) for x in kl[f"{name}_by_position"]] for name in KLS}
@@ -231,8 +225,8 @@ def in_bins(tokens, width, first, last):
 
 
 def report(path):
-    found = {}
-    for result in read_results(path).values():
+    found, results = {}, read_results(path)
+    for result in results.values():
         found.setdefault(result["name"], {})[result["seed"]] = result
         for half in HALVES:
             found.setdefault(f"{result['name']} {half}", {})[result["seed"]] = result | {"sums": result[half]}
@@ -248,7 +242,7 @@ def report(path):
         values = [difference(found, {name: 1}, metric) for metric in metrics]
         cells = ["" if one is None else f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in values]
         table.append([name, *cells])
-    count = f"{len(read_results(path))} results of {os.path.basename(path)}."
+    count = f"{len(results)} results of {os.path.basename(path)}."
     text = "\n\n".join([count, markdown(lines), markdown(table)]) + "\n"
     with open(path.removesuffix(".jsonl") + ".md", "w", encoding="utf-8") as file:
         file.write(text)
@@ -262,8 +256,6 @@ def draw(path, found):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-
-    from reports.figure import COLORS
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True, sharey=True)
     titles = {"own": "on its own responses", "teacher": "on the teacher's responses"}

@@ -74,7 +74,7 @@ echo
 python -m recipes.toy_claim "$OUT"
 cat <<'TEXT'
 This is one seed: do not rank the cells by it. On another machine they can end in another order.
-recipes/toy_grid.sh compares them over three seeds, with intervals; results/toy_grid.md has its results.
+recipes/toy_grid.sh compares them over five seeds, with intervals; results/toy_grid.md has its results.
 
 The table, curves over steps and TFLOPs, and the responses, each token shaded by the teacher's KL to it:
 TEXT

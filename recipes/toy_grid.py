@@ -68,9 +68,7 @@ def get_args(argv=None):
 def study(size, out, path, workers):
     """Does what is missing from the results in `path`."""
     jobs, results = make_jobs(size), read_results(path)
-    for place, result in results.items():
-        if place in jobs and result["id"] != identity(jobs, place):
-            refuse(f"{path}: {place} was made with other flags: remove its line, or name another --results")
+    check_flags(path, results, jobs)
     while places := missing(size, results):
         print(f"{len(results)} results, {len(places)} more in this part of the study", flush=True)
         for place in work(with_needs(jobs, places), jobs, results, out, workers):
@@ -78,6 +76,13 @@ def study(size, out, path, workers):
                 results[place] = collect(jobs, place, out)
                 append(path, results[place])
     print(f"results: {path}")
+
+
+def check_flags(path, results, jobs):
+    """Refuse a file of results that were not made by the commands of today's jobs."""
+    for place, result in results.items():
+        if place in jobs and result["id"] != identity(jobs, place):
+            refuse(f"{path}: {place} was made with other flags: remove its line, or name another --results")
 
 
 def with_needs(jobs, places):

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluate
 import rollout
 from conftest import read_rows, run_line
-from distil import evaluation
+from distil import artifacts, evaluation
 from distil.models import Response
 from recipes.toy_world import make_model
+from reports import figure
 
 SMALL = "--engine hf --dtype float32 --max_response_tokens 3"
 PLAIN = "--temperature 1 --top_p 1"
@@ -175,9 +176,9 @@ def test_tables_comparisons_and_figures_show_them(pair, world, tmp_path, capsys)
     assert "sequence_fkl is left out" in printed and "whole responses" in printed
     low, high = kl["student"]["sequence_rkl_interval"]
     assert f"| {rkl:+.3f} [{low:+.3f}, {high:+.3f}] |" in row  # the other's is 0 for every problem
-    figure, runs = tmp_path / "kl.svg", f"--runs {pair}/eval {tmp_path}/itself {tmp_path}/without"
-    run_line(evaluate, f"--figure {figure} {runs} --x position")
-    assert figure.stat().st_size > 5000 and "without --teacher: left out" in capsys.readouterr().out
+    path, runs = tmp_path / "kl.svg", f"--runs {pair}/eval {tmp_path}/itself {tmp_path}/without"
+    run_line(evaluate, f"--figure {path} {runs} --x position")
+    assert path.stat().st_size > 5000 and "without --teacher: left out" in capsys.readouterr().out
 
 
 def test_the_figure_refuses_what_has_no_position(pair, tmp_path, refused):
@@ -237,3 +238,27 @@ def test_a_teacher_that_has_changed_since_is_another(pair, world, tmp_path, caps
         found = json.loads((tmp_path / out / "results.json").read_text())["kl"]["teacher"]
         assert found["plain_samples"] != changed
     assert "or it has changed" in capsys.readouterr().out
+
+
+def test_the_figure_draws_what_was_measured_as_far_as_enough_responses_reach(pair, tmp_path, monkeypatch):
+    """Half of the responses must reach a position here; an evaluation at temperature 0.6 is marked."""
+    drawn = []
+    monkeypatch.setattr(figure, "draw", lambda *given: drawn.append(given))
+    monkeypatch.setattr(figure, "REACHED", 0.5)
+    shutil.copytree(pair / "eval", tmp_path / "eval")
+    results = json.loads((tmp_path / "eval/results.json").read_text())
+    results["kl"]["teacher"] |= {"responses_by_position": [192, 96, 95], "bin": 2, "plain_samples": False}
+    (tmp_path / "eval/results.json").write_text(json.dumps(results))
+    meta = artifacts.read_sealed(str(tmp_path / "eval/meta.json"), "-")
+    meta["files"]["results.json"] = artifacts.file_sha256(tmp_path / "eval/results.json")
+    artifacts.write_sealed(str(tmp_path / "eval/meta.json"), meta)
+    run_line(evaluate, f"--figure {tmp_path}/a.png --runs {tmp_path}/eval --x position --y fkl")
+    [(_, panels, curves, styles, labels, _)] = drawn
+    assert len(panels) == 1 and len({*labels.values()}) == 2
+    for (_, prefix), [points] in curves.items():
+        kl, looks = results["kl"][prefix], styles[_, prefix]
+        shown = 2 if prefix == "teacher" else sum(n >= 96 for n in kl["responses_by_position"])
+        values = zip(kl["fkl_by_position"], kl["fkl_by_position_interval"])
+        right = [((i + 0.5) * kl["bin"], value, *bounds) for i, (value, bounds) in enumerate(values)]
+        assert points == right[:shown] and looks["linestyle"] == {"student": "-", "teacher": "--"}[prefix]
+        assert ("no plain samples" in labels[_, prefix]) == (prefix == "teacher")

@@ -33,7 +33,6 @@ from reports.tables import markdown
 
 SUFFIX = " Please reason step by step, and put your final answer within \\boxed{}."
 CELLS = [f"{prefix}_{kl}" for prefix in ("teacher", "student") for kl in ("forward", "reverse")]
-COMMON = "--engine hf --dtype float32"
 STUDIES = {
     "smollm2": {
         "models": [],  # recipes/smollm2_models.py makes them in {out}/models
@@ -42,10 +41,11 @@ STUDIES = {
         "data": "{out}/data/train.jsonl",
         "test": "{out}/data/test.jsonl",
         "tokens": 64,
+        "dtype": "bfloat16",  # on a CPU with AMX four times as fast as float32
         "passes": "--micro_batch_tokens 2048",
         "rollouts": "--limit 640",
         "start": "--steps 40 --batch_size 16 --lr 3e-4",
-        "cell": "--steps 30 --batch_size 8 --lr 1e-4",
+        "cell": "--steps 40 --batch_size 8 --lr 1e-4",
         "n": 2,
         "seeds": [1, 2, 3],
     },
@@ -60,6 +60,7 @@ STUDIES = {
         "data": "{out}/world/train.jsonl",
         "test": "{out}/world/test.jsonl",
         "tokens": 80,
+        "dtype": "float32",
         "passes": "",
         "rollouts": "--limit 4000",
         "start": None,  # the base student itself
@@ -116,14 +117,14 @@ def get_args(argv=None):
 def make_jobs(study):
     """{directory below {out}: Job}; those with a name are results."""
     jobs = {"models": Job([]), "data": Job([])}
+    sampled = f"--engine hf --dtype {study['dtype']} --max_response_tokens {study['tokens']}"
     for name, command in study["models"]:
-        flags = f" {COMMON} --max_response_tokens {study['tokens']}" if name != "world" else ""
+        flags = "" if name == "world" else f" {sampled}"
         jobs[name] = Job([f"{command.replace('{sft}', SFT)}{flags} --out {{out}}/{name}"])
-    sampled = f"{COMMON} --max_response_tokens {study['tokens']}"
     roll = f"rollout --model {study['teacher']} {sampled}"
     jobs["rollouts"] = Job([f"{roll} --data {study['data']} {study['rollouts']} --out {{out}}/rollouts"])
     jobs["asked"] = Job([f"{roll} --data {study['test']} --n {study['n']} --out {{out}}/asked"])
-    score = f"score_teacher --teacher {study['teacher']} --rollouts {{out}}/rollouts --dtype float32"
+    score = f"score_teacher --teacher {study['teacher']} --rollouts {{out}}/rollouts --dtype {study['dtype']}"
     jobs["scores"] = Job([f"{score} {study['passes']} --out {{out}}/scores"])
     sources = {"teacher": "--rollouts {out}/rollouts --scores {out}/scores"}
     sources["student"] = f"--teacher {study['teacher']} --data {study['data']}"

@@ -36,13 +36,13 @@ DEDUP=semantic                                     # cosine similarity of senten
 EVAL_DATA=aime24 EVAL_EVERY=20 EVAL_N=16 EVAL_TOKENS=31744
 SAVE_EVERY=20 KEEP_CHECKPOINTS=2                   # KEEP_CHECKPOINTS ours
 BENCHMARKS="aime24 minyichen/AIME2025::test amc23"  # ours: the copy of AIME 2025 on the hub
-# ours, for the plan: mean responses of the two families, mean prompt, rate of a GPU as in recipes/qwen3.sh
-R1_LENGTH=8000 QWEN3_LENGTH=2000 PROMPT_LENGTH=120 TFLOPS_PER_SECOND=25
+# ours, for the plan: mean responses of the two families, mean prompt; a GPU's rate and memory
+R1_LENGTH=8000 QWEN3_LENGTH=2000 PROMPT_LENGTH=120 TFLOPS_PER_SECOND=25 GPU_GIB=79
 ENGINE=vllm DTYPE=bfloat16
 FLAGS="out gpus data original_data far_data sft_data cold_data r1 r1_large r1_larger justrl skywork base
   chat rl chat_small rl_math steps reverse_steps horizon_steps batch_size n tokens sft_limit sft_tokens
   sft_steps sft_batch_size dedup eval_data eval_every eval_n eval_tokens save_every keep_checkpoints
-  benchmarks r1_length qwen3_length prompt_length tflops_per_second engine dtype"
+  benchmarks r1_length qwen3_length prompt_length tflops_per_second gpu_gib engine dtype"
 
 # Rows, what they train, and what the paper reports after it; Avg@16, where it is not said otherwise.
 # No top-1: a KL renormalised on one token is 0. The paper's code only weighs, and has .446 .310 .772 for it.
@@ -239,4 +239,4 @@ commands() {
 
 ALL=$(commands)
 python -m recipes.plan --prompt_tokens "$PROMPT_LENGTH" --tflops_per_second "$TFLOPS_PER_SECOND" \
-  "${PLAN[@]}" <<< "$ALL"
+  --gpu_gib "$GPU_GIB" "${PLAN[@]}" <<< "$ALL"

@@ -8,11 +8,15 @@ whose --out is finished is skipped, an unfinished one is resumed.
 
 GPU hours: floating point operations, by flops.tflops from the command's own flags, divided by
 --tflops_per_second. Evaluations count as a generation and a forward pass. Loading, diagnostics, grading and
-recipes/general.sh are not counted. Disk: 12 bytes a token of rollouts and samples; scores as score_teacher.py
-stores them; checkpoints in float32, those that training can resume from with the optimizer's two moments.
+recipes/general.sh are not counted. Memory: what training takes on a GPU of --gpu_gib, as runs/plan.py counts
+it, with mean prompts; what would not fit is refused before anything runs. Disk: 12 bytes a token of rollouts
+and samples; scores as score_teacher.py stores them; checkpoints in float32, those that training can resume
+from with the optimizer's two moments.
 """
 
 import argparse
+import functools
+import hashlib
 import importlib
 import json
 import os
@@ -20,11 +24,16 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from typing import NamedTuple
 
+import torch
+
+import runs.plan
 from distil.artifacts import refuse
 from distil.problems import load_problems
 from evaluate import evaluations_of
+from runs import training
 from runs.flops import tflops
 
 # From the models' config.json, so that a plan needs no network: hidden, intermediate size, layers, heads,
@@ -79,6 +88,7 @@ def get_args(argv=None):
     p.add_argument(
         "--tflops_per_second", type=float, required=True, help="sustained rate of a GPU, sampling included"
     )
+    p.add_argument("--gpu_gib", type=float, required=True, help="memory of a GPU")
     return p.parse_args(argv)
 
 
@@ -158,6 +168,7 @@ def cost(command, prompt, made):
         config, (count, tokens) = config_of(args.teacher, made), made[args.rollouts]
         tokens = min(args.max_tokens or tokens, tokens)
         state = 2 * config["hidden_size"]  # bytes in bfloat16
+        made[args.out] = config
         spent = tflops(config, prompt, tokens, forwards=1)
         return count * spent, state * (count * tokens + config["vocab_size"])
     if module == "evaluate":
@@ -200,6 +211,41 @@ def training_cost(command, prompt, made):
     saved = (args.steps - 1) // args.save_every if args.save_every else 0
     saved = min(saved, args.keep_checkpoints or saved)
     return spent, parameters(config) * (4 + 12 * saved)
+
+
+def memory(command, prompt, made, gpu, folder):
+    """(GiB that a training command takes on a GPU of so many GiB, whether it checkpoints activations). made:
+    as cost() leaves it; folder: for configs."""
+    args, scored = command.args, 0
+    if command.module == "train":
+        student, teacher, samples = args.student, args.teacher, args.prefix == "student"
+        scored = made[args.scores]["hidden_size"] if args.scores else 0
+    else:
+        student, teacher, samples = args.model, args.reference or args.model, True
+        teacher = teacher if args.kl_weight else None
+    student, teacher = (model and written(config_of(model, made), folder) for model in (student, teacher))
+    vocab_size = json.load(open(f"{student}/config.json"))["vocab_size"]
+    launch = command.words[: command.words.index(f"{command.module}.py")]
+    ranks = int(launch[launch.index("--nproc_per_node") + 1]) if "--nproc_per_node" in launch else 1
+    head = scored * vocab_size * getattr(torch, args.dtype).itemsize
+    about = student, teacher, head, vocab_size, prompt + args.max_response_tokens, ranks, gpu * 2**30, samples
+    size, on = fit(args.activation_checkpointing, gpu, **training.memory_job(args, *about))
+    return size / 2**30, on
+
+
+@functools.cache
+def fit(checkpointing, gpu, **job):
+    return runs.plan.fit(job, checkpointing, gpu * 2**30)[:2]
+
+
+def written(config, folder):
+    """A directory below `folder` with this config.json."""
+    text = json.dumps(config, sort_keys=True)
+    path = os.path.join(folder, hashlib.sha256(text.encode()).hexdigest())
+    os.makedirs(path, exist_ok=True)
+    with open(f"{path}/config.json", "w", encoding="utf-8") as file:
+        file.write(text)
+    return path
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -256,11 +302,13 @@ def execute(words):
         signal.signal(signal.SIGINT, before)
 
 
-def show(command, state, spent, size, rate):
-    """Prints a command below what it costs. rate: TFLOPs per GPU hour."""
+def show(command, state, spent, size, rate, taken):
+    """Prints a command below what it costs. rate: TFLOPs per GPU hour; taken: of memory(), for training."""
     about = [] if state == "new" else [state]
     if spent:
         about.append(f"{spent:.3g} TFLOPs, {spent / rate:.3g} GPU hours, {size / 1e9:.3g} GB")
+    if taken:
+        about.append(f"{taken[0]:.3g} GiB of GPU memory, checkpointing {'on' if taken[1] else 'off'}")
     if about:
         print(f"# {'; '.join(about)}")
     print(shown(command.words))
@@ -270,20 +318,28 @@ def main(args):
     commands, made, row = read_commands(sys.stdin), {}, None
     states = [state_of(command) for command in commands]
     rate = args.tflops_per_second * 3600
-    count, all_spent, all_size = 0, 0.0, 0
+    count, all_spent, all_size, too_large = 0, 0.0, 0, []
+    folder = tempfile.TemporaryDirectory()
     for command, state in zip(commands, states):
         if command.row != row:
             row = command.row
             mean = f": responses of {command.tokens} tokens where nothing truncates them"
             print(f"\n# {row}{mean if command.tokens else ''}")
         spent, size = cost(command, args.prompt_tokens, made)
-        show(command, state, spent, size, rate)
+        taken = None
+        if command.module in ("train", "grpo"):
+            taken = memory(command, args.prompt_tokens, made, args.gpu_gib, folder.name)
+            too_large += [command.row] * (taken[0] > args.gpu_gib and state != "finished")
+        show(command, state, spent, size, rate, taken)
         if state != "finished":
             count += 1
             all_spent += spent
             all_size += size
     print(f"\n# to do: {count} commands, {all_spent:.3g} TFLOPs, {all_spent / rate:.3g} GPU hours", end=" ")
     print(f"at {args.tflops_per_second:g} TFLOP/s, {all_size / 1e9:.3g} GB", flush=True)
+    if too_large and not args.dry_run:
+        rows = f"{' '.join(too_large)}: more memory than the {args.gpu_gib:g} GiB of --gpu_gib"
+        refuse(f"{rows}; give more --gpus, or shorter responses")
     for command, state in zip(commands, states):
         if args.dry_run or state == "finished":
             continue

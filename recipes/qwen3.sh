@@ -31,11 +31,11 @@ GRPO_PROBLEMS=4  # ours: its batch of 32 read as 4 groups of 8; --grpo_problems 
 TEACHER_TOKENS=1500                                # ours, for the plan: mean response of a teacher
 # ours, for the plan: at this rate student-prefix rows of tables 1 and 2 take 22.5 hours on average, and GRPO
 # rows of tables 5 and 6 14.0; the paper says 16 and 14
-TFLOPS_PER_SECOND=25
+TFLOPS_PER_SECOND=25 GPU_GIB=79                    # of one GPU
 ENGINE=vllm DTYPE=bfloat16
 FLAGS="out gpus student teacher_4b teacher_8b data limit steps batch_size short long eval_data eval_every
   eval_tokens eval_n save_every keep_checkpoints benchmarks test_tokens horizons gate_every entropy_floor
-  grpo_problems teacher_tokens tflops_per_second engine dtype"
+  grpo_problems teacher_tokens tflops_per_second gpu_gib engine dtype"
 
 # Rows, and the paper's Avg/Pass/length. In a plan, a response of a row is as long as the paper's on MATH500.
 #   row                      GSM8K             MATH500           AMC23             AIME24
@@ -240,4 +240,5 @@ commands() {
 }
 
 ALL=$(commands)
-python -m recipes.plan --prompt_tokens 92 --tflops_per_second "$TFLOPS_PER_SECOND" "${PLAN[@]}" <<< "$ALL"
+python -m recipes.plan --prompt_tokens 92 --tflops_per_second "$TFLOPS_PER_SECOND" --gpu_gib "$GPU_GIB" \
+  "${PLAN[@]}" <<< "$ALL"

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distil import models, ranks
+from distil import models
 from distil.artifacts import refuse
 from streaming_kl import linear_divergence
 from streaming_kl.chunks import LOGITS_BYTES
@@ -85,15 +85,16 @@ def trace(directory, shape, vocab_size, kept_in, dtype=None, trained=False, chec
     return total, total - sum(layers) + sum(sorted(layers)[-2:]), found
 
 
-def memory(student, other, vocab_size, shape, dtype, engine, sampled, share, checkpointing):
-    """Rows [what, bytes (NaN: unknown), how] of what stays, and of what comes and goes, one at a time."""
-    stored = os.path.join(other or "", "head.safetensors")
-    head = os.path.getsize(stored) if os.path.isfile(stored) else 0
-    are_scores = os.path.isfile(os.path.join(other or "", "meta.json"))
-    n, item, tokens, nan = ranks.world_size(), getattr(torch, dtype).itemsize, math.prod(shape), math.nan
+def memory(student, teacher, head, vocab_size, n, shape, sampled, dtype, engine, pool, sleeps, checkpointing):
+    """Rows [what, bytes (NaN: unknown), how] of what stays, and of what comes and goes, one at a time.
+
+    student, teacher: directories, the second may be None; head: bytes of the one that stored scores bring; n:
+    ranks; shape: of a micro-batch; sampled: responses at a time, their tokens; pool: bytes of vLLM's share of
+    a GPU, None on a CPU; sleeps: it is given back between samplings."""
+    item, tokens, nan = getattr(torch, dtype).itemsize, math.prod(shape), math.nan
     others, gathers, scored = head, 0, {"forward": 0, "hidden": head // vocab_size * tokens}
-    if other and not are_scores:
-        others, gathers, scored = trace(other, shape, vocab_size, dtype)
+    if teacher:
+        others, gathers, scored = trace(teacher, shape, vocab_size, dtype)
     own, gathered, found = trace(student, shape, vocab_size, "float32", dtype, True, checkpointing)
     config = models.config_of(student).get_text_config()
     layers, heads = (getattr(config, name, nan) for name in ("num_hidden_layers", "num_attention_heads"))
@@ -101,15 +102,16 @@ def memory(student, other, vocab_size, shape, dtype, engine, sampled, share, che
     width *= getattr(config, "num_key_value_heads", None) or heads
     cache = 2 * item * math.prod(sampled) * layers * width
     cached = f"keys and values of {sampled[0]} x {sampled[1]} tokens: {gib(cache)}"
-    pool = share * device_bytes() if torch.cuda.is_available() else own * item / 4 + 2**30
+    pool = pool or own * item / 4 + 2**30
     stays = [["weights", own / n, "float32"], ["gradients", own / n, "float32"]]
     stays += [["moments", 2 * own / n, "AdamW"], ["teacher", others / n, dtype]]
     stays += [["gathered of these", 2 * gathered + gathers, "two layers; what is in none"]] * (n > 1)
     stays += [["copy that samples", own, "float32"]] * (engine == "hf" and n > 1)
-    stays += [["vLLM", pool, f"weights: {gib(own * item / 4)}; {cached}"]] * (engine == "vllm")
+    vllm = [["vLLM", pool, f"weights: {gib(own * item / 4)}; {cached}"]] * (engine == "vllm")
+    stays += vllm * (not sleeps)
     signal = scored.get("hidden", nan)
     logits = min(16 * tokens * vocab_size, LOGITS_BYTES[models.default_device()])
-    goes = [["sampling", cache, cached]] * (engine == "hf")
+    goes = [["sampling", cache, cached]] * (engine == "hf") + vllm * sleeps
     goes += [["teacher's pass", scored.get("forward", nan), f"{shape[0]} x {shape[1]} tokens"]]
     goes += [["forward pass", found.get("forward", nan) + signal, f"{shape[0]} x {shape[1]} tokens"]]
     goes += [["loss", found.get("loss", nan) + signal + logits, f"chunk of logits: {gib(logits)}"]]
@@ -126,19 +128,28 @@ def device_bytes():
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def plan(job, checkpointing, as_table):
-    """Print what a run takes, refuse what a GPU cannot hold; whether to checkpoint. job: for memory()."""
+def fit(job, checkpointing, device):
+    """(bytes that a run takes, whether it checkpoints, the rows of memory()): "auto" does so where it would
+    not fit on the device else."""
     for on in {"auto": (False, True), "on": (True,), "off": (False,)}[checkpointing]:
         stays, goes = memory(**job, checkpointing=on)
-        known = [size for _, size, _ in goes if size == size]
-        total, device = sum(size for _, size, _ in stays) + max(known, default=0), device_bytes()
+        total = sum(size for _, size, _ in stays) + max(
+            (size for _, size, _ in goes if size == size), default=0
+        )
         if total <= device:
             break
+    return total, on, stays, goes
+
+
+def plan(job, checkpointing, as_table):
+    """Print what a run takes, refuse what a GPU cannot hold; whether to checkpoint. job: for memory()."""
+    device = device_bytes()
+    total, on, stays, goes = fit(job, checkpointing, device)
     if as_table:
         for what, size, how in [*stays, *([f"one at a time: {what}", *rest] for what, *rest in goes)]:
             print(f"memory: {what:34} {gib(size):>8} GiB  {how}")
     about = f"memory: {gib(total)} of {gib(device)} GiB, activation checkpointing {'on' if on else 'off'}"
-    about += "" if len(known) == len(goes) else ", and what is unknown"
+    about += ", and what is unknown" * any(size != size for _, size, _ in goes)
     if total > device:
         about += ": too much; try " + "--activation_checkpointing on, " * (not on) + "a smaller "
         about += "--micro_batch_tokens, --max_response_tokens, --sample_batch (hf) or "

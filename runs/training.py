@@ -85,19 +85,30 @@ def check_training_flags(parser, args, curriculum=None):
         parser.error(f"--warmup {args.warmup}: leaves no step where --lr_schedule {args.lr_schedule} falls")
 
 
-def plan_memory(args, student, vocab_size, longest, other=None, samples=True, table=False):
-    """Print or refuse the memory of a run; returns whether to checkpoint activations. --plan ends here.
+def memory_job(args, student, teacher, head, vocab_size, longest, n, device, samples):
+    """What plan.memory() takes, for a run with these flags.
 
-    student: its directory; other: that of a second model, or of scores, which bring its head; longest: tokens
-    of the longest prompt with its response."""
+    longest: tokens of the longest prompt with its response; device: bytes of a GPU, None on a CPU; samples:
+    whether training samples."""
     responses = args.batch_size * args.n
     tokens = min(max(args.micro_batch_tokens, longest), responses * longest)
     together = min(args.sample_batch, responses * getattr(args, "refresh_every", 1))
-    engine = args.engine if samples or args.eval_every else None
-    job = {"student": student, "other": other, "vocab_size": vocab_size, "dtype": args.dtype}
+    job = {"student": student, "teacher": teacher, "head": head, "vocab_size": vocab_size, "n": n}
     job |= {"shape": (tokens // longest, tokens // (tokens // longest)), "sampled": (together, longest)}
-    job |= {"engine": engine, "share": args.gpu_memory_utilization}
-    checkpointing = plan.plan(job, args.activation_checkpointing, table or args.plan)
+    job |= {"dtype": args.dtype, "engine": args.engine if samples or args.eval_every else None}
+    return job | {"pool": device and args.gpu_memory_utilization * device, "sleeps": args.engine_sleep}
+
+
+def plan_memory(args, student, vocab_size, longest, other=None, samples=True, table=False):
+    """Print or refuse the memory of a run; returns whether to checkpoint activations. --plan ends here.
+
+    student: its directory; other: that of a second model, or of scores, which bring its head."""
+    stored = os.path.join(other or "", "head.safetensors")
+    head = os.path.getsize(stored) if os.path.isfile(stored) else 0
+    teacher = None if os.path.isfile(os.path.join(other or "", "meta.json")) else other
+    device = plan.device_bytes() if torch.cuda.is_available() else None
+    about = student, teacher, head, vocab_size, longest, ranks.world_size(), device, samples
+    checkpointing = plan.plan(memory_job(args, *about), args.activation_checkpointing, table or args.plan)
     if args.plan:
         raise SystemExit(0)
     return checkpointing

@@ -109,16 +109,19 @@ def test_checkpointed_passes_take_less(tmp_path):
     assert all(on[name] < off[name] / 1.5 for name in off)
 
 
-def test_memory_shared_by_ranks(tmp_path, monkeypatch):
+def test_memory_shared_by_ranks(tmp_path):
     model_of(QWEN3).save_pretrained(tmp_path)
-    given = dict(student=tmp_path, other=None, vocab_size=99, shape=(1, 64), dtype="float32")
-    given |= dict(engine="hf", sampled=(4, 64), share=0.3, checkpointing=False)
-    one = {row[0]: row[1] for row in plan.memory(**given)[0]}
-    monkeypatch.setattr(plan.ranks, "world_size", lambda: 2)
-    two = {row[0]: row[1] for row in plan.memory(**given)[0]}
+    given = dict(student=tmp_path, teacher=None, head=0, vocab_size=99, shape=(1, 64), dtype="float32")
+    given |= dict(engine="hf", sampled=(4, 64), pool=None, sleeps=False, checkpointing=False)
+    one = {row[0]: row[1] for row in plan.memory(**given, n=1)[0]}
+    two = {row[0]: row[1] for row in plan.memory(**given, n=2)[0]}
     assert all(two[name] == one[name] / 2 for name in ("weights", "gradients", "moments"))
     assert two["copy that samples"] == one["weights"]
-    cache = {row[0]: row[1] for row in plan.memory(**given)[1]}["sampling"]
+    given |= dict(engine="vllm", pool=9)
+    awake, asleep = (plan.memory(**given | {"sleeps": sleeps}, n=1) for sleeps in (False, True))
+    assert awake[0][-1][:2] == asleep[1][0][:2] == ["vLLM", 9] and len(awake[0]) == len(asleep[0]) + 1
+    given |= dict(engine="hf")
+    cache = {row[0]: row[1] for row in plan.memory(**given, n=2)[1]}["sampling"]
     assert cache == 4 * 64 * 3 * 2 * 2 * 8 * 4  # tokens, layers, keys and values, heads, their size, bytes
 
 

@@ -62,19 +62,21 @@ def recipe(tmp_path):
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
-    """dry_run(name): a recipe's whole plan, made once: ({row: [(module, args)]}, [(Command, GPU hours)])."""
+    """dry_run(name): a recipe's whole plan, made once: ({row: [(module, args)]}, [(Command, GPU hours)],
+    {row: (GiB, whether it checkpoints activations)})."""
 
     @functools.cache
     def call(name):
-        hours, show = [], plan.show
+        hours, memory, show = [], {}, plan.show
 
-        def record(command, state, spent, size, rate):
+        def record(command, state, spent, size, rate, taken):
             hours.append((command, spent / rate))
-            show(command, state, spent, size, rate)
+            memory.update({command.row: taken} if taken else {})
+            show(command, state, spent, size, rate, taken)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plan, "show", record)
-            return rows(printed_by(tmp_path_factory.mktemp(name), name, "--dry_run")), hours
+            return rows(printed_by(tmp_path_factory.mktemp(name), name, "--dry_run")), hours, memory
 
     return call
 
@@ -132,7 +134,7 @@ def check_figures_of_the_first_paper(found):
 
 
 def test_every_row_of_the_first_paper_has_its_hyperparameters(dry_run, tmp_path):
-    found, _ = dry_run("qwen3")
+    found, *_ = dry_run("qwen3")
     shared = {"table3/4b_fixed", "table3/8b_fixed"}  # are table2/student_4b_reverse and student_8b_reverse
     assert set(found) == {*listed(tmp_path, "qwen3"), "rollouts_4b", "rollouts_8b", "results"} - shared
     for size, teacher in {"4b": "Qwen/Qwen3-4B", "8b": "Qwen/Qwen3-8B"}.items():
@@ -221,7 +223,7 @@ def test_every_row_of_the_first_paper_has_its_hyperparameters(dry_run, tmp_path)
 
 
 def test_every_row_of_the_second_paper_has_its_hyperparameters(dry_run, tmp_path):
-    found, _ = dry_run("paper_b")
+    found, *_ = dry_run("paper_b")
     shared = {"template/aligned", "problems/near", "size/1.5b_own", "size/1.5b_larger"}  # other rows
     assert set(found) == {*listed(tmp_path, "paper_b"), "models", "sft", "results"} - shared
     opd = {
@@ -419,6 +421,63 @@ def test_the_hours_on_the_pages_are_those_of_the_plans(dry_run):
     assert f"would take {wide} hours" in open(f"{ROOT}/recipes/qwen3.sh", encoding="utf-8").read()
     page = open(f"{ROOT}/docs/claims.md", encoding="utf-8").read()
     assert f"by arithmetic {average(*students):.1f} and {average('grpo', 'table'):.1f}" in page
+
+
+def test_the_memory_on_the_page_is_that_of_the_plans(dry_run):
+    page = open(f"{ROOT}/docs/papers.md", encoding="utf-8").read()
+    sizes = {name: dry_run(name)[2] for name in ("qwen3", "paper_b")}
+    larger = {row: size for row, size in sizes["paper_b"].items() if size[0] > 79}
+    rest = {row: size for row, size in sizes["paper_b"].items() if row not in larger}
+    for found in (sizes["qwen3"], rest):
+        assert f"{min(found.values())[0]:.0f} to {max(found.values())[0]:.0f} GiB" in page
+    assert [row for row, (_, on) in rest.items() if on] == [
+        "horizon/15360"
+    ] and "only `horizon/15360`" in page
+    assert not any(on for _, on in sizes["qwen3"].values())
+    assert [*larger] == ["size/7b_own", "size/7b_larger"]
+    assert "{:.0f} and {:.0f} GiB".format(*(size for size, _ in larger.values())) in page
+
+
+@pytest.mark.parametrize(
+    "row", ["table1/student_8b_reverse", "table2/teacher_4b_forward", "table5/student_4b"]
+)
+def test_the_memory_of_a_row_is_what_its_stage_plans(row, tiny, executed, recipe, tmp_path, monkeypatch):
+    """The stage itself plans from the models and data that are there, the recipe before there are any."""
+    planned, fit = [], plan.runs.plan.fit
+
+    def record(job, checkpointing, device):
+        planned.append(job)
+        return fit(job, checkpointing, device)
+
+    row += "_forward" * row.endswith("4b")
+    _, _, lines, _ = bash(tmp_path, "qwen3", "--row", row, *tiny["qwen3"])
+    commands = plan.read_commands(lines)
+    recipe("qwen3", "--row", row, *tiny["qwen3"])
+    monkeypatch.setattr(plan.runs.plan, "fit", record)
+    made = {}
+    for command in commands:
+        plan.cost(command, 0, made)
+        if command.module in ("train", "grpo"):
+            planned.clear()
+            args = argparse.Namespace(**vars(command.args) | {"plan": True, "out": f"{tmp_path}/planned"})
+            with pytest.raises(SystemExit):
+                importlib.import_module(command.module).main(args)
+            longest = planned[0]["sampled"][1]
+            plan.memory(command, longest - command.args.max_response_tokens, made, 80, str(tmp_path))
+            stage, before = planned
+            if before["teacher"] is None:
+                assert stage["head"] == pytest.approx(before["head"], rel=0.05)  # its file has a header
+            same = [name for name in before if name not in ("student", "teacher", "head", "pool")]
+            assert {name: before[name] for name in same} == {name: stage[name] for name in same}
+            sizes = [fit(job | {"pool": None, "head": 0}, "off", 80 * 2**30)[0] for job in planned]
+            assert sizes[0] == sizes[1]
+
+
+def test_rows_that_no_gpu_holds_are_refused_before_anything_runs(recipe, tiny, executed, refused):
+    flags = ["--row", "table1/teacher_4b_forward", *tiny["qwen3"], "--gpu_gib", "0.0001"]
+    refused(lambda: recipe("qwen3", *flags), "table1/teacher_4b_forward", "0.0001 GiB", "--gpus")
+    assert not executed
+    assert "GiB of GPU memory, checkpointing on" in recipe("qwen3", *flags, "--dry_run")
 
 
 @pytest.mark.parametrize("name", ["Qwen3-0.6B-Base", "Qwen3-8B"])

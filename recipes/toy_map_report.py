@@ -1,6 +1,17 @@
 """The report's tables of learning rates, gates and the map of cells, and the map's figure."""
 
-from recipes.toy_runs import CELLS, HORIZONS, OF_CELLS, SIZE, SPREADS, WIDTHS, base_of, choose, name_of
+from recipes.toy_runs import (
+    CELLS,
+    HORIZONS,
+    OF_CELLS,
+    SIZE,
+    SPREADS,
+    WIDTHS,
+    base_of,
+    choose,
+    name_of,
+    rate_at,
+)
 from recipes.toy_verdicts import difference, verdict
 from reports.tables import markdown
 
@@ -69,7 +80,7 @@ def map_rows(results, found):
         for spread in SPREADS:
             for horizon in HORIZONS:
                 cells = [cell for cell in CELLS if cell.endswith(horizon)]
-                rates = {cell: choose(SIZE, results, (cell, width, spread))[1] for cell in cells}
+                rates = {cell: rate_at(SIZE, results, (cell, width, spread)) for cell in cells}
                 names = {cell: name_of(cell, width, spread, rates[cell]) for cell in cells if rates[cell]}
                 row = [f"{width}", ORDERS[spread], horizon]
                 for cell in cells:
@@ -118,7 +129,7 @@ def draw_map(path, results, found):
             for color, cell in enumerate(cell for cell in CELLS if cell.endswith(horizon)):
                 points = []
                 for width in WIDTHS:
-                    rate = choose(SIZE, results, (cell, width, spread))[1]
+                    rate = rate_at(SIZE, results, (cell, width, spread))
                     entries = found.get(name_of(cell, width, spread, rate), {}).values()
                     points += [(width, [avg_of(entry) for entry in entries])] if entries else []
                 for width, values in points:

@@ -11,8 +11,9 @@ Runs with a rate in their name, student_reverse_long_3e-5, are for the compariso
 own learning rate each: `choose` chooses it. Each of their seeds has a base student of its own; these decide
 as much as the seed of the run. All other runs have the usual rate and share a base student.
 
-The map has such cells for students of several widths, and for a teacher that solves a problem in many orders
-or in two; its points with the narrowest student and many orders are those of that comparison.
+The map has the cells at the usual rate, each seed from a base student of its own, for students of several
+widths and a teacher that solves a problem in many orders or in two. Its points with the narrowest student and
+many orders are those of that comparison, at their own rates.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ SIZE = {
     "collapsed": "--steps 200 --batch_size 32 --lr 1e-3",
     "usual": "--steps 120 --save_every 5 --eval_every 10 --eval_n 4",
     "cell": "--steps 120 --save_every 5 --eval_every 20 --eval_n 4",
-    "map": "--steps 120 --eval_every 20 --eval_n 4",
+    "map": "--steps 120",
     "curriculum": "--horizons 16,32,64,160 --gate_every 15 --entropy_floor",
     "grpo": "--steps 30 --lr 1e-4 --n 8 --batch_size 16 --save_every 10 --eval_every 10 --eval_n 4",
     "test": "--n 8 --k 1 4 8",
@@ -86,7 +87,7 @@ def make_jobs(size):
             if cell.startswith("student"):
                 add_matched(size, jobs, cell, seed, [cell.replace("student", "teacher")])
         for point in POINTS:
-            for rate in size["rates"]:
+            for rate in size["rates"] if point in OF_CELLS else [USUAL]:
                 add_point(size, jobs, add, point, rate, seed)
     return jobs
 
@@ -105,8 +106,9 @@ def add_point(size, jobs, add, point, rate, seed):
     cell, width, spread = point
     name, (prefix, kl, horizon) = name_of(*point, rate), cell.split("_")
     kind = "cell" if point in OF_CELLS else "map"
-    more = {"base": base_of(width, spread, seed), "spread": spread, "rate": rate, "settings": size[kind]}
-    command = distil(size, seed, f"--kl {kl}", horizon, prefix, **more)
+    logs = watched(size, seed) if kind == "cell" else f"--log_every 20 {COMMON} --seed {seed}"
+    base, settings = base_of(width, spread, seed), f"{size[kind]} --lr {rate} {logs}"
+    command = distil(size, seed, f"--kl {kl}", horizon, prefix, spread, base, settings)
     add(name, command, seed, size["test" if kind == "cell" else "map_test"])
     if kind == "cell" and prefix == "student":
         add_matched(
@@ -184,17 +186,15 @@ def runs_of(size, seed):
     return runs
 
 
-def distil(
-    size, seed, flags, horizon="long", prefix="student", spread="many", rate=USUAL, base="base", settings=None
-):
+def distil(size, seed, flags, horizon="long", prefix="student", spread="many", base="base", settings=None):
+    settings = settings or f"{size['usual']} --lr {USUAL} {watched(size, seed)}"
     few = "_few" if spread == "few" else ""
     data = f"--rollouts {{out}}/rollouts{few} --scores {{out}}/scores{few}"
     if prefix == "student":
         data = f"--teacher {{out}}/teacher{few}/final --data {{out}}/world/train.jsonl"
     return (
         f"train --prefix {prefix} {flags} --student {{out}}/{base}/final {data} "
-        f"--normalize token --max_response_tokens {size[horizon]} --batch_size 32 "
-        f"{settings or size['usual']} --lr {rate} {watched(size, seed)}"
+        f"--normalize token --max_response_tokens {size[horizon]} --batch_size 32 {settings}"
     )
 
 
@@ -285,6 +285,11 @@ def choose(size, results, point):
             return scores, best
 
 
+def rate_at(size, results, point):
+    """The learning rate of a point of the map; None until it is chosen."""
+    return choose(size, results, point)[1] if point in OF_CELLS else USUAL
+
+
 def parts(size, results):
     """Yields lists of places whose results the study wants, in order; each list needs the results of those
     before it."""
@@ -308,9 +313,7 @@ def parts(size, results):
     yield with_seeds([*runs_of(size, FIRST), *CUT, name_of("student_reverse_long")], size["seeds"])
     yield with_seeds([f"{cell}_equal_flops" for cell in CELLS if cell.startswith("student")], size["seeds"])
     yield [base_of(width, spread) for width in WIDTHS for spread in SPREADS] + ["teacher_few"]
-    yield with_seeds([name_of(*point) for point in POINTS], [FIRST])
-    yield with_seeds(at_rates(POINTS), [FIRST])
-    yield with_seeds(at_best(POINTS), size["seeds"])
+    yield with_seeds([name_of(*point) for point in POINTS if point not in OF_CELLS], size["seeds"])
 
 
 def missing(size, results):

@@ -29,7 +29,7 @@ MINI = toy_runs.SIZE | {
     "collapsed": "--steps 1 --batch_size 2 --lr 1e-3",
     "usual": "--steps 2 --save_every 1 --eval_every 2 --eval_n 4",
     "cell": "--steps 2 --save_every 1 --eval_every 2 --eval_n 4",
-    "map": "--steps 1 --eval_every 1 --eval_n 4",
+    "map": "--steps 1",
     "curriculum": "--horizons 4,12 --gate_every 1 --entropy_floor",
     "grpo": "--steps 1 --lr 1e-3 --n 2 --batch_size 2 --eval_every 1 --eval_n 4",
     "rates": ["1e-4"],
@@ -106,7 +106,8 @@ def test_every_run_is_in_the_results(finished):
                 assert mean.item() == pytest.approx(found[metric], abs=0.02 if metric == "entropy" else 1e-9)
             values, _ = values_of(entry, "pass@4")
             assert values.mean().item() == pytest.approx(found["pass"]["4"])
-            assert entry["curve"]["step"] == [0, 1 if "width" in place or "grpo" in place else 2]
+            steps = [] if "width" in place else [0, 1 if "grpo" in place else 2]
+            assert entry["curve"]["step"] == steps
 
 
 def test_runs_start_from_the_base_student_of_their_width_and_orders(finished):
@@ -236,7 +237,7 @@ def complete(size):
 def test_what_is_missing_is_counted():
     results = complete(toy_runs.SIZE)
     assert toy_runs.count_missing(toy_runs.SIZE, results) == 0
-    for place in ("base", "mix_0.8_2", "student_reverse_long_width_96_few_1e-3_3"):
+    for place in ("base", "mix_0.8_2", "student_reverse_long_width_96_few_1e-4_3"):
         del results[place]
     assert toy_runs.count_missing(toy_runs.SIZE, results) == 3
     assert toy_runs.missing(toy_runs.SIZE, results) == ["base"]
@@ -270,7 +271,7 @@ def test_the_held_out_score_is_of_the_last_sixth():
 def test_the_report_says_what_the_results_say(tmp_path, capsys, monkeypatch):
     results = complete(toy_runs.SIZE)
     assert {f"{c}_3e-4_{s}" for c in toy_runs.CELLS for s in range(1, 6)} <= set(results)
-    assert "student_reverse_long_width_96_few_1e-3_3" in results
+    assert "student_reverse_long_width_96_few_1e-4_3" in results
     path = tmp_path / "toy_grid.jsonl"
     path.write_text("".join(json.dumps(result) + "\n" for result in results.values()))
     toy_grid.main(toy_grid.get_args(["--report", str(path)]))
@@ -292,7 +293,7 @@ def test_the_report_says_what_the_results_say(tmp_path, capsys, monkeypatch):
     rates = next(row for row in rows if row[0] == "student_reverse_long" and row[-3] == "3e-4")
     assert rates[1:6] == ["", "0.750", "0.750", "0.760", "0.750"]
     place = next(row for row in rows if row[:3] == ["96", "two", "long"])
-    assert place[3:7] == ["0.250 (1e-3)", "0.750 (1e-3)", "0.250 (1e-3)", "0.750 (1e-3)"]
+    assert place[3:7] == ["0.250 (1e-4)", "0.750 (1e-4)", "0.250 (1e-4)", "0.750 (1e-4)"]
     assert place[9] == "holds" and place[12] == "not resolved"
     assert place[13] == "teacher reverse or student reverse"
     assert capsys.readouterr().out.count("figure: ") == len(list(tmp_path.glob("*.png"))) == 7

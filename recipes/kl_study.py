@@ -26,9 +26,10 @@ from distil.artifacts import provenance, read_artifact
 from distil.jsonl import read_jsonl
 from distil.problems import load_problems
 from recipes.toy_grid import append, check_flags, read_results, rounded, with_needs, work
+from recipes.toy_map_report import interval, save, subplots
 from recipes.toy_runs import Job, identity
 from recipes.toy_verdicts import difference, verdict
-from reports.figure import COLORS
+from reports.figure import line_styles
 from reports.tables import markdown
 
 SUFFIX = " Please reason step by step, and put your final answer within \\boxed{}."
@@ -45,7 +46,7 @@ STUDIES = {
         "passes": "--micro_batch_tokens 2048",
         "rollouts": "--limit 640",
         "start": "--steps 40 --batch_size 16 --lr 3e-4",
-        "cell": "--steps 40 --batch_size 8 --lr 1e-4",
+        "cell": "--steps 30 --batch_size 8 --lr 1e-4",
         "n": 2,
         "seeds": [1, 2, 3],
     },
@@ -252,26 +253,29 @@ def report(path):
 
 
 def draw(path, found):
-    """Reverse KL by position, on own responses (solid) and on the teacher's (dashed), a mean over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True, sharey=True)
-    titles = {"own": "on its own responses", "teacher": "on the teacher's responses"}
-    for axis, (who, title) in zip(axes, titles.items()):
-        for color, name in zip(COLORS, ["start", *CELLS]):
-            curves = [entry["by_position"][who] for entry in found.get(name, {}).values()]
-            if not curves:
-                continue
-            length = min(len(curve["rkl"]) for curve in curves)
-            means = [sum(curve["rkl"][i] for curve in curves) / len(curves) for i in range(length)]
-            axis.plot([(i + 0.5) * curves[0]["bin"] for i in range(length)], means, color=color, label=name)
-        axis.set(title=f"KL(student‖teacher) {title}", xlabel="position", ylabel="nats")
-        axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    """Both KLs by position, on own responses and on the teacher's: means over seeds. Bars: 95% intervals of
+    the means of the earlier and of the later half."""
+    fig, axes = subplots(2, 2, 2.8, sharex=True, sharey="row")
+    kinds = [{"prefix": None, "kl": None}, *(dict(zip(("prefix", "kl"), cell.split("_"))) for cell in CELLS)]
+    runs = {name: style | {"markersize": 0} for name, style in zip(["start", *CELLS], line_styles(kinds))}
+    for row, (kl, title) in zip(axes, {"rkl": "KL(student‖teacher)", "fkl": "KL(teacher‖student)"}.items()):
+        for axis, (who, where) in zip(
+            row, {"own": "own responses", "teacher": "the teacher's responses"}.items()
+        ):
+            for place, (name, style) in enumerate(runs.items()):
+                curves = [entry["by_position"][who] for entry in found.get(name, {}).values()]
+                if not curves:
+                    continue
+                count = min(len(curve[kl]) for curve in curves)
+                means = [sum(curve[kl][i] for curve in curves) / len(curves) for i in range(count)]
+                width = curves[0]["bin"]
+                axis.plot([(i + 0.5) * width for i in range(count)], means, **style, label=name)
+                for half, middle in zip(HALVES, (0.25, 0.75)):
+                    this = difference(found, {f"{name} {half}": 1}, f"{who}_{kl}_by_token")
+                    at = middle * count * width + 1.5 * (place - 2)
+                    interval(axis, style["color"], at, this, upright=True)
+            axis.set(title=f"{title}, {where}", xlabel="position", ylabel="nats a token")
+    save(fig, path, axes[0][0])
 
 
 def main(args):

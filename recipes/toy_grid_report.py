@@ -6,7 +6,17 @@ the usual learning rate, where all seeds share a base student, and at each cell'
 
 import os
 
-from recipes.toy_map_report import draw_map, gates_table, map_table, mixed_starts, rates_table, signed
+from recipes.toy_map_report import (
+    draw_map,
+    gates_table,
+    interval,
+    map_table,
+    mixed_starts,
+    rates_table,
+    save,
+    signed,
+    subplots,
+)
 from recipes.toy_runs import (
     CELLS,
     CUT,
@@ -22,6 +32,7 @@ from recipes.toy_runs import (
     runs_of,
 )
 from recipes.toy_verdicts import difference, verdict
+from reports.figure import line_styles
 from reports.tables import markdown
 
 METRICS = {  # head in the table, axis in a figure
@@ -238,31 +249,32 @@ def report(path, results):
 
 
 def draw(path, found, panels, metrics, x):
-    """panels: {title: {label: run}}, a row each; metrics: columns. Thin lines are seeds, thick ones means."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = 4.2 * len(metrics), 3.2 * len(panels)
-    fig, axes = plt.subplots(len(panels), len(metrics), figsize=size, squeeze=False, layout="constrained")
+    """panels: {title: {label: run}}, a row each; metrics: columns. Thin lines are seeds, thick ones their
+    means, in evaluations on held-out problems; at the right the final tests with 95% intervals."""
+    fig, axes = subplots(len(panels), len(metrics), 2.6)
     for row, (title, runs) in zip(axes, panels.items()):
         for axis, metric in zip(row, metrics):
-            for color, (label, run) in enumerate(runs.items()):
+            styles = line_styles([cell_of(run) for run in runs.values()])
+            for place, (style, (label, run)) in enumerate(zip(styles, runs.items())):
                 curves = [entry["curve"] for entry in found.get(run, {}).values()]
                 if curves:
-                    draw_run(axis, f"C{color}", label, curves, x, metric)
-            axis.set(title=f"{title}: {METRICS[metric][1]}", xlabel="TFLOPs" if x == "tflops" else x)
-            axis.grid(alpha=0.3)
-        row[-1].legend(fontsize=8)
-    fig.savefig(path, dpi=90)
-    plt.close(fig)
-    print(f"figure: {path}")
+                    draw_run(axis, style, label, curves, x, metric)
+                    end = max(curve[x][-1] for curve in curves) * (1.04 + 0.03 * place)
+                    interval(axis, style["color"], end, difference(found, {run: 1}, metric), upright=True)
+            axis.set_title(METRICS[metric][1] if axis is not row[0] else f"{title}: {METRICS[metric][1]}")
+            axis.set_xlabel("TFLOPs" if x == "tflops" else x)
+    save(fig, path, axes[0][0])
 
 
-def draw_run(axis, color, label, curves, x, y):
+def cell_of(run):
+    """{"prefix", "kl"} of a cell's run, or of GRPO after it; None where a run is no cell."""
+    words = run.removeprefix("grpo_").split("_") if run.removeprefix("grpo_") in CELLS else [None, None]
+    return {"prefix": words[0], "kl": words[1]}
+
+
+def draw_run(axis, style, label, curves, x, y):
     """curves: of each seed. The mean ends with the shortest curve."""
     for curve in curves:
-        axis.plot(curve[x], curve[y], color=color, linewidth=0.6, alpha=0.5)
+        axis.plot(curve[x], curve[y], color=style["color"], linewidth=0.5, alpha=0.4)
     mean_x, mean_y = ([sum(same) / len(same) for same in zip(*(c[k] for c in curves))] for k in (x, y))
-    axis.plot(mean_x, mean_y, color=color, linewidth=2, marker="o", markersize=3, label=label)
+    axis.plot(mean_x, mean_y, **style, label=label)

@@ -13,10 +13,12 @@ from recipes.toy_runs import (
     rate_at,
 )
 from recipes.toy_verdicts import difference, verdict
+from reports.figure import COLORS, line_styles
 from reports.tables import markdown
 
 LABELS = {cell: cell.rsplit("_", 1)[0].replace("_", " ") for cell in CELLS}  # "student reverse"
 ORDERS = {"many": "any", "few": "two"}
+WIDTH = 9.0  # inches of a figure: at a page's width its letters are as large as the page's
 
 
 def signed(found, digits=3):
@@ -117,34 +119,72 @@ def map_table(results, found):
 
 
 def draw_map(path, results, found):
-    """A panel for each number of orders and horizon: Avg of the cells against the student's width."""
+    """A row for each point of the map; Avg of its cells and its base student, and both differences, with 95%
+    intervals. Small dots are seeds."""
+    fig, axes = subplots(1, 3, 6.5, sharey=True)
+    points = [(width, spread, horizon) for width in WIDTHS for spread in SPREADS for horizon in HORIZONS]
+    titles = ["Avg", "reverse minus forward KL", "student minus teacher prefixes"]
+    for axis, title in zip(axes[0], titles):
+        axis.set(title=title, ylim=(len(points) - 0.5, -0.5))
+        axis.set_yticks(
+            range(len(points)), [f"{w}, {ORDERS[spread]}, {horizon}" for w, spread, horizon in points]
+        )
+        axis.axvline(0, color="black", linewidth=0.8)
+    axes[0][0].set(xlim=(0, 1), ylabel="student's width, orders, horizon")
+    styles = line_styles([dict(zip(("prefix", "kl"), LABELS[cell].split())) for cell in CELLS[:4]])
+    for y, (width, spread, horizon) in enumerate(points):
+        cells = [cell for cell in CELLS if cell.endswith(horizon)]
+        names = {
+            cell: name_of(cell, width, spread, rate_at(SIZE, results, (cell, width, spread)))
+            for cell in cells
+        }
+        bases = [found.get(base_of(width, spread), {}).get(None)]
+        axes[0][0].plot([avg_of(base) for base in bases if base], [y] * len(bases), "|", color="gray", ms=12)
+        for place, (style, (cell, name)) in enumerate(zip(styles, names.items())):
+            this = difference(found, {name: 1}, "avg")
+            look = {
+                "marker": "o" if cell.startswith("student") else "s",
+                "label": LABELS[cell] if y == 0 else None,
+            }
+            interval(axes[0][0], style["color"], y + 0.18 * (place - 1.5), this, **look)
+        for axis, plus in zip(axes[0][1:], ("reverse", "student")):
+            terms = {names[cell]: 1 / 2 if plus in cell else -1 / 2 for cell in cells}
+            interval(axis, COLORS[0], y, difference(found, terms, "avg"))
+    save(fig, path, axes[0][0])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def subplots(rows, columns, height, **options):
+    """(figure, axes of shape (rows, columns)) as wide as a page, each row so many inches high."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(2, 2, figsize=(9, 7), sharex=True, sharey=True, layout="constrained")
-    for row, spread in zip(axes, SPREADS):
-        for axis, horizon in zip(row, HORIZONS):
-            for color, cell in enumerate(cell for cell in CELLS if cell.endswith(horizon)):
-                points = []
-                for width in WIDTHS:
-                    rate = rate_at(SIZE, results, (cell, width, spread))
-                    entries = found.get(name_of(cell, width, spread, rate), {}).values()
-                    points += [(width, [avg_of(entry) for entry in entries])] if entries else []
-                for width, values in points:
-                    axis.plot([width] * len(values), values, ".", color=f"C{color}", alpha=0.5)
-                means = [sum(values) / len(values) for _, values in points]
-                axis.plot([width for width, _ in points], means, "o-", color=f"C{color}", label=LABELS[cell])
-            start = [
-                (w, avg_of(found[base_of(w, spread)][None])) for w in WIDTHS if base_of(w, spread) in found
-            ]
-            axis.plot(*zip(*start), ":", color="gray", label="base student")
-            axis.set(
-                title=f"{ORDERS[spread]} orders, {horizon} horizon", xlabel="student width", ylabel="Avg"
-            )
-            axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    fig.savefig(path, dpi=90)
-    plt.close(fig)
+    plt.rcParams.update({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 1.5})
+    size = WIDTH, height * rows + 0.5
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+
+
+def interval(axis, color, place, found, upright=False, marker="o", label=None):
+    """A Difference at a place on the other axis: its mean, 95% interval and seeds. None draws nothing."""
+    if found is not None:
+        errors = [[found.mean - found.low], [found.high - found.mean]]
+        at = (place, found.mean) if upright else (found.mean, place)
+        bars = {"yerr" if upright else "xerr": errors, "fmt": marker, "markersize": 4, "label": label}
+        axis.errorbar(*at, **bars, color=color, elinewidth=1.2)
+        if not upright:
+            axis.plot(found.each, [place] * len(found.each), ".", color=color, alpha=0.4, markersize=4)
+
+
+def save(figure, path, axis):
+    """Write the figure with the legend of that axis below it."""
+    import matplotlib.pyplot as plt
+
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
     print(f"figure: {path}")

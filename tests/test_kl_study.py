@@ -91,9 +91,10 @@ def test_the_claims_have_the_signs_that_they_say(tmp_path, capsys):
                 "teacher_fkl": noisy(forward),
                 "teacher_rkl": noisy(1.0),
             }
-            halves = {"early": {"own_rkl_by_token": noisy(2.0)}, "late": {"own_rkl_by_token": noisy(own)}}
+            halves = {half: {f"{key}_by_token": noisy(1.0) for key in sums} for half in kl_study.HALVES}
+            halves["late"]["own_rkl_by_token"] = noisy(own)
             same = {"n": 1, "correct": "0" * 20, "cut": "0" * 20, "tokens": "9 " * 20, "entropy": "1.0 " * 20}
-            curve = {"rkl": [1.0, 2.0], "bin": 1}
+            curve = {"fkl": [1.0, 2.0], "rkl": [1.0, 2.0], "bin": 1}
             lines.append(
                 {"name": name, "seed": seed, "sums": sums, "by_position": {"own": curve, "teacher": curve}}
                 | halves

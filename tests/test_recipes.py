@@ -5,6 +5,7 @@ bash gives the recipes' commands; recipes/plan.py, which shows and runs them, is
 import argparse
 import contextlib
 import functools
+import glob
 import importlib
 import io
 import json
@@ -505,8 +506,9 @@ def tiny(world, tmp_path):
         --eval_tokens 8"""
     qwen3 = f"""--student {student} --teacher_4b {teacher} --teacher_8b {teacher} --limit 6 --short 4 --long 8
         --test_tokens 8 --horizons 4,8 --gate_every 1 --grpo_problems 2"""
-    paper_b = f"""--r1 {student} --r1_large {teacher} --justrl {teacher} --base {student} --chat {teacher}
-        --rl {teacher} --chat_small {student} --rl_math {teacher} --original_data {train} --far_data {train}
+    paper_b = f"""--r1 {student} --r1_large {teacher} --r1_larger {teacher} --skywork {teacher}
+        --justrl {teacher} --base {student} --chat {teacher}
+        --rl {teacher} --chat_small {student} --rl_math {teacher} --original_data {train} --far_data {test}
         --sft_data {train} --cold_data {test} --reverse_steps 1 --tokens 8 --n 2 --sft_limit 8
         --sft_tokens 60 --sft_steps 2 --sft_batch_size 2 --dedup exact"""
     return {"qwen3": f"{common} {qwen3}".split(), "paper_b": f"{common} {paper_b}".split()}
@@ -604,6 +606,23 @@ def test_rows_of_the_second_paper_run(recipe, tiny, executed, tmp_path):
     opd = json.load(open(tmp_path / "out/cold_start_sft/meta.json"))["args"]
     assert opd["student"] == f"{tmp_path}/out/sft/final"
     assert opd["data"] == f"{tmp_path}/out/cold_problems/problems.jsonl"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "paper_b"])
+def test_a_row_of_every_group_runs(name, recipe, tiny, executed, tmp_path, monkeypatch):
+    """The last of each: of tables, mixes and references; of top-k sets, patterns, sizes and all others."""
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")  # has an lm_eval
+    monkeypatch.setattr(general, "run_harness", write_half)
+    picked = {row.split("/")[0]: row for row in listed(tmp_path, name)}
+    assert len(picked) == {"qwen3": 8, "paper_b": 9}[name]
+    picked.pop("horizon", None)  # topk/k16 with lengths for which the tiny models have too few positions
+    printed = recipe(name, *(word for row in picked.values() for word in ("--row", row)), *tiny[name])
+    found, same = rows(printed.split("\n\n# to do")[0]), {"table3": "table2/", "template": "topk/k16"}
+    for group, row in picked.items():
+        assert any(ran.startswith(same.get(group, row)) for ran in found), row
+    outs = [args.out for commands in found.values() for module, args in commands if args.out]
+    assert len(outs) > len(picked)
+    assert all(glob.glob(f"{out}/**/meta.json", recursive=True) for out in outs)
 
 
 def test_a_failed_command_ends_the_recipe(recipe, tiny, monkeypatch, refused):

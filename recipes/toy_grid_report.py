@@ -7,6 +7,7 @@ the usual learning rate, where all seeds share a base student, and at each cell'
 import os
 
 from recipes.toy_map_report import (
+    avg_table,
     draw_map,
     gates_table,
     interval,
@@ -235,6 +236,7 @@ def report(path, results):
         f"## Other runs, at {USUAL}": claims_table(OTHER_CLAIMS, usual, found),
         "## Learning rates": rates_table(results),
         "## Map": map_table(results, found),
+        "## Avg on the map, and rates": avg_table(results, found),
         "## Gates of the curriculum": gates_table(found),
         "## Runs": runs_table(names, found),
     }

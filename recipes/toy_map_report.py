@@ -18,6 +18,7 @@ from reports.tables import markdown
 
 LABELS = {cell: cell.rsplit("_", 1)[0].replace("_", " ") for cell in CELLS}  # "student reverse"
 ORDERS = {"many": "any", "few": "two"}
+CONTRASTS = [("reverse", "forward"), ("student", "teacher")]
 WIDTH = 9.0  # inches of a figure: at a page's width its letters are as large as the page's
 
 
@@ -76,25 +77,50 @@ def gates_table(found):
 # The map
 
 
-def map_rows(results, found):
-    """A row for each width, number of orders and horizon: [text of a table's cell]."""
+def points_of(results):
+    """(width, orders, horizon, {cell: rate}, {cell: its run, where the rate is chosen}) of every point."""
     for width in WIDTHS:
         for spread in SPREADS:
             for horizon in HORIZONS:
                 cells = [cell for cell in CELLS if cell.endswith(horizon)]
                 rates = {cell: rate_at(SIZE, results, (cell, width, spread)) for cell in cells}
                 names = {cell: name_of(cell, width, spread, rates[cell]) for cell in cells if rates[cell]}
-                row = [f"{width}", ORDERS[spread], horizon]
-                for cell in cells:
-                    this = cell in names and difference(found, {names[cell]: 1}, "avg")
-                    row.append(f"{this.mean:.3f} ({rates[cell]})" if this else "")
-                for plus, minus in (("reverse", "forward"), ("student", "teacher")):
-                    terms = {
-                        names.get(c): 1 / 2 if plus in c else -1 / 2 for c in cells if plus in c or minus in c
-                    }
-                    this = difference(found, terms, "avg")
-                    row += [*signed(this), verdict(this)]
-                yield [*row, best_of(found, names)]
+                yield width, spread, horizon, rates, names
+
+
+def contrast(names, plus, minus):
+    """{run: factor} of the mean over cells with a word in their name minus that of those with another."""
+    signs = {cell: (plus in cell) - (minus in cell) for cell in names}
+    return {names[cell]: sign / 2 for cell, sign in signs.items()}
+
+
+def map_table(results, found):
+    """Both differences and the best cells, at every point."""
+    head = ["width", "orders", "horizon"]
+    head += ["reverse minus forward", "each seed", "reverse higher"]
+    head += ["student minus teacher", "each seed", "student higher", "best"]
+    rows = []
+    for width, spread, horizon, _, names in points_of(results):
+        row = [f"{width}", ORDERS[spread], horizon]
+        for pair in CONTRASTS:
+            this = difference(found, contrast(names, *pair), "avg") if len(names) == 4 else None
+            row += [*signed(this), verdict(this)]
+        rows.append([*row, best_of(found, names)])
+    return markdown([head, ["---"] * len(head), *rows])
+
+
+def avg_table(results, found):
+    """Avg of cells and of their base students, means over seeds, and learning rates at every point."""
+    head, rows = ["width", "orders", "horizon", "base", *dict.fromkeys(LABELS.values())], []
+    for width, spread, horizon, rates, names in points_of(results):
+        row = [f"{width}", ORDERS[spread], horizon]
+        starts = [avg_of(entry) for entry in found.get(base_of(width, spread), {}).values()]
+        row.append(f"{sum(starts) / len(starts):.3f}" if starts else "")
+        for cell, rate in rates.items():
+            this = difference(found, {names.get(cell): 1}, "avg")
+            row.append(f"{this.mean:.3f} ({rate})" if this else "")
+        rows.append(row)
+    return markdown([head, ["---"] * len(head), *rows])
 
 
 def best_of(found, names):
@@ -111,45 +137,34 @@ def best_of(found, names):
     return " or ".join(LABELS[cell] for cell in close)
 
 
-def map_table(results, found):
-    head = ["width", "orders", "horizon", *dict.fromkeys(LABELS.values())]
-    head += ["reverse minus forward", "each seed", "reverse higher"]
-    head += ["student minus teacher", "each seed", "student higher", "best"]
-    return markdown([head, ["---"] * len(head), *map_rows(results, found)])
-
-
 def draw_map(path, results, found):
     """A row for each point of the map; Avg of its cells and its base student, and both differences, with 95%
     intervals. Small dots are seeds."""
     fig, axes = subplots(1, 3, 6.5, sharey=True)
-    points = [(width, spread, horizon) for width in WIDTHS for spread in SPREADS for horizon in HORIZONS]
+    points = [*points_of(results)]
     titles = ["Avg", "reverse minus forward KL", "student minus teacher prefixes"]
     for axis, title in zip(axes[0], titles):
         axis.set(title=title, ylim=(len(points) - 0.5, -0.5))
         axis.set_yticks(
-            range(len(points)), [f"{w}, {ORDERS[spread]}, {horizon}" for w, spread, horizon in points]
+            range(len(points)), [f"{w}, {ORDERS[spread]}, {horizon}" for w, spread, horizon, *_ in points]
         )
         axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_xlabel("Avg" if title == "Avg" else "difference in Avg")
     axes[0][0].set(xlim=(0, 1), ylabel="student's width, orders, horizon")
     styles = line_styles([dict(zip(("prefix", "kl"), LABELS[cell].split())) for cell in CELLS[:4]])
-    for y, (width, spread, horizon) in enumerate(points):
-        cells = [cell for cell in CELLS if cell.endswith(horizon)]
-        names = {
-            cell: name_of(cell, width, spread, rate_at(SIZE, results, (cell, width, spread)))
-            for cell in cells
-        }
-        bases = [found.get(base_of(width, spread), {}).get(None)]
-        axes[0][0].plot([avg_of(base) for base in bases if base], [y] * len(bases), "|", color="gray", ms=12)
+    for y, (width, spread, _, _, names) in enumerate(points):
+        starts = [avg_of(entry) for entry in found.get(base_of(width, spread), {}).values()]
+        bars = {"color": "gray", "markersize": 14, "label": None if y else "base students"}
+        axes[0][0].plot(starts, [y] * len(starts), "|", **bars)
         for place, (style, (cell, name)) in enumerate(zip(styles, names.items())):
-            this = difference(found, {name: 1}, "avg")
             look = {
                 "marker": "o" if cell.startswith("student") else "s",
-                "label": LABELS[cell] if y == 0 else None,
+                "label": None if y else LABELS[cell],
             }
+            this = difference(found, {name: 1}, "avg")
             interval(axes[0][0], style["color"], y + 0.18 * (place - 1.5), this, **look)
-        for axis, plus in zip(axes[0][1:], ("reverse", "student")):
-            terms = {names[cell]: 1 / 2 if plus in cell else -1 / 2 for cell in cells}
-            interval(axis, COLORS[0], y, difference(found, terms, "avg"))
+        for axis, pair in zip(axes[0][1:], CONTRASTS):
+            interval(axis, COLORS[2], y, difference(found, contrast(names, *pair), "avg"))
     save(fig, path, axes[0][0])
 
 

@@ -292,10 +292,11 @@ def test_the_report_says_what_the_results_say(tmp_path, capsys, monkeypatch):
     assert shown["student_reverse_long"][0].startswith("0.750 ")
     rates = next(row for row in rows if row[0] == "student_reverse_long" and row[-3] == "3e-4")
     assert rates[1:6] == ["", "0.750", "0.750", "0.760", "0.750"]
-    place = next(row for row in rows if row[:3] == ["96", "two", "long"])
-    assert place[3:7] == ["0.250 (1e-4)", "0.750 (1e-4)", "0.250 (1e-4)", "0.750 (1e-4)"]
-    assert place[9] == "holds" and place[12] == "not resolved"
-    assert place[13] == "teacher reverse or student reverse"
+    place, avgs = [row[3:] for row in rows if row[:3] == ["96", "two", "long"]]
+    assert avgs[1:] == ["0.250 (1e-4)", "0.750 (1e-4)", "0.250 (1e-4)", "0.750 (1e-4)"]
+    assert place[0] == "+0.500 [+0.500, +0.500]" and place[3] == "+0.000 [+0.000, +0.000]"
+    assert place[2] == "holds" and place[5] == "not resolved"
+    assert place[6] == "teacher reverse or student reverse"
     assert capsys.readouterr().out.count("figure: ") == len(list(tmp_path.glob("*.png"))) == 7
 
 

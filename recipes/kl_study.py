@@ -22,14 +22,14 @@ import sys
 
 import torch
 
-from distil.artifacts import provenance, read_artifact
+from distil.artifacts import provenance, read_artifact, refuse
 from distil.jsonl import read_jsonl
 from distil.problems import load_problems
-from recipes.toy_grid import append, check_flags, read_results, rounded, with_needs, work
-from recipes.toy_map_report import interval, save, subplots
+from recipes.toy_grid import append, check_flags, read_results, rounded, weights_digest, with_needs, work
+from recipes.toy_map_report import interval, save, signed, subplots
 from recipes.toy_runs import Job, identity
 from recipes.toy_verdicts import difference, verdict
-from reports.figure import line_styles
+from reports.figure import REACHED, line_styles
 from reports.tables import markdown
 
 SUFFIX = " Please reason step by step, and put your final answer within \\boxed{}."
@@ -92,6 +92,16 @@ CLAIMS = [  # expected before the runs: (text, metric, {run: factor}); "RUN late
     ("more than in the earlier half (late minus early)", "own_rkl_by_token", LATER),
     ("reverse KL lowers it more (forward minus reverse)", "own_rkl", FORWARD),
     ("forward KL lowers the forward KL more (reverse minus forward)", "teacher_fkl", REVERSE),
+]
+SIGNS = {"late": 1, "early": -1}
+GAP = {f"{cell} {half}": sign / 4 for half, sign in SIGNS.items() for cell in CELLS}
+GAP |= {f"{run} taught": -factor for run, factor in GAP.items()}
+LATER_RUNS = "late minus early, own minus the teacher's responses"
+AFTERWARDS = [  # looked at when the toy world's results were known; "taught": on the teacher's responses
+    ("forward KL on own responses: forward KL lowers it more (reverse minus forward)", "own_fkl", REVERSE),
+    ("student prefixes lower it more (teacher minus student)", "own_fkl", contrast(PREFIXES)),
+    (f"exposure bias, reverse KL ({LATER_RUNS})", "own_rkl_by_token", GAP),
+    (f"exposure bias, forward KL ({LATER_RUNS})", "own_fkl_by_token", GAP),
 ]
 
 
@@ -191,13 +201,11 @@ def collect(jobs, place, out):
     rows = [row for _, row in read_jsonl(f"{out}/{place}/eval/kl.jsonl")]
     ids = list(dict.fromkeys(row["id"] for row in samples))
     by_id = lambda rows: [[row for row in rows if row["id"] == id] for id in ids]
+    assert all(kl["plain_samples"] for kl in found["kl"].values()), f"{place}: no KL of whole responses"
     origin, entry = provenance(), {"name": jobs[place].name, "seed": jobs[place].seed}
     entry |= {"id": identity(jobs, place), "flags": shlex.join(meta["argv"]), "commit": meta["commit"]}
-    entry |= {
-        "device": origin["device"],
-        "torch": origin["versions"]["torch"],
-        "tflops": rounded(found["tflops"]),
-    }
+    entry |= {"device": origin["device"], "torch": origin["versions"]["torch"]}
+    entry |= {"tflops": rounded(found["tflops"]), "start": weights_digest(meta["args"]["student"])}
     entry |= {"n": found["n"], "by_position": {}, "sums": {}} | {half: {} for half in HALVES}
     entry["correct"] = "".join(str(sum(row["correct"] for row in group)) for group in by_id(samples))
     entry["cut"] = "".join(
@@ -209,7 +217,7 @@ def collect(jobs, place, out):
     for prefix, who in OWN.items():
         kl, groups = found["kl"][prefix], by_id([row for row in rows if row["prefix"] == prefix])
         entry["by_position"][who] = {name: [rounded(x) for x in kl[f"{name}_by_position"]] for name in KLS}
-        entry["by_position"][who]["bin"] = kl["bin"]
+        entry["by_position"][who] |= {"bin": kl["bin"], "responses": kl["responses_by_position"]}
         middle = tokens // 2 // kl["bin"]  # bins of the earlier half
         for name in KLS:
             part = lambda rows, first, last: round(sum(sum(row[name][first:last]) for row in rows), 2)
@@ -227,17 +235,28 @@ def in_bins(tokens, width, first, last):
 
 
 def report(path):
+    if not os.path.isfile(path):
+        refuse(f"--report {path}: no such file")
     found, results = {}, read_results(path)
-    for result in results.values():
+    for place, result in results.items():
+        if not {*HALVES} <= result.keys():
+            refuse(f"--report {path}: {place} is no result of this study")
         found.setdefault(result["name"], {})[result["seed"]] = result
         for half in HALVES:
-            found.setdefault(f"{result['name']} {half}", {})[result["seed"]] = result | {"sums": result[half]}
-    lines = [["expected", "metric", "difference [95%]", "each seed", "verdict"], ["---"] * 5]
-    for text, metric, terms in CLAIMS:
-        one = difference(found, terms, metric)
-        mean = "" if one is None else f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]"
-        each = "" if one is None else " ".join(f"{value:+.3f}" for value in one.each)
-        lines.append([text, metric, mean, each, verdict(one)])
+            of_half = result[half]
+            taught = {f"own_{kl}_by_token": of_half[f"teacher_{kl}_by_token"] for kl in KLS}
+            for name, sums in ((half, of_half), (f"{half} taught", taught)):
+                found.setdefault(f"{result['name']} {name}", {})[result["seed"]] = result | {"sums": sums}
+    starts = {result["start"] for result in results.values() if result["seed"] and "start" in result}
+    if len(starts) > 1:
+        refuse(f"{path}: its cells start from students of {len(starts)} machines, which differ; remove some")
+    tables = []
+    for head, claims in (("expected", CLAIMS), ("looked at afterwards", AFTERWARDS)):
+        lines = [[head, "metric", "difference [95%]", "each seed", "verdict"], ["---"] * 5]
+        for text, metric, terms in claims:
+            one = difference(found, terms, metric)
+            lines.append([text, metric, *signed(one), verdict(one)])
+        tables.append(markdown(lines))
     metrics = ["own_rkl", "own_fkl", "teacher_fkl", "teacher_rkl", "entropy", "length", "truncated", "avg"]
     table = [["run", *metrics], ["---"] * (len(metrics) + 1)]
     for name in ["start", *CELLS]:
@@ -245,7 +264,7 @@ def report(path):
         cells = ["" if one is None else f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in values]
         table.append([name, *cells])
     count = f"{len(results)} results of {os.path.basename(path)}."
-    text = "\n\n".join([count, markdown(lines), markdown(table)]) + "\n"
+    text = "\n\n".join([count, *tables, markdown(table)]) + "\n"
     with open(path.removesuffix(".jsonl") + ".md", "w", encoding="utf-8") as file:
         file.write(text)
     print(text)
@@ -266,7 +285,8 @@ def draw(path, found):
                 curves = [entry["by_position"][who] for entry in found.get(name, {}).values()]
                 if not curves:
                     continue
-                count = min(len(curve[kl]) for curve in curves)
+                counts = [curve.get("responses", [1] * len(curve[kl])) for curve in curves]
+                count = min(sum(some >= REACHED * row[0] for some in row) for row in counts)
                 means = [sum(curve[kl][i] for curve in curves) / len(curves) for i in range(count)]
                 width = curves[0]["bin"]
                 axis.plot([(i + 0.5) * width for i in range(count)], means, **style, label=name)

@@ -17,6 +17,7 @@
 #   --sft_data        openthoughts3 --limit 200000
 #   --cold_data       openthoughts3 --skip 200000 --limit 30000
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set/s/^#\( \|$\)//p' "$0"; exit ;; esac
 ((BASH_VERSINFO[0] >= 4)) || { echo "error: needs bash 4 or newer" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 
@@ -88,7 +89,7 @@ fail() { echo "error: $*" >&2; exit 2; }
 PLAN=() PICKED=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --list) echo "$ROWS"; exit ;;
+    --list) echo "# row, student <- teacher, the paper's AIME24, AIME25, AMC23$ROWS"; exit ;;
     --dry_run) PLAN+=(--dry_run); shift ;;
     --row) PICKED+=("${2:?--row needs a row or a group of rows}"); shift 2 ;;
     --*) name=${1#--}

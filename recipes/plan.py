@@ -293,6 +293,14 @@ def shown(words, width=110):
     return " \\\n".join(lines)
 
 
+def missing_files(commands):
+    """Problems that are neither there nor made by one of the commands."""
+    made = {command.args.out for command in commands}
+    paths = [getattr(command.args, name, None) for command in commands for name in ("data", "against")]
+    paths = {path for path in paths if path and path.endswith(".jsonl") and os.path.dirname(path) not in made}
+    return sorted(path for path in paths if not os.path.isfile(path))
+
+
 def execute(words):
     """Runs a command to its end: its exit code. Ctrl-C is for the command, which may save before it ends."""
     before = signal.signal(signal.SIGINT, lambda *ignored: None)
@@ -302,13 +310,15 @@ def execute(words):
         signal.signal(signal.SIGINT, before)
 
 
-def show(command, state, spent, size, rate, taken):
-    """Prints a command below what it costs. rate: TFLOPs per GPU hour; taken: of memory(), for training."""
+def show(command, state, spent, size, rate, taken, gpu):
+    """Prints a command below what it costs. rate: TFLOPs per GPU hour; taken: of memory(), for training; gpu:
+    GiB of a GPU."""
     about = [] if state == "new" else [state]
     if spent:
         about.append(f"{spent:.3g} TFLOPs, {spent / rate:.3g} GPU hours, {size / 1e9:.3g} GB")
     if taken:
         about.append(f"{taken[0]:.3g} GiB of GPU memory, checkpointing {'on' if taken[1] else 'off'}")
+        about += [f"WARNING: more than the {gpu:g} GiB of --gpu_gib"] * (taken[0] > gpu)
     if about:
         print(f"# {'; '.join(about)}")
     print(shown(command.words))
@@ -330,16 +340,21 @@ def main(args):
         if command.module in ("train", "grpo"):
             taken = memory(command, args.prompt_tokens, made, args.gpu_gib, folder.name)
             too_large += [command.row] * (taken[0] > args.gpu_gib and state != "finished")
-        show(command, state, spent, size, rate, taken)
+        show(command, state, spent, size, rate, taken, args.gpu_gib)
         if state != "finished":
             count += 1
             all_spent += spent
             all_size += size
     print(f"\n# to do: {count} commands, {all_spent:.3g} TFLOPs, {all_spent / rate:.3g} GPU hours", end=" ")
     print(f"at {args.tflops_per_second:g} TFLOP/s, {all_size / 1e9:.3g} GB", flush=True)
+    lacking = " ".join(missing_files(commands))
+    if lacking:
+        print(f"# missing: {lacking}; the head of the recipe says how to make them", flush=True)
     if too_large and not args.dry_run:
         rows = f"{' '.join(too_large)}: more memory than the {args.gpu_gib:g} GiB of --gpu_gib"
         refuse(f"{rows}; give more --gpus, or shorter responses")
+    if lacking and not args.dry_run:
+        refuse(f"no such files: {lacking}")
     for command, state in zip(commands, states):
         if args.dry_run or state == "finished":
             continue

@@ -12,6 +12,7 @@
 # --steps. None of this has been run at full size yet. Values marked "ours" are not in the paper; the others
 # are from it.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set/s/^#\( \|$\)//p' "$0"; exit ;; esac
 ((BASH_VERSINFO[0] >= 4)) || { echo "error: needs bash 4 or newer" >&2; exit 2; }
 cd "$(dirname "$0")/.."
 

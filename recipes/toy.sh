@@ -6,6 +6,10 @@
 # On a CPU two runs go side by side, one thread each; on a GPU they take turns. transformers samples (--engine
 # hf): models this small are sampled before vLLM has started.
 set -euo pipefail
+case ${1:-} in
+  -h | --help) sed -n '2,/^set/s/^#\( \|$\)//p' "$0"; exit ;;
+  -*) echo "error: unknown flag $1; --help shows how to call it" >&2; exit 2 ;;
+esac
 cd "$(dirname "$0")/.."
 OUT=${1:-out/toy}
 WORLD=$OUT/world

@@ -235,6 +235,8 @@ def rounded(value):
 
 def main(args):
     if args.report:
+        if not os.path.isfile(args.report):
+            refuse(f"--report {args.report}: no such file")
         from recipes.toy_grid_report import report
 
         return report(args.report, read_results(args.report))

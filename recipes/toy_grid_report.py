@@ -13,6 +13,7 @@ from recipes.toy_map_report import (
     interval,
     map_table,
     mixed_starts,
+    points_of,
     rates_table,
     save,
     signed,
@@ -21,6 +22,7 @@ from recipes.toy_map_report import (
 from recipes.toy_runs import (
     CELLS,
     CUT,
+    FLOORS,
     HORIZONS,
     KLS,
     OF_CELLS,
@@ -110,7 +112,7 @@ STOPS = {
     "own stop only, forward KL": "ends_student_forward",
     "own stop only, short horizon": "ends_student_short",
     "own stop only, curriculum": "ends_student_curriculum",
-    "same stop token, from collapsed": "from_collapsed",
+    "same stop token, entropy collapsed before": "from_collapsed",
 }
 OWN = "own learning rates, each seed from its own base student"
 THREE = ("avg", "entropy", "length")
@@ -206,9 +208,12 @@ def runs_table(names, found):
         line = [name]
         for metric in METRICS:
             mean, low, high, _ = difference(found, {name: 1}, metric)
+            if metric not in ("length", "entropy"):
+                low, high = max(low, 0), min(high, 1)  # of a t interval
             digits = 1 if metric == "length" else 3
             line.append(f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
-        entries = found[name].values()
+        entries = found[name]
+        entries = [entries[None]] if None in entries else entries.values()
         line += [f"{sum(entry[key] for entry in entries) / len(entries):.3g}" for key in ("maj", "tflops")]
         lines.append(line)
     return markdown(lines)
@@ -227,12 +232,15 @@ def report(path, results):
     lacking = count_missing(SIZE, results)
     state = f"At least {lacking} runs are missing: `bash recipes/toy_grid.sh` makes them." if lacking else ""
     problems = {len(result["correct"]) for result in results.values()}
-    mixed = " ".join(map(str, mixed_starts(found, best.values()))) or "none"
+    floors = [name_of("student_reverse_long"), *(f"curriculum_floor_{floor}" for floor in FLOORS[1:])]
+    mixed = {seed for names in (CELLS, best.values(), floors) for seed in mixed_starts(found, names)}
+    mixed |= {seed for *_, names in points_of(results) for seed in mixed_starts(found, names.values())}
+    mixed = " ".join(map(str, sorted(mixed))) or "none"
     parts = {
         f"{len(results)} results, {max(problems)} test problems. {state}".strip(): "",
         f"## Cells at {USUAL}, all seeds from one base student": claims_table(CELL_CLAIMS, usual, found),
         f"## Cells at their {OWN}": claims_table(CELL_CLAIMS, best, found),
-        f"Seeds whose cells start from base students of two machines: {mixed}.": "",
+        f"Seeds with cells that are compared and start from base students of two machines: {mixed}.": "",
         f"## Other runs, at {USUAL}": claims_table(OTHER_CLAIMS, usual, found),
         "## Learning rates": rates_table(results),
         "## Map": map_table(results, found),
@@ -262,7 +270,8 @@ def draw(path, found, panels, metrics, x):
                 if curves:
                     draw_run(axis, style, label, curves, x, metric)
                     end = max(curve[x][-1] for curve in curves) * (1.04 + 0.03 * place)
-                    interval(axis, style["color"], end, difference(found, {run: 1}, metric), upright=True)
+                    look = {"filled": style["linestyle"] != "--", "upright": True}
+                    interval(axis, style["color"], end, difference(found, {run: 1}, metric), **look)
             axis.set_title(METRICS[metric][1] if axis is not row[0] else f"{title}: {METRICS[metric][1]}")
             axis.set_xlabel("TFLOPs" if x == "tflops" else x)
     save(fig, path, axes[0][0])

@@ -11,6 +11,10 @@
 # bootstrap intervals over the problems: after GRPO minus before, for each policy and seed and their mean; the
 # truncated policy minus the full one; distilled minus collapsed.
 set -euo pipefail
+case ${1:-} in
+  -h | --help) sed -n '2,/^set/s/^#\( \|$\)//p' "$0"; exit ;;
+  -*) echo "error: unknown flag $1; --help shows how to call it" >&2; exit 2 ;;
+esac
 cd "$(dirname "$0")/.."
 OUT=${1:-out/toy}
 WORLD=$OUT/world

@@ -10,6 +10,10 @@
 # Prints a table of the test problems without a hint, and for each seed the difference to the base with a 95%
 # bootstrap interval. base/eval_hint is the base with the hints.
 set -euo pipefail
+case ${1:-} in
+  -h | --help) sed -n '2,/^set/s/^#\( \|$\)//p' "$0"; exit ;;
+  -*) echo "error: unknown flag $1; --help shows how to call it" >&2; exit 2 ;;
+esac
 cd "$(dirname "$0")/.."
 OUT=${1:-out/toy_hint}
 DATA=$OUT/data

@@ -52,12 +52,14 @@ def avg_of(entry):
 
 def mixed_starts(found, names):
     """Seeds whose runs start from different weights: a base student that is made again on another machine
-    differs. names: of the runs that are compared."""
+    differs. names: of the runs that are compared. Results that lack a digest of the weights are told apart by
+    their first evaluation, whose seed is the run's."""
     starts = {}
     for name in names:
         for seed, entry in found.get(name, {}).items():
-            starts.setdefault(seed, set()).add(entry["start"])
-    return [seed for seed, digests in sorted(starts.items()) if len(digests) > 1]
+            start = entry["start"] or str([entry["curve"][metric][:1] for metric in ("avg", "length")])
+            starts.setdefault(seed, set()).add(start)
+    return [seed for seed, ones in sorted(starts.items()) if len(ones) > 1]
 
 
 def gates_table(found):
@@ -184,12 +186,13 @@ def subplots(rows, columns, height, **options):
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
 
 
-def interval(axis, color, place, found, upright=False, marker="o", label=None):
+def interval(axis, color, place, found, upright=False, marker="o", filled=True, label=None):
     """A Difference at a place on the other axis: its mean, 95% interval and seeds. None draws nothing."""
     if found is not None:
         errors = [[found.mean - found.low], [found.high - found.mean]]
         at = (place, found.mean) if upright else (found.mean, place)
         bars = {"yerr" if upright else "xerr": errors, "fmt": marker, "markersize": 4, "label": label}
+        bars["markerfacecolor"] = color if filled else "white"
         axis.errorbar(*at, **bars, color=color, elinewidth=1.2)
         if not upright:
             axis.plot(found.each, [place] * len(found.each), ".", color=color, alpha=0.4, markersize=4)

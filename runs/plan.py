@@ -102,12 +102,15 @@ def memory(student, teacher, head, vocab_size, n, shape, sampled, dtype, engine,
     width *= getattr(config, "num_key_value_heads", None) or heads
     cache = 2 * item * math.prod(sampled) * layers * width
     cached = f"keys and values of {sampled[0]} x {sampled[1]} tokens: {gib(cache)}"
+    need = own * item / 4 + cache / sampled[0]
     pool = pool or own * item / 4 + 2**30
     stays = [["weights", own / n, "float32"], ["gradients", own / n, "float32"]]
     stays += [["moments", 2 * own / n, "AdamW"], ["teacher", others / n, dtype]]
     stays += [["gathered of these", 2 * gathered + gathers, "two layers; what is in none"]] * (n > 1)
     stays += [["copy that samples", own, "float32"]] * (engine == "hf" and n > 1)
-    vllm = [["vLLM", pool, f"weights: {gib(own * item / 4)}; {cached}"]] * (engine == "vllm")
+    small = f"its share, {gib(pool)}, is less than its weights and one response, {gib(need)}"
+    vllm = ["vLLM", pool, f"weights: {gib(own * item / 4)}; {cached}"]
+    vllm = [["vLLM", math.inf, small] if pool < need else vllm] * (engine == "vllm")
     stays += vllm * (not sleeps)
     signal = scored.get("hidden", nan)
     logits = min(16 * tokens * vocab_size, LOGITS_BYTES[models.default_device()])
@@ -145,6 +148,8 @@ def plan(job, checkpointing, as_table):
     """Print what a run takes, refuse what a GPU cannot hold; whether to checkpoint. job: for memory()."""
     device = device_bytes()
     total, on, stays, goes = fit(job, checkpointing, device)
+    for what, _, how in [row for row in (*stays, *goes) if row[1] == math.inf]:
+        refuse(f"{what}: {how} GiB: raise --gpu_memory_utilization")
     if as_table:
         for what, size, how in [*stays, *([f"one at a time: {what}", *rest] for what, *rest in goes)]:
             print(f"memory: {what:34} {gib(size):>8} GiB  {how}")

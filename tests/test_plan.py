@@ -1,7 +1,9 @@
 """Activation checkpointing and the memory plan, against what real tensors take."""
 
 import contextlib
+import functools
 import json
+import math
 
 import pytest
 import torch
@@ -109,19 +111,24 @@ def test_checkpointed_passes_take_less(tmp_path):
     assert all(on[name] < off[name] / 1.5 for name in off)
 
 
-def test_memory_shared_by_ranks(tmp_path):
+def test_memory_shared_by_ranks(tmp_path, monkeypatch, refused):
     model_of(QWEN3).save_pretrained(tmp_path)
     given = dict(student=tmp_path, teacher=None, head=0, vocab_size=99, shape=(1, 64), dtype="float32")
-    given |= dict(engine="hf", sampled=(4, 64), pool=None, sleeps=False, checkpointing=False)
-    one = {row[0]: row[1] for row in plan.memory(**given, n=1)[0]}
-    two = {row[0]: row[1] for row in plan.memory(**given, n=2)[0]}
+    given |= dict(engine="hf", sampled=(4, 64), pool=None, sleeps=False)
+    memory = functools.partial(plan.memory, checkpointing=False)
+    one = {row[0]: row[1] for row in memory(**given, n=1)[0]}
+    two = {row[0]: row[1] for row in memory(**given, n=2)[0]}
     assert all(two[name] == one[name] / 2 for name in ("weights", "gradients", "moments"))
     assert two["copy that samples"] == one["weights"]
-    given |= dict(engine="vllm", pool=9)
-    awake, asleep = (plan.memory(**given | {"sleeps": sleeps}, n=1) for sleeps in (False, True))
-    assert awake[0][-1][:2] == asleep[1][0][:2] == ["vLLM", 9] and len(awake[0]) == len(asleep[0]) + 1
+    given |= dict(engine="vllm", pool=2**20)
+    awake, asleep = (memory(**given | {"sleeps": sleeps}, n=1) for sleeps in (False, True))
+    assert awake[0][-1][:2] == asleep[1][0][:2] == ["vLLM", 2**20] and len(awake[0]) == len(asleep[0]) + 1
+    [row] = [row for row in memory(**given | {"pool": 100}, n=1)[0] if row[0] == "vLLM"]
+    assert row[1] == math.inf
+    monkeypatch.setattr(plan, "device_bytes", lambda: 2**40)
+    refused(lambda: plan.plan(given | {"pool": 100, "n": 1}, "off", False), "--gpu_memory_utilization")
     given |= dict(engine="hf")
-    cache = {row[0]: row[1] for row in plan.memory(**given, n=2)[1]}["sampling"]
+    cache = {row[0]: row[1] for row in memory(**given, n=2)[1]}["sampling"]
     assert cache == 4 * 64 * 3 * 2 * 2 * 8 * 4  # tokens, layers, keys and values, heads, their size, bytes
 
 

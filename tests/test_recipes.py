@@ -11,8 +11,10 @@ import io
 import json
 import os
 import random
+import re
 import shlex
 import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -70,10 +72,10 @@ def dry_run(tmp_path_factory):
     def call(name):
         hours, memory, show = [], {}, plan.show
 
-        def record(command, state, spent, size, rate, taken):
+        def record(command, state, spent, size, rate, taken, gpu):
             hours.append((command, spent / rate))
             memory.update({command.row: taken} if taken else {})
-            show(command, state, spent, size, rate, taken)
+            show(command, state, spent, size, rate, taken, gpu)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plan, "show", record)
@@ -424,7 +426,7 @@ def test_the_hours_on_the_pages_are_those_of_the_plans(dry_run):
     assert f"by arithmetic {average(*students):.1f} and {average('grpo', 'table'):.1f}" in page
 
 
-def test_the_memory_on_the_page_is_that_of_the_plans(dry_run):
+def test_the_memory_on_the_page_is_that_of_the_plans(dry_run, recipe):
     page = open(f"{ROOT}/docs/papers.md", encoding="utf-8").read()
     sizes = {name: dry_run(name)[2] for name in ("qwen3", "paper_b")}
     larger = {row: size for row, size in sizes["paper_b"].items() if size[0] > 79}
@@ -437,6 +439,9 @@ def test_the_memory_on_the_page_is_that_of_the_plans(dry_run):
     assert not any(on for _, on in sizes["qwen3"].values())
     assert [*larger] == ["size/7b_own", "size/7b_larger"]
     assert "{:.0f} and {:.0f} GiB".format(*(size for size, _ in larger.values())) in page
+    printed = recipe("paper_b", "--row", "size/7b_own", "--row", "size/7b_larger", "--gpus", "4", "--dry_run")
+    sizes = [float(size) for size in re.findall(r"([\d.]+) GiB of GPU memory", printed)]
+    assert len(sizes) == 2 and all(60 < size < 79 for size in sizes) and "fit with\n`--gpus 4`" in page
 
 
 @pytest.mark.parametrize(
@@ -478,7 +483,29 @@ def test_rows_that_no_gpu_holds_are_refused_before_anything_runs(recipe, tiny, e
     flags = ["--row", "table1/teacher_4b_forward", *tiny["qwen3"], "--gpu_gib", "0.0001"]
     refused(lambda: recipe("qwen3", *flags), "table1/teacher_4b_forward", "0.0001 GiB", "--gpus")
     assert not executed
-    assert "GiB of GPU memory, checkpointing on" in recipe("qwen3", *flags, "--dry_run")
+    printed = recipe("qwen3", *flags, "--dry_run")
+    assert "GiB of GPU memory, checkpointing on; WARNING: more than the 0.0001 GiB" in printed
+
+
+def test_problems_that_are_not_there_are_named_before_anything_runs(recipe, tiny, executed, refused):
+    flags = ["--row", "topk/k4", *tiny["paper_b"], "--data", "data/none.jsonl"]
+    assert "# missing: data/none.jsonl; " in recipe("paper_b", *flags, "--dry_run")
+    refused(lambda: recipe("paper_b", *flags), "no such files: data/none.jsonl")
+    assert not executed
+
+
+@pytest.mark.parametrize("script", sorted(glob.glob(f"{ROOT}/recipes/*.sh")), ids=os.path.basename)
+def test_every_script_has_help_and_refuses_what_it_does_not_know(script, tmp_path):
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+
+    def run(*words):
+        words, env = ["bash", script, *words], os.environ | {"PATH": path}
+        return subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env)
+
+    done = run("--help")
+    assert done.returncode == 0 and f"recipes/{os.path.basename(script)}" in done.stdout
+    done = run("--nonsense", "x")
+    assert done.returncode == 2 and "error: " in done.stderr and not done.stdout
 
 
 @pytest.mark.parametrize("name", ["Qwen3-0.6B-Base", "Qwen3-8B"])

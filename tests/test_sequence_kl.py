@@ -145,6 +145,19 @@ def test_what_is_no_plain_sample_is_said(pair, world, tmp_path, capsys):
         assert f"no plain samples: {why}" in printed
 
 
+@pytest.mark.parametrize(
+    "flags, why", [("--top_p 0.9", "temperature 1.0, top-p 0.9"), ("--drop degenerate", "made with --drop")]
+)
+def test_the_teachers_own_rollouts_may_be_no_plain_samples(flags, why, pair, world, tmp_path, capsys):
+    sampled = f"--data {world}/test.jsonl {SMALL}"
+    run_line(rollout, f"--model {pair}/teacher {sampled} {flags} --out {tmp_path}/rollouts")
+    line = f"--model {pair}/student {sampled} --n 1 {PLAIN} --teacher {pair}/teacher"
+    run_line(evaluate, f"{line} --rollouts {tmp_path}/rollouts --out {tmp_path}/eval")
+    assert f"no plain samples: {why}" in capsys.readouterr().out
+    kls = json.loads((tmp_path / "eval/results.json").read_text())["kl"]
+    assert kls["student"]["plain_samples"] and not kls["teacher"]["plain_samples"]
+
+
 def test_refusals(pair, world, tmp_path, refused):
     line = f"--model {pair}/student --data {world}/test.jsonl --n 1 {SMALL} --out {tmp_path}/eval"
     refused(lambda: evaluate.get_args(f"{line} --rollouts x".split()), "--rollouts needs --teacher")

@@ -1,9 +1,11 @@
 """The study on the toy world: a miniature of it, its resumption, and its report recomputed by hand."""
 
 import functools
+import glob
 import json
 import os
 import random
+import re
 import shutil
 
 import pytest
@@ -311,10 +313,40 @@ def test_what_is_missing_is_said_so(tmp_path, monkeypatch):
     assert "not chosen yet" in text and "not run yet" in text
 
 
-def test_seeds_with_two_base_students_are_named():
+def test_equal_flops_are_equal():
+    """Tested is the first checkpoint, of one every 5 of 120 steps, that has spent what the other run has."""
+    results = toy_grid.read_results(f"{ROOT}/results/toy_grid.jsonl")
+    places = [place for place in results if "equal_flops" in place]
+    assert len(places) >= 4 * 3
+    for place in places:
+        whole = place.replace("_equal_flops", "")
+        rates = [f"_{rate}" for rate in toy_runs.SIZE["rates"] if f"_{rate}_" in whole] or [""]
+        name, seed = (
+            whole.replace("student", "teacher").removesuffix(f"_{results[place]['seed']}"),
+            whole[-2:],
+        )
+        others = [f"{name.removesuffix(rates[0])}_{rate}{seed}" for rate in toy_runs.SIZE["rates"]]
+        budget = next(results[other]["tflops"] for other in (name + seed, *others) if other in results)
+        between = 1.3 * results[whole]["tflops"] * 5 / 120  # responses of some steps are longer
+        assert budget <= results[place]["tflops"] < budget + between, place
+
+
+def test_seeds_with_two_base_students_are_named(tmp_path, monkeypatch):
     found = {"a": {1: {"start": "x"}, 2: {"start": "y"}}, "b": {1: {"start": "x"}, 2: {"start": "z"}}}
     assert toy_map_report.mixed_starts(found, ["a", "b", "c"]) == [2]
     assert toy_map_report.mixed_starts(found, ["a"]) == []
+    curves = [{"avg": [avg, 0.5], "length": [30, 40]} for avg in (0.2, 0.2, 0.3)]
+    found = {run: {1: {"start": None, "curve": curve}} for run, curve in zip("abc", curves)}
+    assert toy_map_report.mixed_starts(found, "ab") == [] and toy_map_report.mixed_starts(found, "abc") == [1]
+
+    monkeypatch.setattr(toy_grid_report, "draw", lambda *args: None)
+    monkeypatch.setattr(toy_grid_report, "draw_map", lambda *args: None)
+    for changed in ("teacher_forward_long_2", "student_reverse_short_3e-4_4", "curriculum_floor_0.33_2"):
+        results = complete(toy_runs.SIZE)
+        seed = results[changed]["seed"]
+        results[changed] |= {"start": "another"}
+        toy_grid_report.report(f"{tmp_path}/some.jsonl", results)
+        assert f"base students of two machines: {seed}." in (tmp_path / "some.md").read_text()
 
 
 def test_gates_that_close_are_counted():
@@ -401,8 +433,8 @@ def test_the_study_page_says_what_the_committed_results_say(tmp_path, monkeypatc
 
 
 def test_the_text_of_the_study_has_the_numbers_of_the_committed_results():
-    found = {}
-    for result in toy_grid.read_results(f"{ROOT}/results/toy_grid.jsonl").values():
+    found, by_place = {}, toy_grid.read_results(f"{ROOT}/results/toy_grid.jsonl")
+    for result in by_place.values():
         found.setdefault(result["name"], {})[result["seed"]] = result
     page = " ".join(open(f"{ROOT}/docs/study.md", encoding="utf-8").read().split())
 
@@ -413,6 +445,15 @@ def test_the_text_of_the_study_has_the_numbers_of_the_committed_results():
         decided = [gate["decision"] for entry in found[run].values() for gate in entry["gates"]]
         return f"{len(decided) - decided.count('advance')} of {len(decided)}"
 
+    cells = [cell for cell in toy_runs.CELLS if cell.endswith("long")]
+    own = {cell: toy_grid_report.best_runs(by_place)[cell] for cell in cells}
+    starts = [f"{found[own[cells[0]]][seed]['curve']['avg'][0]:.2f}" for seed in range(1, 6)]
+    for seed, end in zip(range(1, 6), (0.5, 0.85, 0.95, 0.26, 0.27)):
+        ends = [difference({0: {0: found[own[cell]][seed]}}, {0: 1}, "avg").mean for cell in cells]
+        assert sum(ends) / 4 == pytest.approx(end, abs=0.012) and max(ends) - min(ends) < 0.1
+    signs = {cell: 1 / 2 if "reverse" in cell else -1 / 2 for cell in cells}
+    once = difference(found, signs, "avg").each[0]
+    again = difference(found, {toy_runs.name_of(cell): sign for cell, sign in signs.items()}, "avg").each[0]
     cut = (mean("ends_student_cut", "truncated") + mean("ends_student_forward_cut", "truncated")) / 2
     after = [mean(run) for run in found if run.startswith("grpo_")]
     for words in (
@@ -420,6 +461,8 @@ def test_the_text_of_the_study_has_the_numbers_of_the_committed_results():
         f"its entropy is {mean('teacher', 'entropy'):.2f}",
         f"{mean('mix_0.5'):.2f} and {mean('mix_0.8'):.2f}; forward {mean('student_forward_long'):.2f}, "
         f"reverse {mean('student_reverse_long'):.2f}",
+        f"score {', '.join(starts[:4])} and {starts[4]} on the held-out",
+        f"is {once:+.3f}, from the other {again:+.3f}",
         f"all eight cells to {min(after):.2f}-{max(after):.2f}",
         f"collapsed to {mean('collapsed', 'entropy'):.3f}",
         f"entropy rises to {mean('from_collapsed', 'entropy'):.3f}, Avg@8 from {mean('collapsed'):.2f} to "
@@ -436,3 +479,13 @@ def test_the_text_of_the_study_has_the_numbers_of_the_committed_results():
         f"with 0.38 {gates('curriculum_floor_0.38')}, at 32",
     ):
         assert words in page, words
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/study.md", "docs/kl_study.md"])
+def test_every_interval_in_the_text_is_one_of_the_reports(page):
+    reports = [open(path, encoding="utf-8").read() for path in sorted(glob.glob(f"{ROOT}/results/*.md"))]
+    text = " ".join(open(f"{ROOT}/{page}", encoding="utf-8").read().split())
+    found = re.findall(r"[+-]\d\.\d{3} \[[^\]]+\]", text)
+    assert len(found) > 5
+    for interval in found:
+        assert any(interval in report for report in reports), interval

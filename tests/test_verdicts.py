@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from distil import evaluation
-from recipes.toy_verdicts import T_QUANTILES, Difference, difference, t_interval, values_of, verdict
+from recipes.toy_verdicts import (
+    T_QUANTILES,
+    Difference,
+    bootstrap_interval,
+    difference,
+    t_interval,
+    values_of,
+    verdict,
+)
 
 
 def entry(correct, tokens, entropy, cut=None):
@@ -59,7 +67,9 @@ def test_the_bootstrap_draws_seeds_and_problems(found, metric, terms):
         by_hand(found, terms, metric, [seeds[i] for i in picks], problems)
         for problems, picks in zip(these, those)
     )
-    mean, low, high, each = difference(found, terms, metric)
+    low, high = bootstrap_interval(found, terms, metric, seeds, 12)
+    mean, lower, higher, each = difference(found, terms, metric)
+    assert (lower, higher) == (min(low, t_interval(each)[0]), max(high, t_interval(each)[1]))
     assert mean == pytest.approx(by_hand(found, terms, metric, seeds, everything))
     assert each == pytest.approx([by_hand(found, terms, metric, [seed], everything) for seed in seeds])
     assert [low, high] == pytest.approx([draws[2], draws[96]])  # leaves out 2 below and 3 above
@@ -92,13 +102,24 @@ def test_t_quantiles_leave_a_fortieth_above(seeds):
     assert 0.5 + sum(edges) * end / steps / 2 == pytest.approx(0.975, abs=2e-6)
 
 
-def test_a_t_interval_from_five_seeds_on(found, monkeypatch):
+def test_a_t_interval_is_that_of_the_textbook():
     """1 to 5: mean 3, standard deviation sqrt(2.5), 2.7764 * sqrt(0.5) = 1.9632."""
     assert t_interval([1, 2, 3, 4, 5]) == pytest.approx((3 - 1.9632, 3 + 1.9632), abs=1e-4)
-    rng = random.Random(2)
-    five = {name: {s: random_entry(rng) for s in range(5)} for name in "ab"}
-    mean, low, high, each = difference(five, {"a": 1, "b": -1}, "length")
-    assert (low, high) == pytest.approx(t_interval(each)) and mean == pytest.approx(sum(each) / 5)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("of_seeds, of_problems", [(1.0, 0.0), (1.0, 7.0), (0.1, 7.0)])
+def test_where_there_is_nothing_few_verdicts_are_wrong(seeds, of_seeds, of_problems, monkeypatch):
+    """Runs without a difference: deviations of seeds, and of 50 problems that all seeds share."""
+    monkeypatch.setattr(evaluation, "DRAWS", 200)
+    rng, wrong, trials, equal = random.Random(3), 0, 300, [1] * 50
+    for _ in range(trials):
+        shared, runs = [rng.gauss(0, of_problems) for _ in equal], {}
+        for seed in range(seeds):
+            level = rng.gauss(0, of_seeds)
+            runs[seed] = {"correct": "0" * 50, "sums": {"x": [[level + one for one in shared], equal]}}
+        wrong += verdict(difference({"a": runs}, {"a": 1}, "x")) in ("holds", "opposite")
+    assert wrong / trials < 0.1  # with the bootstrap alone up to a quarter
 
 
 def of_seeds(*levels):

@@ -282,6 +282,7 @@ def draw(path, found):
             row, {"own": "own responses", "teacher": "the teacher's responses"}.items()
         ):
             for place, (name, style) in enumerate(runs.items()):
+                label = name if name == "start" else "{} prefix, {} KL".format(*name.split("_"))
                 curves = [entry["by_position"][who] for entry in found.get(name, {}).values()]
                 if not curves:
                     continue
@@ -289,11 +290,11 @@ def draw(path, found):
                 count = min(sum(some >= REACHED * row[0] for some in row) for row in counts)
                 means = [sum(curve[kl][i] for curve in curves) / len(curves) for i in range(count)]
                 width = curves[0]["bin"]
-                axis.plot([(i + 0.5) * width for i in range(count)], means, **style, label=name)
+                axis.plot([(i + 0.5) * width for i in range(count)], means, **style, label=label)
                 for half, middle in zip(HALVES, (0.25, 0.75)):
                     this = difference(found, {f"{name} {half}": 1}, f"{who}_{kl}_by_token")
                     at = middle * count * width + 1.5 * (place - 2)
-                    interval(axis, style["color"], at, this, upright=True)
+                    interval(axis, style["color"], at, this, upright=True, filled=style["linestyle"] != "--")
             axis.set(title=f"{title}, {where}", xlabel="position", ylabel="nats a token")
     save(fig, path, axes[0][0])
 

@@ -2,7 +2,7 @@
 # The experiments of arXiv 2604.13016 at full size: when does on-policy distillation (OPD) work, what helps?
 #
 #   bash recipes/paper_b.sh --list                              the rows, with the paper's results
-#   bash recipes/paper_b.sh --row topk/k16 --dry_run            its commands, GPU hours and disk; runs nothing
+#   bash recipes/paper_b.sh --row topk/k16 --dry_run            its commands, hours, disk, memory; runs nothing
 #   bash recipes/paper_b.sh --row cold_start/sft [--gpus 8]     runs it, after what it needs
 #   bash recipes/paper_b.sh                                     everything
 #

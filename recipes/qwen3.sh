@@ -2,7 +2,7 @@
 # The experiments of arXiv 2605.16826 at full size: Qwen3-4B and Qwen3-8B teach Qwen3-0.6B-Base on DeepScaleR.
 #
 #   bash recipes/qwen3.sh --list                                      the rows, with the paper's results
-#   bash recipes/qwen3.sh --row table1/student_4b_reverse --dry_run   commands, GPU hours, disk; runs nothing
+#   bash recipes/qwen3.sh --row table1/student_4b_reverse --dry_run   commands, hours, disk, memory; runs nothing
 #   bash recipes/qwen3.sh --row table1/student_4b_reverse             runs it, on one GPU
 #   bash recipes/qwen3.sh --row table1 --row table3 --gpus 4          whole tables, on four GPUs
 #   bash recipes/qwen3.sh                                             everything

@@ -417,6 +417,8 @@ def test_the_hours_on_the_pages_are_those_of_the_plans(dry_run):
         f"SFT | {span('sft')} |",
     ):
         assert words in page
+    totals = [sum(spent for _, spent in dry_run(name)[1]) for name in ("qwen3", "paper_b")]
+    assert f"{totals[0]:.0f} GPU hours and" in page and f"{round(totals[1], -1):,.0f} GPU hours and" in page
     wide = f"{mean_of('grpo', 'table', batch_size=32):.0f}"
     page = open(f"{ROOT}/docs/grpo.md", encoding="utf-8").read()
     assert f"{average(*students):.1f} hours, GRPO with 4 problems {average('grpo', 'table'):.1f}, and" in page

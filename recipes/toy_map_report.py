@@ -6,6 +6,7 @@ from recipes.toy_runs import (
     OF_CELLS,
     SIZE,
     SPREADS,
+    USUAL,
     WIDTHS,
     base_of,
     choose,
@@ -97,7 +98,8 @@ def contrast(names, plus, minus):
 
 
 def map_table(results, found):
-    """Both differences and the best cells, at every point."""
+    """Both differences and the best cells at every point, and the differences' means over the points whose
+    cells all have the usual rate."""
     head = ["width", "orders", "horizon"]
     head += ["reverse minus forward", "each seed", "reverse higher"]
     head += ["student minus teacher", "each seed", "student higher", "best"]
@@ -108,6 +110,17 @@ def map_table(results, found):
             this = difference(found, contrast(names, *pair), "avg") if len(names) == 4 else None
             row += [*signed(this), verdict(this)]
         rows.append([*row, best_of(found, names)])
+    for horizon in HORIZONS:
+        new = [
+            point for point in points_of(results) if point[2] == horizon and point[:2] != (WIDTHS[0], "many")
+        ]
+        row = [f"all at {USUAL}", "", horizon]
+        for pair in CONTRASTS:
+            pairs = [item for *_, names in new for item in contrast(names, *pair).items()]
+            terms = {run: sign / len(new) for run, sign in pairs}
+            this = difference(found, terms, "avg")
+            row += [*signed(this), verdict(this)]
+        rows.append([*row, ""])
     return markdown([head, ["---"] * len(head), *rows])
 
 

@@ -261,7 +261,9 @@ def report(path):
     table = [["run", *metrics], ["---"] * (len(metrics) + 1)]
     for name in ["start", *CELLS]:
         values = [difference(found, {name: 1}, metric) for metric in metrics]
-        cells = ["" if one is None else f"{one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for one in values]
+        cells = [
+            "" if one is None else f"{one.mean:.3f} [{max(one.low, 0):.3f}, {one.high:.3f}]" for one in values
+        ]
         table.append([name, *cells])
     count = f"{len(results)} results of {os.path.basename(path)}."
     text = "\n\n".join([count, *tables, markdown(table)]) + "\n"

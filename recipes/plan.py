@@ -256,12 +256,17 @@ def state_of(command):
     """ "new", "unfinished" or "finished", from what is in --out."""
     if not command.args.out:
         return "new"
-    artifacts = list(evaluations_of(command.args)) if command.module == "evaluate" else [command.args]
+    artifacts = artifacts_of(command.module, command.args)
     finished = [is_finished(part, command.row) for part in artifacts]
     if all(finished):
         return "finished"
     begun = [os.path.isfile(os.path.join(part.out, "meta.partial.json")) for part in artifacts]
     return "unfinished" if any(finished) or any(begun) else "new"
+
+
+def artifacts_of(module, args):
+    """The args of each artifact that a command makes: an evaluation on several data sets makes several."""
+    return list(evaluations_of(args)) if module == "evaluate" else [args]
 
 
 def is_finished(args, row):

@@ -36,7 +36,7 @@ import train
 from distil.artifacts import provenance, read_artifact, refuse
 from distil.jsonl import read_jsonl
 from recipes import toy_world
-from recipes.plan import is_finished
+from recipes.plan import artifacts_of, is_finished
 from recipes.toy_runs import SIZE, identity, make_jobs, missing, needs
 
 STAGES = {
@@ -132,7 +132,7 @@ def call(words):
     stage, *flags = words
     module = STAGES[stage]
     args = module.get_args(flags)
-    if is_finished(args, "the study"):
+    if all(is_finished(one, "the study") for one in artifacts_of(stage, args)):
         return
     if os.path.isfile(f"{args.out}/meta.partial.json"):
         flags.append("--overwrite" if stage == "toy_world" else "--resume")

@@ -74,6 +74,12 @@ def test_what_is_kept_of_a_run_is_what_it_measured(tmp_path, monkeypatch):
             assert entry["by_position"][who][name] == pytest.approx(means, rel=1e-3)
         assert entry["by_position"][who]["responses"] == [len(values) for values in reaching if values]
     before = (tmp_path / "kl.jsonl").read_text()
+    (tmp_path / "kl.jsonl").unlink()  # collected again from the finished runs
+    with monkeypatch.context() as patch:
+        for stage in STAGES.values():
+            patch.setattr(stage, "main", None)
+        kl_study.main(kl_study.get_args(line))
+    assert (tmp_path / "kl.jsonl").read_text() == before
     monkeypatch.setattr(kl_study, "collect", None)  # nothing is run or collected again
     kl_study.main(kl_study.get_args(line))
     assert (tmp_path / "kl.jsonl").read_text() == before
@@ -112,16 +118,22 @@ def test_the_claims_have_the_signs_that_they_say(tmp_path, capsys):
         assert len(claims) == len(kl_study.CLAIMS) and all(f"| {word} " in line for line in claims), claims
 
 
-def test_the_page_has_the_committed_results(tmp_path, capsys):
-    shutil.copy(f"{ROOT}/results/kl_toy.jsonl", tmp_path)
-    kl_study.report(f"{tmp_path}/kl_toy.jsonl")
-    text = (tmp_path / "kl_toy.md").read_text()
-    assert text == open(f"{ROOT}/results/kl_toy.md", encoding="utf-8").read()
+@pytest.mark.parametrize("study", kl_study.STUDIES)
+def test_the_page_has_the_committed_results(study, tmp_path, capsys):
+    shutil.copy(f"{ROOT}/results/kl_{study}.jsonl", tmp_path)
+    kl_study.report(f"{tmp_path}/kl_{study}.jsonl")
+    text = (tmp_path / f"kl_{study}.md").read_text()
+    assert text == open(f"{ROOT}/results/kl_{study}.md", encoding="utf-8").read()
     cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
-    page = open(f"{ROOT}/docs/kl_study.md", encoding="utf-8").read().splitlines()
-    heads = "---", "expected", "looked at afterwards"
-    rows = [line for line in page if line.startswith("| ") and not any(head in line for head in heads)]
-    assert len(rows) == len(kl_study.CLAIMS) + len(kl_study.AFTERWARDS) + 1 + 5
-    for row in rows:
-        shown = [cell.strip() for cell in row.split("|")]
-        assert any(shown[1] == line[1] and {*shown} <= {*line} for line in cells if len(line) > 1), row
+    page = [line.split("|") for line in open(f"{ROOT}/docs/kl_study.md", encoding="utf-8")]
+    rows = [[cell.strip() for cell in line] for line in page if len(line) > 5 and "---" not in line[1]]
+    shown = [
+        row for row in rows if any(row[1] == line[1] and {*row} <= {*line} for line in cells if len(line) > 1)
+    ]
+    assert len(shown) == len(kl_study.CLAIMS) + len(kl_study.AFTERWARDS) + 5 + 3 * 2  # heads of both studies
+    jobs, results = (
+        kl_study.make_jobs(kl_study.STUDIES[study]),
+        kl_study.read_results(f"{tmp_path}/kl_{study}.jsonl"),
+    )
+    assert [place for place in jobs if jobs[place].name] == sorted(results, key=[*jobs].index)
+    kl_study.check_flags("results", results, jobs)

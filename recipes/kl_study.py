@@ -295,7 +295,7 @@ def draw(path, found):
                 axis.plot([(i + 0.5) * width for i in range(count)], means, **style, label=label)
                 for half, middle in zip(HALVES, (0.25, 0.75)):
                     this = difference(found, {f"{name} {half}": 1}, f"{who}_{kl}_by_token")
-                    at = middle * count * width + 1.5 * (place - 2)
+                    at = middle * len(curves[0][kl]) * width + 1.5 * (place - 2)
                     interval(axis, style["color"], at, this, upright=True, filled=style["linestyle"] != "--")
             axis.set(title=f"{title}, {where}", xlabel="position", ylabel="nats a token")
     save(fig, path, axes[0][0])

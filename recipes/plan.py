@@ -19,6 +19,7 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -323,7 +324,10 @@ def show(command, state, spent, size, rate, taken, gpu):
         about.append(f"{spent:.3g} TFLOPs, {spent / rate:.3g} GPU hours, {size / 1e9:.3g} GB")
     if taken:
         about.append(f"{taken[0]:.3g} GiB of GPU memory, checkpointing {'on' if taken[1] else 'off'}")
-        about += [f"WARNING: more than the {gpu:g} GiB of --gpu_gib"] * (taken[0] > gpu)
+        about += [f"WARNING: more than the {gpu:g} GiB of --gpu_gib"] * (gpu < taken[0] < math.inf)
+        about += ["WARNING: vLLM's share of it is less than its weights and one response"] * (
+            taken[0] == math.inf
+        )
     if about:
         print(f"# {'; '.join(about)}")
     print(shown(command.words))
@@ -357,7 +361,7 @@ def main(args):
         print(f"# missing: {lacking}; the head of the recipe says how to make them", flush=True)
     if too_large and not args.dry_run:
         rows = f"{' '.join(too_large)}: more memory than the {args.gpu_gib:g} GiB of --gpu_gib"
-        refuse(f"{rows}; give more --gpus, or shorter responses")
+        refuse(f"{rows}, or than vLLM's share of it; give more --gpus, or shorter responses")
     if lacking and not args.dry_run:
         refuse(f"no such files: {lacking}")
     for command, state in zip(commands, states):

@@ -156,6 +156,8 @@ def read_results(path):
     """{place: result} of a file of results, {} if there is none."""
     results = {}
     for number, result in read_jsonl(path) if os.path.isfile(path) else []:
+        if not {"name", "seed"} <= result.keys():
+            refuse(f"{path} line {number}: no result of a study, which has a name and a seed")
         place = result["name"] if result["seed"] is None else f"{result['name']}_{result['seed']}"
         if place in results:
             refuse(f"{path} line {number}: a second result of {place}; remove one")

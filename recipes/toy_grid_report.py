@@ -6,6 +6,7 @@ the usual learning rate, where all seeds share a base student, and at each cell'
 
 import os
 
+from distil.artifacts import refuse
 from recipes.toy_map_report import (
     avg_table,
     draw_map,
@@ -60,8 +61,12 @@ reverse KL has lower entropy, long horizon (forward minus reverse) | entropy | f
 forward KL scores higher, long horizon (forward minus reverse) | pass@4 | forward_long - reverse_long
 equal steps, short: student prefix wins (student minus teacher) | avg pass@4 | student_short - teacher_short
 equal FLOPs, short: cached teacher wins (teacher minus student) | avg | teacher_short - matched_short
+equal FLOPs, short, forward KL: cached teacher wins (teacher minus student) | avg | tf_short - matched_f_short
+equal FLOPs, short, reverse KL: cached teacher wins (teacher minus student) | avg | tr_short - matched_r_short
 equal steps, long: student prefix wins (student minus teacher) | avg pass@4 | student_long - teacher_long
 equal FLOPs, long: cached teacher wins (teacher minus student) | avg | teacher_long - matched_long
+equal FLOPs, long, forward KL: cached teacher wins (teacher minus student) | avg | tf_long - matched_f_long
+equal FLOPs, long, reverse KL: cached teacher wins (teacher minus student) | avg | tr_long - matched_r_long
 the long horizon scores higher (long minus short) | avg | long - short
 the long horizon lowers entropy, reverse KL (short minus long) | entropy | reverse_short - reverse_long
 """
@@ -174,6 +179,8 @@ def make_groups(best):
             groups[f"{word[0]}kl_gain_{horizon}"] = after | {cell: -1 / 2 for cell in pair}
         students = [best[cell] for cell in cells if cell.startswith("student")]
         groups[f"matched_{horizon}"] = {f"{run}_equal_flops": 1 / 2 for run in students}
+        for kl in KLS:
+            groups[f"matched_{kl[0]}_{horizon}"] = {f"{best[f'student_{kl}_{horizon}']}_equal_flops": 1}
     return groups
 
 
@@ -223,7 +230,11 @@ def report(path, results):
     """Writes the tables of claims and of runs beside the results, prints them, and draws the figures.
     results: {place: result}."""
     stem, best, found = os.path.splitext(path)[0], best_runs(results), {}
-    for result in results.values():
+    if not results:
+        refuse(f"--report {path}: no results in it")
+    for place, result in results.items():
+        if "gates" not in result:
+            refuse(f"--report {path}: {place} is no result of this study")
         found.setdefault(result["name"], {})[result["seed"]] = result
     usual = {cell: cell for cell in CELLS}
     matched = [f"{run}_equal_flops" for run in best.values() if run.startswith("student")]

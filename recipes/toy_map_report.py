@@ -6,7 +6,6 @@ from recipes.toy_runs import (
     OF_CELLS,
     SIZE,
     SPREADS,
-    USUAL,
     WIDTHS,
     base_of,
     choose,
@@ -97,9 +96,18 @@ def contrast(names, plus, minus):
     return {names[cell]: sign / 2 for cell, sign in signs.items()}
 
 
+def starts_of(found, width, spread):
+    """Avg of the base students of a point. That of the comparison's first seed was made again on another
+    machine: its result has the seed 1, the one from which the other runs start has none."""
+    entries = found.get(base_of(width, spread), {})
+    return [
+        avg_of(entry) for seed, entry in entries.items() if seed or (width, spread) != (WIDTHS[0], "many")
+    ]
+
+
 def map_table(results, found):
-    """Both differences and the best cells at every point, and the differences' means over the points whose
-    cells all have the usual rate."""
+    """Both differences and the best cells at every point. Last, for each horizon, the means over its points
+    but the first; their seeds are blocks, although base students of different points are different models."""
     head = ["width", "orders", "horizon"]
     head += ["reverse minus forward", "each seed", "reverse higher"]
     head += ["student minus teacher", "each seed", "student higher", "best"]
@@ -114,7 +122,7 @@ def map_table(results, found):
         new = [
             point for point in points_of(results) if point[2] == horizon and point[:2] != (WIDTHS[0], "many")
         ]
-        row = [f"all at {USUAL}", "", horizon]
+        row = ["mean of the five others", "", horizon]
         for pair in CONTRASTS:
             pairs = [item for *_, names in new for item in contrast(names, *pair).items()]
             terms = {run: sign / len(new) for run, sign in pairs}
@@ -129,7 +137,7 @@ def avg_table(results, found):
     head, rows = ["width", "orders", "horizon", "base", *dict.fromkeys(LABELS.values())], []
     for width, spread, horizon, rates, names in points_of(results):
         row = [f"{width}", ORDERS[spread], horizon]
-        starts = [avg_of(entry) for entry in found.get(base_of(width, spread), {}).values()]
+        starts = starts_of(found, width, spread)
         row.append(f"{sum(starts) / len(starts):.3f}" if starts else "")
         for cell, rate in rates.items():
             this = difference(found, {names.get(cell): 1}, "avg")
@@ -166,19 +174,21 @@ def draw_map(path, results, found):
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xlabel("Avg" if title == "Avg" else "difference in Avg")
     axes[0][0].set(xlim=(0, 1), ylabel="student's width, orders, horizon")
-    styles = line_styles([dict(zip(("prefix", "kl"), LABELS[cell].split())) for cell in CELLS[:4]])
+    looks = [dict(zip(("prefix", "kl"), LABELS[cell].split())) for cell in CELLS[:4]]
+    styles = dict(zip(dict.fromkeys(LABELS.values()), line_styles(looks)))
     for y, (width, spread, _, _, names) in enumerate(points):
-        starts = [avg_of(entry) for entry in found.get(base_of(width, spread), {}).values()]
+        starts = starts_of(found, width, spread)
         bars = {"color": "gray", "markersize": 14, "label": None if y else "base students"}
         axes[0][0].plot(starts, [y] * len(starts), "|", **bars)
-        for place, (style, (cell, name)) in enumerate(zip(styles, names.items())):
+        for cell, name in names.items():
+            style, place = styles[LABELS[cell]], [*styles].index(LABELS[cell])
             look = {
                 "marker": "o" if cell.startswith("student") else "s",
                 "label": None if y else LABELS[cell],
             }
             this = difference(found, {name: 1}, "avg")
             interval(axes[0][0], style["color"], y + 0.18 * (place - 1.5), this, **look)
-        for axis, pair in zip(axes[0][1:], CONTRASTS):
+        for axis, pair in zip(axes[0][1:], CONTRASTS if len(names) == len(styles) else []):
             interval(axis, COLORS[2], y, difference(found, contrast(names, *pair), "avg"))
     save(fig, path, axes[0][0])
 

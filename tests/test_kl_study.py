@@ -118,6 +118,24 @@ def test_the_claims_have_the_signs_that_they_say(tmp_path, capsys):
         assert len(claims) == len(kl_study.CLAIMS) and all(f"| {word} " in line for line in claims), claims
 
 
+def test_cells_of_two_machines_are_refused_and_rare_positions_not_drawn(tmp_path, monkeypatch, refused):
+    rows = read_rows(f"{ROOT}/results/kl_smollm2.jsonl")
+    for row in rows:
+        for who in row["by_position"].values():
+            who["responses"] = [128] * 60 + [128 if row["seed"] == 1 else 6] * 4  # of 128: 5% are 6.4
+    path, drawn = tmp_path / "kl.jsonl", []
+    monkeypatch.setattr(kl_study, "save", lambda figure, path, axis: drawn.extend(axis.get_lines()))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kl_study.report(str(path))
+    lengths = {line.get_label(): len(line.get_xdata()) for line in drawn if len(line.get_xdata()) > 1}
+    assert lengths["student prefix, reverse KL"] == 60 and len(lengths) == 5
+    rows[-1]["start"] = "another"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refused(lambda: kl_study.report(str(path)), "students of 2 machines")
+    path.write_text('{"name": "x"}\n')
+    refused(lambda: kl_study.report(str(path)), "line 1", "no result")
+
+
 @pytest.mark.parametrize("study", kl_study.STUDIES)
 def test_the_page_has_the_committed_results(study, tmp_path, capsys):
     shutil.copy(f"{ROOT}/results/kl_{study}.jsonl", tmp_path)

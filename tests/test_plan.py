@@ -125,6 +125,15 @@ def test_memory_shared_by_ranks(tmp_path, monkeypatch, refused):
     assert awake[0][-1][:2] == asleep[1][0][:2] == ["vLLM", 2**20] and len(awake[0]) == len(asleep[0]) + 1
     [row] = [row for row in memory(**given | {"pool": 100}, n=1)[0] if row[0] == "vLLM"]
     assert row[1] == math.inf
+    weights = one["weights"]  # in float32, as vLLM has them; a response is 64 tokens, see below
+    for pool, small in (
+        (weights + 64 * 3 * 2 * 2 * 8 * 4 - 1, True),
+        (weights + 64 * 3 * 2 * 2 * 8 * 4, False),
+    ):
+        for sleeps, place in ((False, 0), (True, 1)):
+            rows = memory(**given | {"pool": pool, "sleeps": sleeps}, n=1)[place]
+            [size] = [row[1] for row in rows if row[0] == "vLLM"]
+            assert (size == math.inf) == small
     monkeypatch.setattr(plan, "device_bytes", lambda: 2**40)
     refused(lambda: plan.plan(given | {"pool": 100, "n": 1}, "off", False), "--gpu_memory_utilization")
     given |= dict(engine="hf")

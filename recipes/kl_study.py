@@ -93,15 +93,20 @@ CLAIMS = [  # expected before the runs: (text, metric, {run: factor}); "RUN late
     ("reverse KL lowers it more (forward minus reverse)", "own_rkl", FORWARD),
     ("forward KL lowers the forward KL more (reverse minus forward)", "teacher_fkl", REVERSE),
 ]
+pair = lambda prefix: {f"{prefix}_reverse": 1, f"{prefix}_forward": -1}
+RISE = {"start": 1, "student_forward": -1}
 SIGNS = {"late": 1, "early": -1}
 GAP = {f"{cell} {half}": sign / 4 for half, sign in SIGNS.items() for cell in CELLS}
 GAP |= {f"{run} taught": -factor for run, factor in GAP.items()}
 LATER_RUNS = "late minus early, own minus the teacher's responses"
-AFTERWARDS = [  # looked at when the toy world's results were known; "taught": on the teacher's responses
+AFTERWARDS = [  # the first four when the toy world's results were known; "taught": on the teacher's responses
     ("forward KL on own responses: forward KL lowers it more (reverse minus forward)", "own_fkl", REVERSE),
     ("student prefixes lower it more (teacher minus student)", "own_fkl", contrast(PREFIXES)),
     (f"exposure bias, reverse KL ({LATER_RUNS})", "own_rkl_by_token", GAP),
     (f"exposure bias, forward KL ({LATER_RUNS})", "own_fkl_by_token", GAP),
+    ("the forward KL with teacher prefixes (reverse minus forward)", "teacher_fkl", pair("teacher")),
+    ("with student prefixes (reverse minus forward)", "teacher_fkl", pair("student")),
+    ("student prefixes, forward KL: below the start (start minus cell)", "teacher_fkl", RISE),
 ]
 
 
@@ -297,7 +302,9 @@ def draw(path, found):
                     this = difference(found, {f"{name} {half}": 1}, f"{who}_{kl}_by_token")
                     at = middle * len(curves[0][kl]) * width + 1.5 * (place - 2)
                     interval(axis, style["color"], at, this, upright=True, filled=style["linestyle"] != "--")
-            axis.set(title=f"{title}, {where}", xlabel="position", ylabel="nats a token")
+            axis.set(
+                title=f"{title}, {where}", xlabel="position in the response (tokens)", ylabel="nats a token"
+            )
     save(fig, path, axes[0][0])
 
 

@@ -157,7 +157,7 @@ def best_of(found, names):
         for cell in sorted(means, key=means.get, reverse=True)
         if cell == best or verdict(difference(found, {names[best]: 1, names[cell]: -1}, "avg")) != "holds"
     ]
-    return " or ".join(LABELS[cell] for cell in close)
+    return "all four" if len(close) == 4 else " or ".join(LABELS[cell] for cell in close)
 
 
 def draw_map(path, results, found):
@@ -166,18 +166,21 @@ def draw_map(path, results, found):
     fig, axes = subplots(1, 3, 6.5, sharey=True)
     points = [*points_of(results)]
     titles = ["Avg", "reverse minus forward KL", "student minus teacher prefixes"]
+    labels = [f"{width}, {ORDERS[spread]}, {horizon}" for width, spread, horizon, *_ in points]
+    labels[:2] = [f"{label}*" for label in labels[:2]]
     for axis, title in zip(axes[0], titles):
         axis.set(title=title, ylim=(len(points) - 0.5, -0.5))
-        axis.set_yticks(
-            range(len(points)), [f"{w}, {ORDERS[spread]}, {horizon}" for w, spread, horizon, *_ in points]
-        )
+        axis.set_yticks(range(len(points)), labels)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_xlabel("Avg" if title == "Avg" else "difference in Avg")
-    axes[0][0].set(xlim=(0, 1), ylabel="student's width, orders, horizon")
+    axes[0][0].set(xlim=(0, 1), ylabel="student's width, orders, horizon (*: five seeds, own rates)")
     looks = [dict(zip(("prefix", "kl"), LABELS[cell].split())) for cell in CELLS[:4]]
     styles = dict(zip(dict.fromkeys(LABELS.values()), line_styles(looks)))
     for y, (width, spread, _, _, names) in enumerate(points):
         starts = starts_of(found, width, spread)
+        if teacher := found.get("teacher" if spread == "many" else "teacher_few"):
+            label = None if y else "teacher"
+            axes[0][0].plot(avg_of(teacher[None]), y, "|", color="black", markersize=14, label=label)
         bars = {"color": "gray", "markersize": 14, "label": None if y else "base students"}
         axes[0][0].plot(starts, [y] * len(starts), "|", **bars)
         for cell, name in names.items():
@@ -225,7 +228,9 @@ def save(figure, path, axis):
     """Write the figure with the legend of that axis below it."""
     import matplotlib.pyplot as plt
 
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    handles, labels = axis.get_legend_handles_labels()
+    ncols = 4 if max(map(len, labels), default=0) < 30 else 3
+    figure.legend(handles, labels, loc="outside lower center", ncols=ncols)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     print(f"figure: {path}")

@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 from conftest import ROOT
-from recipes import plan
+from recipes import kl_study, plan
 from test_recipes import bash, listed
 from test_repo import parses
 
@@ -43,7 +43,8 @@ def test_every_line_of_the_tables_is_whole():
         assert len(cells) == 4 and all(cells), cells
         _, command, _, here = cells
         assert command in ("command", "none", "the same two") or re.fullmatch(r"`[^`]+`", command), command
-        assert here == "here" or "not run" in here or "test" in command or "by a test" in here, cells
+        tested = "test" in command or "by a test" in here or "kl_study.md" in here
+        assert here == "here" or "not run" in here or tested, cells
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -51,6 +52,8 @@ def test_every_command_parses(line, tmp_path):
     program, *words = shlex.split(line)
     if words[:2] == ["-m", "recipes.paper_b"]:
         plan.stage_of([program, *words])
+    elif words[:2] == ["-m", "recipes.kl_study"]:
+        assert (ROOT / kl_study.get_args(words[2:]).report).is_file()
     elif words[0] == "-m":
         assert program == "python" and words[1] == "pytest", line
         [file] = [word for word in words if word.endswith(".py")]

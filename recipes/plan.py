@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 
 import runs.plan
-from distil.artifacts import refuse
+from distil.artifacts import read_artifact, refuse
 from distil.problems import load_problems
 from evaluate import evaluations_of
 from runs import training
@@ -99,6 +99,8 @@ def read_commands(lines):
     for line in lines:
         words = shlex.split(line)
         if words[:1] == ["#"]:
+            if len(words) != 3 or not words[2].isdecimal():
+                refuse(f"plan: {line.strip()!r} must be # ROW TOKENS")
             row, tokens = words[1], int(words[2])
         elif words and line not in seen:
             seen.add(line)
@@ -149,6 +151,14 @@ def parameters(config):
     return config["num_hidden_layers"] * layer + embeddings * config["vocab_size"] * hidden
 
 
+def rollouts_of(path, made):
+    """(number, mean tokens) of rollouts that an earlier command makes, or that are there."""
+    if path not in made:
+        counts = read_artifact(path, "--rollouts", "rollout")["counts"]
+        made[path] = counts["responses"], counts["response_tokens"] / counts["responses"]
+    return made[path]
+
+
 def problems_of(data, limit=0):
     return limit or PROBLEMS.get(data) or len(load_problems(data))
 
@@ -166,7 +176,7 @@ def cost(command, prompt, made):
         spent = tflops(config_of(args.model, made), prompt, tokens, generations=1)
         return count * spent, 12 * count * (prompt + tokens)
     if module == "score_teacher":
-        config, (count, tokens) = config_of(args.teacher, made), made[args.rollouts]
+        config, (count, tokens) = config_of(args.teacher, made), rollouts_of(args.rollouts, made)
         tokens = min(args.max_tokens or tokens, tokens)
         state = 2 * config["hidden_size"]  # bytes in bfloat16
         made[args.out] = config
@@ -193,7 +203,7 @@ def training_cost(command, prompt, made):
         responses *= args.n
         teacher = config_of(args.teacher, made)
     else:
-        tokens, generations = made[args.rollouts][1], 0
+        tokens, generations = rollouts_of(args.rollouts, made)[1], 0
     horizons = getattr(args, "horizons", None) or [args.max_response_tokens]
     gate_every = getattr(args, "gate_every", None) or args.steps
     spent = 0.0
@@ -205,7 +215,7 @@ def training_cost(command, prompt, made):
         spent += responses * of_response
     if args.eval_every:
         times = -(-args.steps // args.eval_every) + 1
-        for limit in [args.eval_max_response_tokens] * times + horizons[:-1]:
+        for limit in [args.eval_max_response_tokens or args.max_response_tokens] * times + horizons[:-1]:
             size = prompt, min(command.tokens, limit)
             count = problems_of(args.eval_data) * args.eval_n
             spent += count * tflops(config, *size, forwards=1, generations=1)
@@ -220,7 +230,7 @@ def memory(command, prompt, made, gpu, folder):
     args, scored = command.args, 0
     if command.module == "train":
         student, teacher, samples = args.student, args.teacher, args.prefix == "student"
-        scored = made[args.scores]["hidden_size"] if args.scores else 0
+        scored = made[args.scores]["hidden_size"] if args.scores in made else 0
     else:
         student, teacher, samples = args.model, args.reference or args.model, True
         teacher = teacher if args.kl_weight else None
@@ -229,6 +239,9 @@ def memory(command, prompt, made, gpu, folder):
     launch = command.words[: command.words.index(f"{command.module}.py")]
     ranks = int(launch[launch.index("--nproc_per_node") + 1]) if "--nproc_per_node" in launch else 1
     head = scored * vocab_size * getattr(torch, args.dtype).itemsize
+    if command.module == "train" and args.scores and not scored:  # made before this plan
+        read_artifact(args.scores, "--scores", "score_teacher")
+        head = os.path.getsize(os.path.join(args.scores, "head.safetensors"))
     about = student, teacher, head, vocab_size, prompt + args.max_response_tokens, ranks, gpu * 2**30, samples
     size, on = fit(args.activation_checkpointing, gpu, **training.memory_job(args, *about))
     return size / 2**30, on

@@ -654,6 +654,24 @@ def test_a_row_of_every_group_runs(name, recipe, tiny, executed, tmp_path, monke
     assert all(glob.glob(f"{out}/**/meta.json", recursive=True) for out in outs)
 
 
+def test_a_plan_by_hand_may_start_from_what_is_there(
+    prefix_flags, world, tmp_path, monkeypatch, capsys, refused
+):
+    flags = ["--dry_run", "--prompt_tokens", "20", "--tflops_per_second", "1", "--gpu_gib", "79"]
+
+    def show(*lines):
+        monkeypatch.setattr(sys, "stdin", [f"{line}\n" for line in lines])
+        plan.main(plan.get_args(flags))
+        return capsys.readouterr().out
+
+    more = f"--kl reverse --eval_data {world}/heldout.jsonl --eval_every 1 --engine hf --out {tmp_path}/run"
+    shown = show("# mine 8", f"python train.py {prefix_flags['teacher']} {more}")
+    assert "GPU hours" in shown and "GiB of GPU memory" in shown
+    lacking = prefix_flags["teacher"].replace("--rollouts ", "--rollouts x")
+    refused(lambda: show("# mine 8", f"python train.py {lacking} {more}"), "--rollouts")
+    refused(lambda: show("# mine"), "# ROW TOKENS")
+
+
 def test_a_failed_command_ends_the_recipe(recipe, tiny, monkeypatch, refused):
     ran = []
     monkeypatch.setattr(plan, "execute", lambda words: ran.append(words) or len(ran) == 2 and 3)

@@ -26,7 +26,7 @@ from distil.artifacts import provenance, read_artifact, refuse
 from distil.jsonl import read_jsonl
 from distil.problems import load_problems
 from recipes.toy_grid import append, check_flags, read_results, rounded, weights_digest, with_needs, work
-from recipes.toy_map_report import interval, save, signed, subplots
+from recipes.toy_map_report import contrast, interval, save, signed, subplots
 from recipes.toy_runs import Job, identity
 from recipes.toy_verdicts import difference, verdict
 from reports.figure import REACHED, line_styles
@@ -76,18 +76,17 @@ HALVES = ("early", "late")  # of the positions that a response may have
 OWN, KLS = {"student": "own", "teacher": "teacher"}, ("fkl", "rkl")  # own: the student's own responses
 
 
-def contrast(signs, part=""):
-    """{run: factor} of a mean over cells minus one over the others. signs: {word in a cell's name: sign}."""
-    return {f"{cell}{part}": signs[word] / 2 for cell in CELLS for word in cell.split("_") if word in signs}
+def prefixes(part=""):
+    return contrast({cell: f"{cell}{part}" for cell in CELLS}, "teacher", "student")
 
 
-PREFIXES, FORWARD = {"teacher": 1, "student": -1}, contrast({"forward": 1, "reverse": -1})
-LATE, EARLY = contrast(PREFIXES, " late"), contrast(PREFIXES, " early")
-REVERSE, ALL = {run: -factor for run, factor in FORWARD.items()}, {"start": 1} | dict.fromkeys(CELLS, -1 / 4)
-LATER = LATE | {run: -factor for run, factor in EARLY.items()}
+REVERSE = contrast({cell: cell for cell in CELLS}, "reverse", "forward")
+FORWARD, ALL = {run: -factor for run, factor in REVERSE.items()}, {"start": 1} | dict.fromkeys(CELLS, -1 / 4)
+LATE = prefixes(" late")
+LATER = LATE | {run: -factor for run, factor in prefixes(" early").items()}
 CLAIMS = [  # expected before the runs: (text, metric, {run: factor}); "RUN late": its later positions alone
     ("the cells lower the reverse KL (start minus cells)", "own_rkl", ALL),
-    ("student prefixes lower it more (teacher minus student)", "own_rkl", contrast(PREFIXES)),
+    ("student prefixes lower it more (teacher minus student)", "own_rkl", prefixes()),
     ("so by token, in the later half (teacher minus student)", "own_rkl_by_token", LATE),
     ("more than in the earlier half (late minus early)", "own_rkl_by_token", LATER),
     ("reverse KL lowers it more (forward minus reverse)", "own_rkl", FORWARD),
@@ -101,7 +100,7 @@ GAP |= {f"{run} taught": -factor for run, factor in GAP.items()}
 LATER_RUNS = "late minus early, own minus the teacher's responses"
 AFTERWARDS = [  # the first four when the toy world's results were known; "taught": on the teacher's responses
     ("forward KL on own responses: forward KL lowers it more (reverse minus forward)", "own_fkl", REVERSE),
-    ("student prefixes lower it more (teacher minus student)", "own_fkl", contrast(PREFIXES)),
+    ("student prefixes lower it more (teacher minus student)", "own_fkl", prefixes()),
     (f"exposure bias, reverse KL ({LATER_RUNS})", "own_rkl_by_token", GAP),
     (f"exposure bias, forward KL ({LATER_RUNS})", "own_fkl_by_token", GAP),
     ("the forward KL with teacher prefixes (reverse minus forward)", "teacher_fkl", pair("teacher")),

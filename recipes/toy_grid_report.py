@@ -274,8 +274,8 @@ def draw(path, found, panels, metrics, x):
     means, in evaluations on held-out problems; at the right the final tests with 95% intervals."""
     fig, axes = subplots(len(panels), len(metrics), 2.6)
     for row, (title, runs) in zip(axes, panels.items()):
+        styles = line_styles([cell_of(run) for run in runs.values()])
         for axis, metric in zip(row, metrics):
-            styles = line_styles([cell_of(run) for run in runs.values()])
             for place, (style, (label, run)) in enumerate(zip(styles, runs.items())):
                 curves = [entry["curve"] for entry in found.get(run, {}).values()]
                 if curves:

@@ -103,6 +103,7 @@ def memory(student, teacher, head, vocab_size, n, shape, sampled, dtype, engine,
     cache = 2 * item * math.prod(sampled) * layers * width
     cached = f"keys and values of {sampled[0]} x {sampled[1]} tokens: {gib(cache)}"
     need = own * item / 4 + cache / sampled[0]
+    fits = pool is None or pool >= need
     pool = pool or own * item / 4 + 2**30
     stays = [["weights", own / n, "float32"], ["gradients", own / n, "float32"]]
     stays += [["moments", 2 * own / n, "AdamW"], ["teacher", others / n, dtype]]
@@ -110,7 +111,7 @@ def memory(student, teacher, head, vocab_size, n, shape, sampled, dtype, engine,
     stays += [["copy that samples", own, "float32"]] * (engine == "hf" and n > 1)
     small = f"its share, {gib(pool)}, is less than its weights and one response, {gib(need)}"
     vllm = ["vLLM", pool, f"weights: {gib(own * item / 4)}; {cached}"]
-    vllm = [["vLLM", math.inf, small] if pool < need else vllm] * (engine == "vllm")
+    vllm = [vllm if fits else ["vLLM", math.inf, small]] * (engine == "vllm")
     stays += vllm * (not sleeps)
     signal = scored.get("hidden", nan)
     logits = min(16 * tokens * vocab_size, LOGITS_BYTES[models.default_device()])

@@ -134,6 +134,8 @@ def test_memory_shared_by_ranks(tmp_path, monkeypatch, refused):
             rows = memory(**given | {"pool": pool, "sleeps": sleeps}, n=1)[place]
             [size] = [row[1] for row in rows if row[0] == "vLLM"]
             assert (size == math.inf) == small
+    long = given | {"pool": None, "sampled": (1, 10**9)}  # a CPU's share is a guess, which refuses nothing
+    assert all(row[1] < math.inf for rows in memory(**long, n=1) for row in rows)
     monkeypatch.setattr(plan, "device_bytes", lambda: 2**40)
     refused(lambda: plan.plan(given | {"pool": 100, "n": 1}, "off", False), "--gpu_memory_utilization")
     given |= dict(engine="hf")
